@@ -1,0 +1,1 @@
+"""cv_jax: small, readable, fast computer-vision research in JAX and Flax."""

@@ -1,0 +1,17 @@
+"""The one exception whose message is meant for the person at the keyboard."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend; train.py prints the message alone, without a traceback.
+
+    The message is one clear sentence that names the key, file or record and says what to do.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'X'?" for the known word closest to `word`, or "" if none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

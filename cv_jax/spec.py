@@ -1,0 +1,92 @@
+"""The mini-language of config strings: "crop(4) | flip | cutout(8, fill=0.5)".
+
+A spec is a chain of calls with literal arguments. Augmentations, models, optimizers and schedules
+are all named this way, so that one string on the command line chooses a thing and its settings.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from cv_jax.errors import UserError, nearest
+
+
+class Call(NamedTuple):
+    """One call of a spec: `name(*args, **kwargs)`."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def parse(text: str) -> list[Call]:
+    """Parses a spec into its calls; "" is the empty chain. Raises UserError on anything else."""
+    if not text.strip():
+        return []
+    try:
+        return _calls(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{text!r} is not understood: write names with literal arguments, "
+            "joined by |, such as 'crop(4)|flip'."
+        ) from error
+
+
+def _calls(node: ast.expr) -> list[Call]:
+    match node:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _calls(left) + _calls(right)
+        case ast.Name(id=name):
+            return [Call(name, (), {})]
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            named = {k.arg: ast.literal_eval(k.value) for k in keywords if k.arg is not None}
+            if len(named) != len(keywords):
+                raise ValueError("** is not a literal argument")
+            return [Call(name, tuple(map(ast.literal_eval, args)), named)]
+    raise ValueError(ast.unparse(node))
+
+
+def build(text: str, table: Mapping[str, Callable], kind: str, **context: Any) -> list[Any]:
+    """Calls, for each call of the spec, the function of that name in `table`.
+
+    Args:
+        text: the spec, e.g. "crop(4)|flip".
+        table: the functions that the spec may name.
+        kind: what they are, for messages: "augmentation", "model", ...
+        context: given to every function beside the spec's arguments (and left out of the
+            signature that a message shows).
+
+    Raises:
+        UserError: an unknown name or bad arguments; the message lists what exists.
+    """
+    return [_apply(call, table, kind, context) for call in parse(text)]
+
+
+def build_one(text: str, table: Mapping[str, Callable], kind: str, **context: Any) -> Any:
+    """`build` for a spec that must be a single call."""
+    built = build(text, table, kind, **context)
+    if len(built) != 1:
+        raise UserError(f"{kind} {text!r}: expected one of {', '.join(sorted(table))}.")
+    return built[0]
+
+
+def _apply(call: Call, table: Mapping[str, Callable], kind: str, context: dict[str, Any]) -> Any:
+    if call.name not in table:
+        raise UserError(
+            f"Unknown {kind} {call.name!r}.{nearest(call.name, table)} "
+            f"There are: {', '.join(sorted(table))}."
+        )
+    function = table[call.name]
+    signature = inspect.signature(function)
+    shown = signature.replace(
+        parameters=[p for p in signature.parameters.values() if p.name not in context],
+        return_annotation=inspect.Signature.empty,
+    )
+    try:
+        shown.bind(*call.args, **call.kwargs)
+        return function(*call.args, **call.kwargs, **context)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{kind} {call.name!r}: {error}. It is written {call.name}{shown}."
+        ) from error
