@@ -26,7 +26,7 @@ def parse(text: str) -> list[Call]:
         return []
     try:
         return _calls(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError) as error:  # TypeError: an unhashable key of a dict
         raise UserError(
             f"{text!r} is not understood: write names with literal arguments, "
             "joined by |, such as 'crop(4)|flip'."
@@ -54,8 +54,8 @@ def build(text: str, table: Mapping[str, Callable], kind: str, **context: Any) -
         text: the spec, e.g. "crop(4)|flip".
         table: the functions that the spec may name.
         kind: what they are, for messages: "augmentation", "model", ...
-        context: given to every function beside the spec's arguments (and left out of the
-            signature that a message shows).
+        context: what every function is given beside the spec's arguments, if it has a parameter
+            of that name. The spec cannot set these, and messages do not show them.
 
     Raises:
         UserError: an unknown name or bad arguments; the message lists what exists.
@@ -84,8 +84,9 @@ def _apply(call: Call, table: Mapping[str, Callable], kind: str, context: dict[s
         return_annotation=inspect.Signature.empty,
     )
     try:
-        shown.bind(*call.args, **call.kwargs)
-        return function(*call.args, **call.kwargs, **context)
+        given = shown.bind(*call.args, **call.kwargs).arguments
+        bound = inspect.BoundArguments(signature, {**given, **context})
+        return function(*bound.args, **bound.kwargs)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{kind} {call.name!r}: {error}. It is written {call.name}{shown}."

@@ -1,0 +1,30 @@
+"""CIFAR-100 with the Wide ResNet 28-10 and the settings of its paper (arXiv 1605.07146).
+
+    python train.py --config=configs/cifar100.py
+
+SGD with Nesterov momentum for 200 epochs, the rate times 0.2 after 60, 120 and 160. For a GPU or
+TPU: 31 GFLOP for each training example.
+"""
+
+import ml_collections
+
+from cv_jax.config import base_config, choose
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = base_config()
+    config.epochs = 200.0
+    config.batch_size = 128
+    config.model = "wrn28_10"
+    config.augment = "crop(4)|flip"
+    config.checkpoint_every = "5 epochs"
+
+    config.data.name = "cifar100"
+    config.data.num_val = 5000
+
+    config.optim.name = "sgd(nesterov=True)"
+    config.optim.lr = 0.1
+    config.optim.lr_batch_size = 128
+    config.optim.weight_decay = 5e-4
+    config.optim.schedule = "step(at=(0.3, 0.6, 0.8), factor=0.2)"
+    return choose(config, arg)

@@ -1,0 +1,34 @@
+"""Handwritten digits, 8x8 grey: the first run on any machine, without a download.
+
+    python train.py --config=configs/digits.py
+
+The 1,797 images that scikit-learn ships, and a narrow n94.
+"""
+
+import ml_collections
+
+from cv_jax.config import base_config, choose
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = base_config()
+    config.epochs = 40.0
+    config.batch_size = 64
+    config.model = "n94(widths=(32, 64, 64))"
+    config.augment = "translate(1)|rotate(10)"
+    config.label_smoothing = 0.1
+    config.log_every = config.eval_every = config.checkpoint_every = "5 epochs"
+
+    config.data.name = "digits"
+    config.data.num_val = 200
+
+    config.optim.name = "adamw"
+    config.optim.lr = 3e-3
+    config.optim.lr_batch_size = 0
+    config.optim.weight_decay = 1e-2
+    config.optim.warmup = "1 epoch"
+    config.optim.rules = (
+        ("whiten/kernel", "frozen"),
+        (".*", "base"),
+    )
+    return choose(config, arg)

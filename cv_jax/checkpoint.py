@@ -1,0 +1,110 @@
+"""Checkpoints of a run: written in the background, whole or not at all, and found again."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from cv_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints under `<workdir>/checkpoints`: the newest few and the best on val.
+
+    Args:
+        workdir: the run's directory.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(self, workdir: Path, keep: int):
+        self._directory = workdir.absolute() / "checkpoints"
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(
+                [
+                    LatestN(keep),
+                    BestN(
+                        get_metric_fn=lambda metrics: metrics["val_accuracy"],
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self._directory, options=self._options)
+
+    def save(self, state: Any, progress: dict, val_accuracy: float | None) -> None:
+        """Begins to save; the training goes on meanwhile.
+
+        Args:
+            state: a TrainState; its step names the checkpoint.
+            progress: what the run knows of itself beside the state, as JSON values.
+            val_accuracy: the measure of the best, where val was evaluated at this step.
+        """
+        step = int(state.step)
+        if step == self._manager.latest_step():
+            return
+        # A copy, because the next chunk of steps is given this state's memory.
+        state = jax.tree.map(jnp.copy, state)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+            ),
+            metrics=None if val_accuracy is None else {"val_accuracy": val_accuracy},
+        )
+
+    def restore_latest(self, like: Any) -> tuple[Any, dict] | None:
+        """Returns (state, progress) of the newest whole checkpoint, or None where there is none.
+
+        A checkpoint that cannot be read is named on stderr and kept aside, and the one before it
+        is used.
+
+        Args:
+            like: a TrainState of ShapeDtypeStructs with shardings.
+
+        Raises:
+            UserError: there are checkpoints, and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
+                    ),
+                )
+            except Exception as error:  # whatever a damaged file leads to, deep in the storage
+                self._set_aside(step, error)
+            else:
+                return restored["state"], restored["progress"]
+        if steps:
+            raise UserError(
+                f"None of the checkpoints in {self._directory} can be read; they are kept as "
+                "broken-*. Run the command again to begin anew."
+            )
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        broken = self._directory / f"broken-{step}"
+        reason = str(error).strip().partition("\n")[0]
+        print(
+            f"Checkpoint {step} in {self._directory} cannot be read and is kept as {broken.name} "
+            f"({type(error).__name__}: {reason[:200]}).",
+            file=sys.stderr,
+        )
+        (self._directory / str(step)).rename(broken)
+        self._manager.close()
+        self._manager = self._open()
+
+    def close(self) -> None:
+        """Waits until what was saved is on the disk."""
+        self._manager.close()

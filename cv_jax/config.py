@@ -1,0 +1,227 @@
+"""The config: every leaf with default and unit, its checks, and what a resumed run may change."""
+
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from cv_jax.errors import UserError, nearest
+
+# What a run may change when it is taken up again; anything else would make it another experiment.
+MAY_CHANGE = {
+    "epochs",
+    "steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_batch_size",
+    "tta",
+    "data.dir",
+}
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """Returns the config that every experiment starts from: all leaves there are.
+
+    Durations are texts such as "2 epochs", "500 steps", "1e6 examples" or "never"; settings that
+    choose a thing and its arguments are texts such as "crop(4)|flip" (see `cv_jax.spec`).
+    """
+    data = ml_collections.ConfigDict()
+    data.name = "digits"  # digits, or an image-classification data set of TFDS
+    data.dir = ""  # where TFDS keeps its data; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.num_val = 0  # examples held out of train, the same for every seed
+    data.limit = 0  # only so many examples of each split; 0: all
+    data.normalize = True  # to mean 0 and std 1 per channel of train; else [0, 1]
+    data.stream = False  # feed batches from the host instead of keeping train on the device
+
+    optim = ml_collections.ConfigDict()
+    optim.name = "sgd(nesterov=True)"  # one of cv_jax.optim.OPTIMIZERS
+    optim.lr = 0.1  # peak learning rate for lr_batch_size examples a step
+    optim.lr_batch_size = 256  # the rate is lr * batch_size / lr_batch_size; 0: lr as it is
+    optim.momentum = 0.9  # b1 of the Adam family
+    optim.weight_decay = 0.0
+    optim.schedule = "cosine"  # one of cv_jax.optim.SCHEDULES
+    optim.warmup = "never"  # a duration; linear from 0
+    optim.clip_norm = 0.0  # of the whole gradient; 0: off
+    optim.ema = 0.0  # decay of the averaged parameters that evaluation uses; 0: off
+    optim.rules = ((".*", "base"),)  # (regex of the parameter's path, group): the first match
+    optim.groups = ml_collections.ConfigDict()  # group -> the settings in which it differs
+
+    config = ml_collections.ConfigDict({"data": data, "optim": optim})
+    config.task = "classification"  # a file in cv_jax/tasks
+    config.seed = 0
+    config.epochs = 10.0  # length of the training; an epoch is num_train // batch_size steps
+    config.steps = 0  # length in steps instead, when above zero
+    config.batch_size = 128  # examples a step, over all devices
+    config.eval_batch_size = 1000  # examples
+    config.augment = ""  # a chain of cv_jax.augment.AUGMENTATIONS
+    config.model = "lenet"  # one of cv_jax.models.MODELS
+    config.dtype = "auto"  # of the computation: auto (bfloat16 on TPU and GPU), float32, bfloat16
+    config.label_smoothing = 0.0  # in [0, 1)
+    config.tta = "none"  # views in the final evaluation: none, mirror, mirror_translate
+    config.log_every = "1 epoch"
+    config.eval_every = "1 epoch"  # on val
+    config.checkpoint_every = "1 epoch"
+    config.keep_checkpoints = 2  # the newest so many are kept, and the best on val
+    return config
+
+
+def smoke(config: ml_collections.ConfigDict, batch_size: int = 32) -> ml_collections.ConfigDict:
+    """Cuts an experiment down to seconds: the same code on a few examples, for a first try."""
+    config.steps = 4
+    config.batch_size = batch_size
+    config.eval_batch_size = 64
+    config.data.limit = 256
+    config.data.num_val = min(config.data.num_val, 64)
+    config.log_every = config.eval_every = config.checkpoint_every = "2 steps"
+    return config
+
+
+def choose(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
+    """The variants that every config file offers: "" as it is, "smoke" cut down to seconds."""
+    if arg == "smoke":
+        return smoke(config)
+    if arg:
+        raise UserError(f"A config file takes the argument 'smoke' or none, not {arg!r}.")
+    return config
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"optim.lr": 0.1, ...} of a nested config; an empty sub-config has no leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the config as JSON text, keys sorted."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns {leaf: (old value, new value)} where two configs differ; an absent leaf is None."""
+    # Through JSON, so that a tuple equals the list that it becomes on disk.
+    old, new = (flatten(json.loads(json.dumps(dict(config)))) for config in (old, new))
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def check_config_flags(argv: list[str], flag_values: flags.FlagValues) -> None:
+    """Checks --config and every --config.KEY of a command line before they are parsed.
+
+    Raises:
+        UserError: no config, a file that is not there, or a key that the config lacks.
+    """
+    argv = [f"--{a.lstrip('-')}" if a.startswith("-") else a for a in argv]
+    if any(a.startswith("--help") for a in argv):
+        return
+    chosen = [a for a in argv if a.startswith("--config=")]
+    if "--config" in argv[:-1]:
+        chosen.append("--config=" + argv[argv.index("--config") + 1])
+    files = sorted(str(path) for path in Path("configs").glob("*.py"))
+    if not chosen:
+        raise UserError(f"Say which experiment, --config=FILE. There are: {', '.join(files)}.")
+    path = chosen[-1].removeprefix("--config=").partition(":")[0]
+    if not Path(path).is_file():
+        raise UserError(
+            f"There is no config file {path!r}.{nearest(path, files)} "
+            f"There are: {', '.join(files)}."
+        )
+    flag_values([argv[0], chosen[-1]])  # loads the file alone, to know its keys
+    leaves = flatten(flag_values["config"].value)
+    flag_values.unparse_flags()
+    for argument in argv:
+        if argument.startswith("--config."):
+            _check_key(argument.removeprefix("--config.").partition("=")[0], leaves)
+
+
+def _check_key(key: str, leaves: Mapping[str, Any]) -> None:
+    if key in leaves:
+        return
+    parent, _, last = key.rpartition(".")
+    # The last part alone finds a leaf that stands under another parent.
+    elsewhere = [leaf for leaf in leaves if leaf.rpartition(".")[2] == last]
+    close = f" Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, leaves)
+    siblings = [leaf for leaf in leaves if leaf.rpartition(".")[0] == parent]
+    raise UserError(
+        f"config has no key {key!r}.{close} There are: {', '.join(siblings or leaves)}."
+    )
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for a value that no run could use, naming its key."""
+    rules = {
+        "epochs": (lambda v: v > 0, "must be above 0"),
+        "steps": (lambda v: v >= 0, "must be 0 or more"),
+        "batch_size": (lambda v: v > 0, "must be above 0"),
+        "eval_batch_size": (lambda v: v > 0, "must be above 0"),
+        "keep_checkpoints": (lambda v: v > 0, "must be above 0"),
+        "label_smoothing": (lambda v: 0 <= v < 1, "must be in [0, 1)"),
+        "data.limit": (lambda v: v >= 0, "must be 0 or more"),
+        "optim.lr": (lambda v: v > 0, "must be above 0"),
+        "optim.ema": (lambda v: 0 <= v < 1, "must be in [0, 1)"),
+    }
+    leaves = flatten(config)
+    for key, (holds, sentence) in rules.items():
+        if not holds(leaves[key]):
+            raise UserError(f"config.{key}={leaves[key]} {sentence}.")
+
+
+def adopt_workdir(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
+    """Writes the config into a new work directory, or checks it against the one that is there.
+
+    Returns:
+        A line for each leaf that changed since the run was begun.
+
+    Raises:
+        UserError: the directory belongs to another config, or holds something else.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, to_json(config))
+        return []
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another --workdir.") from error
+    changed = differences(old, config.to_dict())
+    refused = {key: values for key, values in changed.items() if key not in MAY_CHANGE}
+    if refused:
+        lines = "".join(f"\n  {key}: there {a!r}, here {b!r}" for key, (a, b) in refused.items())
+        raise UserError(
+            f"{workdir} holds a run of another config; choose another --workdir, or give these "
+            f"keys their values back:{lines}"
+        )
+    write_atomically(path, to_json(config))
+    return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a whole file or nothing: a reader, or a kill, never meets half of it."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text + "\n")
+    scratch.replace(path)
+
+
+def default_workdir(config_file: str) -> Path:
+    """runs/<config>/<time> for a config file such as "configs/digits.py:smoke"."""
+    path, _, arg = config_file.partition(":")
+    name = Path(path).stem + (f"-{arg}" if arg else "")
+    return Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+
+
+def resume_command(argv: list[str], workdir: Path) -> str:
+    """The command line that takes up the run again, to be pasted into a shell."""
+    given = any(argument.lstrip("-").partition("=")[0] == "workdir" for argument in argv)
+    return "python " + shlex.join(argv if given else [*argv, f"--workdir={workdir}"])

@@ -1,0 +1,194 @@
+"""Batches as a pure function of (seed, step), from resident arrays or from a stream.
+
+Both ways give the loop the same three functions, and the same batches bit for bit. There is no
+iterator, so nothing of the data's order has to be saved: the step number says it all.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from cv_jax.data.dataset import Split
+from cv_jax.errors import UserError
+from cv_jax.mesh import batch_sharding, replicated
+
+# Batches that a stream hands over at once: enough to hide the dispatch, little enough to hold.
+STREAM_STEPS = 8
+
+
+class RandomAccess(Protocol):
+    """What a stream reads: examples by their position, in any order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: np.ndarray) -> Split: ...
+
+
+class Batches(NamedTuple):
+    """The training batches.
+
+    Attributes:
+        limit: step -> the most steps that one feed may hold from there on.
+        feed: (step, num_steps) -> arrays that hold the batches of these steps. Its shapes never
+            change, so that a program compiled for one feed takes them all.
+        pick: (feed, step) -> batch; pure, called inside jit with a traced step.
+        shapes: a batch, as ShapeDtypeStructs.
+    """
+
+    limit: Callable[[int], int]
+    feed: Callable[[int, int], Any]
+    pick: Callable[[Any, jax.Array], dict]
+    shapes: dict
+
+
+class SplitStream(NamedTuple):
+    """A split in host memory, read as a stream."""
+
+    split: Split
+
+    def __len__(self) -> int:
+        return len(self.split.label)
+
+    def __getitem__(self, indices: np.ndarray) -> Split:
+        return Split(self.split.image[indices], self.split.label[indices])
+
+
+def make_batches(
+    config: ml_collections.ConfigDict, split: Split, key: jax.Array, mesh: Mesh
+) -> Batches:
+    """The training batches in the way that `config.data.stream` chooses."""
+    if config.data.stream:
+        return stream_batches(SplitStream(split), config.batch_size, key, mesh)
+    return resident_batches(split, config.batch_size, key, mesh)
+
+
+def epoch_order(key: jax.Array, epoch: jax.Array, num_train: int, batch_size: int) -> jax.Array:
+    """The examples of an epoch: (steps, b) int32, a permutation without its incomplete batch."""
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), num_train).astype(jnp.int32)
+    num_steps = num_train // batch_size
+    return order[: num_steps * batch_size].reshape(num_steps, batch_size)
+
+
+def _shapes(image_shape: tuple[int, ...], batch_size: int) -> dict:
+    """The shapes of a batch of uint8 images (h, w, c)."""
+    shapes = {"image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)}
+    for name in ("label", "index", "epoch"):
+        shapes[name] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return {**shapes, "coin": jax.ShapeDtypeStruct((batch_size,), jnp.uint32)}
+
+
+def _tag(key: jax.Array, index: jax.Array, epoch: jax.Array) -> dict:
+    """What a batch says of its examples: position, epoch, and a coin of 32 random bits.
+
+    The coin belongs to the example for the whole run; it differs between seeds.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    coin = jax.vmap(partial(jax.random.bits, dtype=jnp.uint32))(keys)
+    return {"index": index, "epoch": jnp.full_like(index, epoch), "coin": coin}
+
+
+def resident_batches(split: Split, batch_size: int, key: jax.Array, mesh: Mesh) -> Batches:
+    """Batches gathered on the device, where the whole split lives as uint8.
+
+    Args:
+        split: image (m, h, w, c) uint8 and label (m,) int32; a copy goes to every device.
+        batch_size: examples in a batch.
+        key: of the data order.
+        mesh: a batch is divided over its axis "data".
+    """
+    steps_per_epoch = _steps_per_epoch(len(split.label), batch_size)
+    everywhere = replicated(mesh)
+    arrays = jax.device_put(dict(image=np.asarray(split.image), label=split.label), everywhere)
+    order_of = jax.jit(
+        partial(epoch_order, num_train=len(split.label), batch_size=batch_size),
+        out_shardings=everywhere,
+    )
+    orders: dict[int, jax.Array] = {}
+    key = jax.device_put(key, everywhere)
+
+    def feed(step, num_steps):
+        epoch = step // steps_per_epoch
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = order_of(key, epoch)
+        return {**arrays, "order": orders[epoch], "epoch": np.int32(epoch)}
+
+    def pick(feed, step):
+        index = feed["order"][step % steps_per_epoch]
+        # Each example is found in one of the replicas: the gather moves nothing between devices.
+        index = jax.lax.with_sharding_constraint(index, batch_sharding(mesh))
+        batch = {name: feed[name][index] for name in ("image", "label")}
+        return jax.lax.optimization_barrier({**batch, **_tag(key, index, feed["epoch"])})
+
+    return Batches(
+        limit=lambda step: steps_per_epoch - step % steps_per_epoch,
+        feed=feed,
+        pick=pick,
+        shapes=_shapes(split.image.shape[1:], batch_size),
+    )
+
+
+def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: Mesh) -> Batches:
+    """Batches read on the host, a few at a time, for data that the device does not hold.
+
+    Args:
+        source: the training split; `source[indices]` gives these examples as a Split.
+        batch_size: examples in a batch.
+        key: of the data order, which is the one of `resident_batches`.
+        mesh: a batch is divided over its axis "data".
+    """
+    num_train = len(source)
+    steps_per_epoch = _steps_per_epoch(num_train, batch_size)
+    order_of = jax.jit(partial(epoch_order, num_train=num_train, batch_size=batch_size))
+    orders: dict[int, np.ndarray] = {}
+    key = jax.device_put(key, replicated(mesh))
+
+    def limit(step):
+        return min(STREAM_STEPS, steps_per_epoch - step % steps_per_epoch)
+
+    def feed(step, num_steps):
+        epoch = step // steps_per_epoch
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = np.asarray(order_of(key, epoch))
+        first = step % steps_per_epoch
+        index = orders[epoch][first : first + num_steps]
+        image, label = source[index.reshape(-1)]
+        arrays = dict(
+            image=np.asarray(image).reshape(*index.shape, *image.shape[1:]),
+            label=np.asarray(label).reshape(index.shape),
+            index=index,
+        )
+        spare = STREAM_STEPS - num_steps
+        arrays = {
+            name: np.concatenate([array, np.zeros((spare, *array.shape[1:]), array.dtype)])
+            for name, array in arrays.items()
+        }
+        arrays = jax.device_put(arrays, replicated(mesh))
+        return {**arrays, "first": np.int32(step), "epoch": np.int32(epoch)}
+
+    def pick(feed, step):
+        i = step - feed["first"]
+        batch = {name: feed[name][i] for name in ("image", "label", "index")}
+        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        # The barrier keeps the compiler from shaping the step to where its batch comes from:
+        # both ways run the same arithmetic, to the last bit.
+        return jax.lax.optimization_barrier({**batch, **_tag(key, batch["index"], feed["epoch"])})
+
+    image_shape = source[np.arange(1)].image.shape[1:]
+    return Batches(limit, feed, pick, _shapes(image_shape, batch_size))
+
+
+def _steps_per_epoch(num_train: int, batch_size: int) -> int:
+    if not 0 < batch_size <= num_train:
+        raise UserError(
+            f"config.batch_size={batch_size} must be between 1 and the {num_train} training "
+            "examples."
+        )
+    return num_train // batch_size

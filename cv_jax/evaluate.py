@@ -1,0 +1,148 @@
+"""Exact evaluation: every example counts once, whatever the batch size and the device count."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cv_jax.data import Dataset, Split
+from cv_jax.errors import UserError, nearest
+from cv_jax.loop import Clock
+from cv_jax.mesh import batch_sharding
+
+_Logits = Callable[[jax.Array], jax.Array]
+
+
+def _mirror(apply: _Logits, image: jax.Array) -> jax.Array:
+    return (apply(image) + apply(image[:, :, ::-1])) / 2
+
+
+def _mirror_translate(apply: _Logits, image: jax.Array) -> jax.Array:
+    h, w = image.shape[1:3]
+    padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+    shifted = [_mirror(apply, padded[:, i : i + h, i : i + w]) for i in (0, 2)]
+    return _mirror(apply, image) / 2 + (shifted[0] + shifted[1]) / 4
+
+
+TTA = {
+    "none": lambda apply, image: apply(image),
+    "mirror": _mirror,
+    "mirror_translate": _mirror_translate,
+}
+
+
+def tta_logits(name: str, apply: _Logits, image: jax.Array) -> jax.Array:
+    """Logits averaged over the views of a test-time augmentation.
+
+    Args:
+        name: "none"; "mirror", the image and its mirror image; "mirror_translate", in addition
+            both of them shifted by one pixel (reflected at the border) up-left and down-right,
+            where the unshifted pair weighs one half (arXiv 2404.00498).
+        apply: (b, h, w, c) -> logits (b, n).
+        image: (b, h, w, c) float32.
+    """
+    if name not in TTA:
+        raise UserError(
+            f"config.tta={name!r} is unknown.{nearest(name, TTA)} There are: {', '.join(TTA)}."
+        )
+    return TTA[name](apply, image)
+
+
+def padded_batches(split: Split, batch_size: int) -> dict[str, np.ndarray]:
+    """Lays a split out as whole batches: image (k, b, h, w, c), label (k, b), mask (k, b).
+
+    The last batch is filled up with zeros, for which the mask is 0.
+    """
+    count = len(split.label)
+    k = -(-count // batch_size)
+
+    def lay_out(array):
+        padded = np.zeros((k * batch_size, *array.shape[1:]), array.dtype)
+        padded[:count] = array
+        return padded.reshape(k, batch_size, *array.shape[1:])
+
+    mask = np.ones(count, np.float32)
+    return {
+        "image": lay_out(split.image),
+        "label": lay_out(split.label),
+        "mask": lay_out(mask),
+    }
+
+
+def make_evaluate(eval_fn: Callable, mesh: Mesh) -> Callable[[Any, dict], dict]:
+    """Builds (state, batches) -> {metric: (sum, count)}: all batches in one dispatch.
+
+    Args:
+        eval_fn: (state, batch) -> {metric: (sum, count)}.
+        mesh: each batch is divided over its axis "data".
+    """
+    sharding = batch_sharding(mesh)
+
+    def evaluate(state, batches):
+        def add_batch(sums, batch):
+            batch = jax.lax.with_sharding_constraint(batch, sharding)
+            return jax.tree.map(jnp.add, sums, eval_fn(state, batch)), None
+
+        first = jax.tree.map(lambda x: x[0], batches)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(eval_fn, state, first)
+        )
+        return jax.lax.scan(add_batch, zeros, batches)[0]
+
+    return jax.jit(evaluate)
+
+
+class Evaluator:
+    """Evaluates the splits of a data set; each goes to the devices once, each program compiles once.
+
+    Args:
+        evals: name -> ((state, batch) -> {metric: (sum, count)}), as a task offers them.
+        data: its attributes are the splits.
+        batch_size: examples at a time, rounded up to a multiple of the device count.
+        mesh: where.
+        clock: counts "eval", and "compile" apart from it.
+    """
+
+    def __init__(
+        self, evals: dict[str, Callable], data: Dataset, batch_size: int, mesh: Mesh, clock: Clock
+    ):
+        self._evals = {name: make_evaluate(eval_fn, mesh) for name, eval_fn in evals.items()}
+        self._data = data
+        self._batch_size = batch_size
+        self._num_devices = mesh.size
+        self._sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+        self._clock = clock
+        self._batches: dict[str, dict] = {}
+        self._programs: dict[tuple[str, str], Callable] = {}
+
+    def __call__(self, name: str, state: Any, split: str) -> dict:
+        """Returns {metric: (sum, count)} on the host; {} for an empty split."""
+        arrays = getattr(self._data, split)
+        if not len(arrays.label):
+            return {}
+        with self._clock("eval"):
+            if split not in self._batches:
+                batch_size = min(self._batch_size, len(arrays.label))
+                batch_size = -(-batch_size // self._num_devices) * self._num_devices
+                laid_out = padded_batches(arrays, batch_size)
+                self._batches[split] = jax.device_put(laid_out, self._sharding)
+            batches = self._batches[split]
+            if (name, split) not in self._programs:
+                with self._clock("compile"):
+                    lowered = self._evals[name].lower(state, batches)
+                    self._programs[name, split] = lowered.compile()
+            return jax.device_get(self._programs[name, split](state, batches))
+
+
+def means(metrics: dict) -> dict:
+    """(sum, count) pairs to means, on the host in float64; NaN where nothing was counted."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            name: np.float64(total) / np.float64(count)
+            if np.ndim(total) == 0
+            else np.asarray(total, np.float64) / np.asarray(count, np.float64)
+            for name, (total, count) in jax.device_get(metrics).items()
+        }

@@ -1,0 +1,62 @@
+"""Floating-point operations of a function, counted from its jaxpr."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+
+
+def count_flops(function: Callable, *args: Any) -> int:
+    """FLOPs of the matrix products and convolutions of `function(*args)`: 2 per multiply-add.
+
+    As the field counts: elementwise work is left out, taps that fall on padding are counted. The
+    zeros that the gradient of a strided convolution puts between values are not, so that such a
+    gradient costs what its forward pass does. A branch costs as much as the dearest one; a scan its
+    body times its length; a while loop, whose length nobody knows, its body once; a shard_map one
+    device's share. Work that rematerialisation repeats counts again.
+
+    Args:
+        function: anything that jax.make_jaxpr traces; nothing is computed.
+        args: arrays or jax.ShapeDtypeStructs, or pytrees of them.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _jaxpr_flops(jaxpr: Jaxpr) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: JaxprEqn) -> int:
+    match equation.primitive.name:
+        case "dot_general":
+            return _dot_flops(equation)
+        case "conv_general_dilated":
+            return _conv_flops(equation)
+    inner = [_jaxpr_flops(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
+    match equation.primitive.name:
+        case "cond":
+            return max(inner)
+        case "scan":
+            return sum(inner) * equation.params["length"]
+    return sum(inner)
+
+
+def _dot_flops(equation: JaxprEqn) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    lhs = equation.invars[0].aval
+    return 2 * equation.outvars[0].aval.size * math.prod(lhs.shape[i] for i in contracted)
+
+
+def _conv_flops(equation: JaxprEqn) -> int:
+    lhs, rhs = (v.aval.shape for v in equation.invars)
+    out = equation.outvars[0].aval.shape
+    numbers = equation.params["dimension_numbers"]
+    channels_in, *taps = (rhs[i] for i in numbers.rhs_spec[1:])  # channels of one feature group
+    batch, channels_out, *positions = (out[i] for i in numbers.out_spec)
+    # Along a spread-out axis each value meets every tap, and the zeros between values none.
+    for i, dilation in enumerate(equation.params["lhs_dilation"]):
+        if dilation > 1:
+            positions[i] = lhs[numbers.lhs_spec[2 + i]]
+    return 2 * batch * channels_out * channels_in * math.prod(taps) * math.prod(positions)

@@ -1,0 +1,212 @@
+"""The loop's parts: which steps run in one dispatch, the dispatch itself, the clock, and stopping."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from cv_jax import durations
+from cv_jax.data.batches import Batches
+
+# The most steps in a dispatch; their metrics are kept step by step, so it bounds that memory too.
+MAX_STEPS = 512
+# How long a dispatch should take: a person, or a signal, waits no longer for the next sign of life.
+SECONDS_PER_CHUNK = 0.5
+
+
+class Intervals(NamedTuple):
+    """The length of the training and how often what happens, in steps; 0 is never."""
+
+    total: int
+    log: int
+    eval: int
+    save: int
+
+
+def make_intervals(config: ml_collections.ConfigDict, num_train: int, num_val: int) -> Intervals:
+    """Converts the durations of the config to steps; without val there is nothing to evaluate."""
+
+    def steps(duration):
+        return durations.steps(duration, config.batch_size, num_train)
+
+    return Intervals(
+        total=durations.total_steps(config, num_train),
+        log=steps(config.log_every),
+        eval=steps(config.eval_every) if num_val else 0,
+        save=steps(config.checkpoint_every),
+    )
+
+
+class Chunk(NamedTuple):
+    """The steps from `start` up to `end`, run in one dispatch, and what is due after them."""
+
+    start: int
+    end: int
+    logs: bool
+    evals: bool
+    saves: bool
+
+    @property
+    def num_steps(self) -> int:
+        return self.end - self.start
+
+
+def plan_chunks(
+    start: int, intervals: Intervals, limit: Callable[[int], int], pace: Callable[[], int]
+) -> Iterator[Chunk]:
+    """Yields chunks from step `start` to the end, each up to the next thing that is due.
+
+    Args:
+        start: steps already made.
+        intervals: what is due when; the end logs and saves in any case.
+        limit: step -> the most steps that the batches allow from there on.
+        pace: () -> the steps that make a dispatch of pleasant length.
+    """
+    total = intervals.total
+    while start < total:
+        dues = [every - start % every for every in intervals[1:] if every]
+        end = start + min(total - start, *dues, limit(start), pace(), MAX_STEPS)
+        yield Chunk(
+            start,
+            end,
+            logs=end == total or durations.due(end, intervals.log),
+            evals=durations.due(end, intervals.eval),
+            saves=end == total or durations.due(end, intervals.save),
+        )
+        start = end
+
+
+def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
+    """Builds the program that makes many steps in one dispatch.
+
+    Returns:
+        train_chunk(state, feed, key, num_steps) -> (state, metrics), jitted, `state` donated. The
+        number of steps is an argument and not a shape: one compiled program serves every chunk.
+        Metrics are (sum, count) pairs of arrays whose row i belongs to the i-th step.
+    """
+
+    def train_chunk(state, feed, key, num_steps):
+        def one_step(i, carry):
+            state, rows = carry
+            batch = batches.pick(feed, state.step)
+            state, metrics = train_step(state, batch, jax.random.fold_in(key, state.step))
+            return state, jax.tree.map(lambda row, value: row.at[i].set(value), rows, metrics)
+
+        _, shapes = jax.eval_shape(train_step, state, batches.shapes, key)
+        rows = jax.tree.map(lambda x: jnp.zeros((MAX_STEPS, *x.shape), x.dtype), shapes)
+        return jax.lax.fori_loop(0, num_steps, one_step, (state, rows))
+
+    return jax.jit(train_chunk, donate_argnums=0)
+
+
+def compile_train_chunk(
+    train_step: Callable, batches: Batches, state: Any, key: jax.Array, clock: "Clock"
+) -> Callable:
+    """`make_train_chunk`, compiled for this state; another shape would be an error, not a retrace."""
+    with clock("compile"):
+        feed = batches.feed(int(state.step), 1)
+        return make_train_chunk(train_step, batches).lower(state, feed, key, np.int32(1)).compile()
+
+
+class Clock:
+    """Wall-clock seconds of a run by what they were spent on; only one thing runs at a time.
+
+    "train" counts the steps with all that the host does between them; while "data", "compile",
+    "eval" or "save" runs, it stands still. "save" is the time the loop waits for a checkpoint,
+    not the writing in the background.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("data", "compile", "train", "eval", "save"), 0.0)
+        self._running: list[str] = []
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Counts the body's time for `name`, and for nothing else."""
+        self._switch()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Adds what an earlier start of the same run has spent."""
+        for name, value in seconds.items():
+            self.seconds[name] += value
+
+    def read(self) -> dict[str, float]:
+        """The seconds up to now."""
+        self._switch()
+        return {name: round(value, 3) for name, value in self.seconds.items()}
+
+
+class Pace:
+    """Watches how long a step takes, and says how many make a dispatch of pleasant length."""
+
+    def __init__(self) -> None:
+        self.seconds_per_step: float | None = None
+        self._mark = time.perf_counter()
+
+    def __call__(self) -> int:
+        if self.seconds_per_step is None:
+            return 1
+        return max(1, int(SECONDS_PER_CHUNK / self.seconds_per_step))
+
+    def resume(self) -> None:
+        """Begins to count after a pause."""
+        self._mark = time.perf_counter()
+
+    def finished(self, num_steps: int) -> float:
+        """Notes that so many steps are done since the mark; returns the seconds they took."""
+        seconds = time.perf_counter() - self._mark
+        self._mark += seconds
+        self.seconds_per_step = seconds / num_steps
+        return seconds
+
+
+class Stopped(Exception):  # noqa: N818  (not an error: somebody asked for it)
+    """The run was asked to stop and has saved its state."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"{signal.Signals(signum).name} after step {step}")
+        self.exit_code = 128 + signum
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request; the second one stops the program at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signum is not None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for signum in self._before:
+            signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        self.__exit__()
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)

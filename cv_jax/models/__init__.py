@@ -1,0 +1,56 @@
+"""Image classifiers, by name.
+
+A model is a Flax module, `module(x, train) -> (logits, intermediates)`:
+    x: (b, h, w, c) float32, normalised images.
+    train: normalise by the batch and update the "batch_stats" collection, if there is one.
+    logits: (b, n) float32.
+    intermediates: features by name, in the model's compute dtype; "pooled" is what the head sees.
+
+A model may have `init_from_images(variables, images) -> variables`, for a start that depends on
+the (normalised, float32) training images. A new model is a new file and a line in MODELS.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cv_jax.errors import UserError
+from cv_jax.models.lenet import lenet
+from cv_jax.models.n94 import n94
+from cv_jax.models.resnet import resnet18, resnet50
+from cv_jax.models.wide_resnet import wrn28_10
+from cv_jax.spec import build_one
+
+MODELS = {
+    "lenet": lenet,
+    "n94": n94,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "wrn28_10": wrn28_10,
+}
+
+
+def build_model(text: str, num_classes: int, dtype: jnp.dtype) -> nn.Module:
+    """Builds the model that a spec names, such as "n94" or "resnet18(stem='imagenet')".
+
+    Args:
+        text: a name of MODELS, with arguments or without.
+        num_classes: width of the logits.
+        dtype: what the model computes in; its parameters, statistics and logits are float32.
+
+    Raises:
+        UserError: an unknown name or bad arguments.
+    """
+    return build_one(text, MODELS, "model", num_classes=num_classes, dtype=dtype)
+
+
+def compute_dtype(text: str) -> jnp.dtype:
+    """The dtype that "float32", "bfloat16" or "auto" names.
+
+    "auto" is bfloat16 on TPU and GPU and float32 on the CPU, where bfloat16 is no faster.
+    """
+    if text == "auto":
+        text = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if text not in ("float32", "bfloat16"):
+        raise UserError(f"config.dtype is 'auto', 'float32' or 'bfloat16', not {text!r}.")
+    return jnp.dtype(text)

@@ -1,0 +1,134 @@
+"""The layers that all models are made of.
+
+Every model calls these and not `nn` or `lax` itself, so that a faster lowering for one platform is
+put in once, here. Parameters are float32; a layer computes in the dtype of its input.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cv_jax.errors import UserError
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for convolutions and linear layers.
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# N(0, 2 / fan_out), for ReLU networks (He et al., https://arxiv.org/abs/1502.01852).
+normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def conv(
+    x: jax.Array,
+    features: int,
+    size: int,
+    *,
+    name: str,
+    strides: int = 1,
+    padding: int = 0,
+    use_bias: bool = False,
+    frozen: bool = False,
+    kernel_init: nn.initializers.Initializer = uniform_fan_in,
+) -> jax.Array:
+    """Convolves with `features` square filters; (b, h, w, c) -> (b, h', w', features).
+
+    h' = (h + 2 * padding - size) // strides + 1. A bias starts as U(-1/sqrt(fan_in),
+    1/sqrt(fan_in)). `frozen` keeps the kernel (not the bias) from receiving a gradient.
+    """
+    fan_in = size * size * x.shape[-1]
+    return nn.Conv(
+        features,
+        (size, size),
+        strides,
+        padding,
+        use_bias=use_bias,
+        dtype=x.dtype,
+        kernel_init=kernel_init,
+        bias_init=_uniform(1 / math.sqrt(fan_in)),
+        conv_general_dilated=_frozen_convolution if frozen else lax.conv_general_dilated,
+        name=name,
+    )(x)
+
+
+def _frozen_convolution(x, kernel, *args, **kwargs):
+    return lax.conv_general_dilated(x, lax.stop_gradient(kernel), *args, **kwargs)
+
+
+def dense(
+    x: jax.Array,
+    features: int,
+    *,
+    name: str,
+    use_bias: bool = True,
+    kernel_init: nn.initializers.Initializer = uniform_fan_in,
+) -> jax.Array:
+    """Linear layer, (b, c) -> (b, features). A bias starts as U(-1/sqrt(c), 1/sqrt(c))."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=x.dtype,
+        kernel_init=kernel_init,
+        bias_init=_uniform(1 / math.sqrt(x.shape[-1])),
+        name=name,
+    )(x)
+
+
+def _uniform(bound: float) -> nn.initializers.Initializer:
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def batch_norm(
+    x: jax.Array,
+    train: bool,
+    *,
+    name: str,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+    use_scale: bool = True,
+) -> jax.Array:
+    """Batch normalisation over all axes but the last.
+
+    `train` normalises with the batch's own mean and (biased) variance and moves the averages in
+    "batch_stats": average = momentum * average + (1 - momentum) * batch. Statistics are float32.
+    """
+    norm = nn.BatchNorm(
+        use_running_average=not train,
+        momentum=momentum,
+        epsilon=epsilon,
+        use_scale=use_scale,
+        name=name,
+    )
+    return norm(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def max_pool(x: jax.Array, size: int, strides: int | None = None, padding: int = 0) -> jax.Array:
+    """Maximum of size x size windows, `strides` (default: `size`) apart; padding never wins."""
+    strides = strides or size
+    return nn.max_pool(x, (size, size), (strides, strides), ((padding, padding),) * 2)
+
+
+def global_max_pool(x: jax.Array) -> jax.Array:
+    """(b, h, w, c) -> (b, c) float32, the maximum over h and w."""
+    return x.max(axis=(1, 2)).astype(jnp.float32)
+
+
+def global_avg_pool(x: jax.Array) -> jax.Array:
+    """(b, h, w, c) -> (b, c) float32, the mean over h and w."""
+    return x.mean(axis=(1, 2), dtype=jnp.float32)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x * Phi(x) with Phi the normal distribution function: exact, not the tanh approximation."""
+    # By erf: jax.nn.gelu takes erfc, which needs 2.5 times as long in XLA's CPU code.
+    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+
+
+def check_image_size(x: jax.Array, model: str, least: int) -> None:
+    """Raises UserError unless images (b, h, w, c) are at least `least` pixels high and wide."""
+    _, h, w, _ = x.shape
+    if min(h, w) < least:
+        raise UserError(
+            f"Model {model!r} needs images of at least {least}x{least} pixels and got {h}x{w}: "
+            "choose another config.model."
+        )

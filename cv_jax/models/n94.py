@@ -1,0 +1,135 @@
+"""N94: the small network of the fastest CIFAR-10 trainings to 94 % accuracy.
+
+K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498
+(without the scaling of biases): a frozen whitening layer and three groups of two convolutions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cv_jax.models.layers import (
+    batch_norm,
+    check_image_size,
+    conv,
+    dense,
+    gelu,
+    global_max_pool,
+    max_pool,
+    uniform_fan_in,
+)
+
+PATCH = 2  # side of the whitened patches
+WHITEN_IMAGES = 5_000
+WHITEN_EPSILON = 5e-4
+
+
+class N94(nn.Module):
+    """Shapes in the comments are those of 32x32x3 images and the default widths.
+
+    Smaller images leave out the pools for which no 2x2 window is left (8x8: 7 -> 3 -> 1), so that
+    anything from 2x2 pixels works; larger images are pooled globally at the end.
+    """
+
+    widths: tuple[int, ...]
+    num_classes: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        check_image_size(x, "n94", least=PATCH)
+        x = x.astype(self.dtype)
+        whitened = 2 * x.shape[-1] * PATCH**2  # each component and its negative
+        x = gelu(conv(x, whitened, PATCH, use_bias=True, frozen=True, name="whiten"))  # b 31 31 24
+        features = {"stem": x}
+        for i, width in enumerate(self.widths, start=1):
+            x = Group(width, name=f"group{i}")(x, train)  # b 15 15 64, b 7 7 256, b 3 3 256
+            features[f"group{i}"] = x
+        features["pooled"] = pooled = global_max_pool(x)  # b 256
+        logits = dense(
+            pooled, self.num_classes, use_bias=False, kernel_init=unit_std_init, name="head"
+        )
+        return logits / self.widths[-1], features  # b n
+
+    def init_from_images(self, variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
+        """Returns `variables` with the whitening kernel of the first 5,000 `images`.
+
+        Args:
+            variables: as `init` returns them.
+            images: (m, h, w, c) float32, normalised training images.
+        """
+        params = variables["params"]
+        whiten = {**params["whiten"], "kernel": whitening_kernel(images[:WHITEN_IMAGES])}
+        return {**variables, "params": {**params, "whiten": whiten}}
+
+
+class Group(nn.Module):
+    """Two 3x3 convolutions that halve h and w (rounded down) while a 2x2 window fits."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = conv(x, self.width, 3, padding=1, kernel_init=identity_init, name="conv1")
+        x = max_pool(x, 2) if min(x.shape[1:3]) >= 2 else x
+        x = gelu(_norm(x, train, "norm1"))
+        x = conv(x, self.width, 3, padding=1, kernel_init=identity_init, name="conv2")
+        return gelu(_norm(x, train, "norm2"))
+
+
+def _norm(x: jax.Array, train: bool, name: str) -> jax.Array:
+    return batch_norm(x, train, momentum=0.6, epsilon=1e-12, use_scale=False, name=name)
+
+
+def whitening_kernel(images: jax.Array) -> jax.Array:
+    """The filters that decorrelate the 2x2 patches of `images`, and their negatives.
+
+    With the second moments C = E[p p^T] = sum_i l_i v_i v_i^T of all patches p, filter i is
+    v_i / sqrt(l_i + 5e-4), by decreasing l_i, so that the responses of the first 4c filters have
+    the identity as their second moments (section 3.2 of the paper).
+
+    Args:
+        images: (m, h, w, c) float32.
+
+    Returns:
+        (2, 2, c, 8c) float32.
+    """
+    _, h, w, c = images.shape
+    shifted = [
+        images[:, dy : h - PATCH + 1 + dy, dx : w - PATCH + 1 + dx]
+        for dy in range(PATCH)
+        for dx in range(PATCH)
+    ]
+    patches = jnp.concatenate(shifted, axis=-1).reshape(-1, PATCH * PATCH * c)
+    moments = jnp.matmul(patches.T, patches, precision="highest") / patches.shape[0]
+    values, vectors = jnp.linalg.eigh(moments)  # ascending; one eigenvector a column
+    filters = (vectors / jnp.sqrt(values + WHITEN_EPSILON)[None, :])[:, ::-1]
+    return jnp.concatenate([filters, -filters], axis=1).reshape(PATCH, PATCH, c, -1)
+
+
+def identity_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    """PyTorch's default, but the first min(c, features) filters pass their channel through."""
+    h, w, c, features = shape
+    kernel = uniform_fan_in(key, shape, dtype)
+    passed = min(c, features)
+    kernel = kernel.at[..., :passed].set(0)
+    return kernel.at[h // 2, w // 2, :, :passed].set(jnp.eye(c, passed, dtype=dtype))
+
+
+def unit_std_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    """Uniform around 0, divided by its own standard deviation."""
+    kernel = jax.random.uniform(key, shape, dtype, -1, 1)
+    return kernel / kernel.std()
+
+
+def n94(
+    widths: tuple[int, ...] = (64, 256, 256), *, num_classes: int, dtype: jnp.dtype
+) -> nn.Module:
+    """1,971,640 parameters for RGB images and 10 classes; `widths`: the channels of each group."""
+    counts = isinstance(widths, tuple | list) and all(isinstance(w, int) and w > 0 for w in widths)
+    if not (counts and widths):
+        raise ValueError(f"widths are channel counts, one a group, not {widths!r}")
+    return N94(tuple(widths), num_classes, dtype)

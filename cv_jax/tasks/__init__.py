@@ -1,0 +1,44 @@
+"""What a task must offer, and the one place where a task is found by its name."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_collections
+
+from cv_jax.errors import UserError, nearest
+
+
+class Task(NamedTuple):
+    """A task as a value: pure functions for one seed, without device axes.
+
+    A batch is a dict of arrays with a leading axis b: `image` (b, h, w, c) uint8, `label` (b,)
+    int32, and in training `index`, `epoch` and `coin` (see `data.batches`), in evaluation `mask`.
+    Metrics are (sum, count) pairs, so that any division of the examples gives the same means.
+
+    Attributes:
+        init: key -> TrainState.
+        train_step: (state, batch, key) -> (state, {metric: (sum, count)}).
+        evals: name -> ((state, batch) -> {metric: (sum, count)}). "watch" is what validation
+            during the training uses, "final" what the result is made of.
+        preview: (batch, key) -> (b, h, w, c) float32 in [0, 1], the images as the model gets them.
+        notes: lines that the log shows at the start.
+    """
+
+    init: Callable
+    train_step: Callable
+    evals: dict[str, Callable]
+    preview: Callable
+    notes: list[str]
+
+
+def build_task(config: ml_collections.ConfigDict, spec: NamedTuple) -> Task:
+    """Builds the task that `config.task` names, `cv_jax/tasks/<name>.py`, for data such as `spec`."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    if config.task not in names:
+        raise UserError(
+            f"config.task={config.task!r} is unknown.{nearest(config.task, names)} "
+            f"There are: {', '.join(names)}."
+        )
+    return importlib.import_module(f"{__name__}.{config.task}").build(config, spec)

@@ -1,0 +1,137 @@
+"""Image classification: one label an image, cross-entropy, accuracy."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from cv_jax import durations, update
+from cv_jax.augment import make_augment
+from cv_jax.data import DataSpec
+from cv_jax.evaluate import tta_logits
+from cv_jax.losses import cross_entropy
+from cv_jax.models import build_model, compute_dtype
+from cv_jax.optim import ema_params, make_optimizer
+from cv_jax.tasks import Task
+
+
+def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
+    """Builds the task: the model, its augmentation and its optimizer, closed over by functions."""
+    model = build_model(config.model, spec.num_classes, compute_dtype(config.dtype))
+    augment = make_augment(config.augment)
+    normalize = make_normalize(spec, config.data.normalize)
+    init_variables = partial(_init_variables, model, normalize, spec)
+
+    shapes = jax.eval_shape(init_variables, jax.random.key(0))
+    to_steps = partial(durations.steps, batch_size=config.batch_size, num_train=spec.num_train)
+    optimizer = make_optimizer(
+        config.optim,
+        shapes["params"],
+        durations.total_steps(config, spec.num_train),
+        config.batch_size,
+        to_steps,
+    )
+    use_ema = config.optim.ema > 0
+    label_smoothing = config.label_smoothing
+
+    def init(key: jax.Array) -> update.TrainState:
+        variables = init_variables(key)
+        params = variables.pop("params")
+        return update.init_state(params, variables, optimizer.tx)
+
+    def augmented(batch: dict, key: jax.Array) -> dict:
+        image = batch["image"].astype(jnp.float32) / 255
+        label = jax.nn.one_hot(batch["label"], spec.num_classes)
+        return augment(key, {**batch, "image": image, "label": label})
+
+    def forward(params, model_state, batch, key):
+        augment_key, dropout_key = jax.random.split(key)
+        mixed = augmented(batch, augment_key)
+        (logits, _), model_state = model.apply(
+            {"params": params, **model_state},
+            normalize(mixed["image"]),
+            train=True,
+            mutable=list(model_state),
+            rngs={"dropout": dropout_key},
+        )
+        losses = cross_entropy(logits, mixed["label"], label_smoothing)
+        correct = logits.argmax(-1) == mixed["label"].argmax(-1)
+        count = jnp.float32(len(losses))
+        return losses, (
+            model_state,
+            {"loss": (losses.sum(), count), "accuracy": (correct.sum(dtype=jnp.float32), count)},
+        )
+
+    def evaluate(state, batch, tta):
+        params = ema_params(state.opt_state) if use_ema else state.params
+
+        def apply(image):
+            return model.apply({"params": params, **state.model_state}, image, train=False)[0]
+
+        image = normalize(batch["image"].astype(jnp.float32) / 255)
+        return classification_metrics(tta_logits(tta, apply, image), batch["label"], batch["mask"])
+
+    step = update.make_train_step(forward, optimizer.tx)
+
+    def train_step(state, batch, key):
+        rates = {name: (rate, jnp.float32(1)) for name, rate in optimizer.lr(state.step).items()}
+        state, metrics = step(state, batch, key)
+        return state, {**metrics, **rates}
+
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    return Task(
+        init=init,
+        train_step=train_step,
+        evals={"watch": partial(evaluate, tta="none"), "final": partial(evaluate, tta=config.tta)},
+        preview=lambda batch, key: augmented(batch, key)["image"],
+        notes=[f"model   {config.model}: {num_params:,} parameters", optimizer.report],
+    )
+
+
+def _init_variables(model, normalize, spec, key):
+    image = jnp.zeros((1, *spec.image_shape), jnp.float32)
+    variables = model.init(key, image, train=False)
+    if hasattr(model, "init_from_images"):
+        images = normalize(jnp.asarray(spec.sample).astype(jnp.float32) / 255)
+        variables = model.init_from_images(variables, images)
+    return dict(variables)
+
+
+def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[jax.Array], jax.Array]:
+    """Returns x -> (x - mean) / std per channel of the training split, or x -> x."""
+    if not normalize:
+        return lambda image: image
+    mean, std = (jnp.asarray(value)[None, None, None] for value in (spec.mean, spec.std))
+    return lambda image: (image - mean) / std
+
+
+def classification_metrics(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict:
+    """Metrics of a batch as (sum, count) pairs over the examples that count.
+
+    Args:
+        logits: (b, n) float32.
+        label: (b,) int32 in [0, n).
+        mask: (b,) float32, 1 for an example that counts and 0 for padding.
+
+    Returns:
+        loss (cross-entropy, nats), accuracy, top5 where n > 5, per_class_accuracy ((n,) pairs) and
+        confusion, whose sum is the (n, n) matrix of counts, rows the labels, columns the answers.
+    """
+    n = logits.shape[-1]
+    answer = logits.argmax(-1)
+    label_one_hot = jax.nn.one_hot(label, n) * mask[:, None]
+    confusion = label_one_hot.T @ jax.nn.one_hot(answer, n)
+    count = mask.sum()
+    losses = cross_entropy(logits, jax.nn.one_hot(label, n))
+    metrics = {
+        "loss": ((losses * mask).sum(), count),
+        "accuracy": (((answer == label) * mask).sum(), count),
+        "per_class_accuracy": (jnp.diagonal(confusion), confusion.sum(1)),
+        "confusion": (confusion, count),
+    }
+    if n > 5:
+        hit = (jax.lax.top_k(logits, 5)[1] == label[:, None]).any(-1)
+        metrics["top5"] = ((hit * mask).sum(), count)
+    return metrics

@@ -1,0 +1,53 @@
+"""The training state, and the one function that turns it into the next."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes in training, arrays only: a checkpoint is this, and this is enough.
+
+    Attributes:
+        step: () int32, the updates made so far.
+        params: what the optimizer trains.
+        model_state: the model's other collections, such as batch statistics.
+        opt_state: the optimizer's own, with the averaged parameters where there are such.
+    """
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+
+
+def init_state(params: Any, model_state: Any, tx: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(jnp.int32(0), params, model_state, tx.init(params))
+
+
+def make_train_step(forward: Callable, tx: optax.GradientTransformation) -> Callable:
+    """Builds `train_step(state, batch, key) -> (state, metrics)`, pure and without device axes.
+
+    Args:
+        forward: (params, model_state, batch, key) -> (losses (b,), (model_state, metrics)), where
+            metrics are (sum, count) pairs. The gradient is that of the mean loss over the batch.
+        tx: the optimizer.
+    """
+
+    def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+        def mean_loss(params):
+            losses, aux = forward(params, state.model_state, batch, key)
+            return losses.mean(), aux
+
+        grads, (model_state, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, model_state, opt_state), metrics
+
+    return train_step

@@ -1,0 +1,102 @@
+"""What every test stands on: strict JAX, a private cache, small data, real CIFAR-10 if there is."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from cv_jax.config import base_config
+from cv_jax.data import Dataset, DataSpec, Split
+
+ROOT = Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps decoded data and compiled programs of the tests away from the user's."""
+    directory = tmp_path_factory.mktemp("cache")
+    os.environ["CV_JAX_CACHE"] = str(directory)
+    jax.config.update("jax_compilation_cache_dir", str(directory / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir() -> Path:
+    """The directory of a prepared CIFAR-10; skips where TFDS_DATA_DIR has none."""
+    directory = Path(os.environ.get("TFDS_DATA_DIR", ""))
+    if not (directory / "cifar10").is_dir():
+        pytest.skip("TFDS_DATA_DIR holds no prepared cifar10")
+    return directory
+
+
+def random_split(count: int, image_shape: tuple[int, int, int], num_classes: int) -> Split:
+    """Random images and labels, the same for the same arguments."""
+    rng = np.random.default_rng(count)
+    image = rng.integers(0, 256, (count, *image_shape), dtype=np.uint8)
+    return Split(image, rng.integers(0, num_classes, count).astype(np.int32))
+
+
+def random_dataset(image_shape: tuple[int, int, int] = (8, 8, 1), num_classes: int = 10) -> Dataset:
+    """70 training, 23 validation and 37 test images, none a multiple of a usual batch size."""
+    train, val, test = (random_split(m, image_shape, num_classes) for m in (70, 23, 37))
+    channels = image_shape[-1]
+    spec = DataSpec(
+        name="random",
+        image_shape=image_shape,
+        class_names=tuple(f"class {i}" for i in range(num_classes)),
+        mean=np.full(channels, 0.5, np.float32),
+        std=np.full(channels, 0.3, np.float32),
+        num_train=70,
+        num_val=23,
+        num_test=37,
+        sample=train.image,
+    )
+    return Dataset(spec, train, val, test)
+
+
+@pytest.fixture
+def tiny_config() -> ml_collections.ConfigDict:
+    """A training of seconds on digits, with everything that is random in it: 3 epochs of 5 steps."""
+    config = base_config()
+    config.epochs = 3.0
+    config.batch_size = 50
+    config.model = "n94(widths=(8, 8))"
+    config.augment = "alternating_flip|translate(1)|mixup(0.2)"
+    config.log_every = "2 steps"
+    config.checkpoint_every = "4 steps"
+    config.data.limit = 250
+    config.data.num_val = 50
+    config.optim.name = "adamw"
+    config.optim.lr = 0.01
+    config.optim.lr_batch_size = 0
+    config.optim.ema = 0.9
+    config.optim.rules = (("whiten/kernel", "frozen"), (".*", "base"))
+    return config.lock()
+
+
+@pytest.fixture(scope="session")
+def train_py() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs train.py with these arguments as a user does, from the project's directory."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "train.py", *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

@@ -1,0 +1,528 @@
+"""Augmentations: exact properties, and references in slow NumPy or Pillow."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from cv_jax import augment
+from cv_jax.augment import AUGMENTATIONS, make_augment
+from cv_jax.errors import UserError
+
+KEY = jax.random.key(0)
+ONE_OF_EACH = {
+    "flip": "flip",
+    "alternating_flip": "alternating_flip",
+    "crop": "crop(2)",
+    "affine": "affine(20, (0.8, 1.2), 2, 10, mode='zero')",
+    "rotate": "rotate(30)",
+    "scale": "scale(0.7, 1.3)",
+    "translate": "translate(2)",
+    "random_resized_crop": "random_resized_crop",
+    "cutout": "cutout(4)",
+    "color_jitter": "color_jitter(0.4, 0.4, 0.4)",
+    "mixup": "mixup",
+    "cutmix": "cutmix",
+}
+TEXTS = list(ONE_OF_EACH.values())
+# Compiling is most of what these tests do, and level 1 takes half the time of the default.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+MIXING = ("mixup", "cutmix")
+
+
+def make_batch(*shape, seed=0, image=None):
+    """A batch of random images of `shape` (or `image`) with one-hot labels of 4 classes."""
+    rng = np.random.default_rng(seed)
+    image = rng.random(shape) if image is None else image
+    b = len(image)
+    return {
+        "image": jnp.asarray(image, jnp.float32),
+        "label": jnp.asarray(np.eye(4)[rng.integers(4, size=b)], jnp.float32),
+        "index": jnp.arange(b, dtype=jnp.int32),
+        "epoch": jnp.full(b, 3, jnp.int32),
+        "coin": jnp.asarray(rng.integers(2**32, size=b), jnp.uint32),
+    }
+
+
+@functools.cache
+def jitted(text):
+    return jit(make_augment(text))
+
+
+def images(text, batch, key=KEY):
+    """The images that `text` makes of `batch`, for NumPy."""
+    return np.asarray(jitted(text)(key, batch)["image"])
+
+
+def ramps(b, h, w):
+    """Images whose two channels hold each pixel's row and column."""
+    grid = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), axis=-1)
+    return np.broadcast_to(grid, (b, h, w, 2)).astype(np.float32)
+
+
+# --- What holds for every op ---
+
+
+def test_every_op_is_tested_here():
+    assert ONE_OF_EACH.keys() == AUGMENTATIONS.keys()
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 10, 3), (1, 9, 6, 1)], ids=str)
+@pytest.mark.parametrize("text", TEXTS)
+def test_shapes_dtypes_and_range_stay(text, shape):
+    batch = make_batch(*shape)
+    out = jitted(text)(KEY, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, batch)
+    chex.assert_tree_all_finite(out)
+    assert float(out["image"].min()) >= 0
+    assert float(out["image"].max()) <= 1 + 1e-6
+    unread = {"index", "epoch", "coin"} | (set() if text in MIXING else {"label"})
+    for name in unread:
+        np.testing.assert_array_equal(out[name], batch[name])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_key_decides(text):
+    batch = make_batch(5, 7, 10, 3)
+    chex.assert_trees_all_equal(jitted(text)(KEY, batch), jitted(text)(KEY, batch))
+    other = images(text, batch, jax.random.key(1))
+    assert np.array_equal(images(text, batch), other) == (text == "alternating_flip")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_examples_do_not_touch_each_other(text):
+    batch = make_batch(5, 7, 10, 3)
+    changed = {**batch, "image": batch["image"].at[2].set(1 - batch["image"][2])}
+    differs = np.any(images(text, batch) != images(text, changed), axis=(1, 2, 3))
+    touched = {1, 2} if text in MIXING else {2}
+    assert differs[2]
+    assert set(np.flatnonzero(differs)) <= touched
+
+
+@pytest.mark.parametrize("text", [t for t in TEXTS if t not in ("alternating_flip", *MIXING)])
+def test_equal_examples_get_their_own_randomness(text):
+    image = np.random.default_rng(0).random((1, 7, 10, 3))
+    out = images(text, make_batch(image=np.repeat(image, 5, axis=0)))
+    assert len(np.unique(out.reshape(5, -1), axis=0)) > 1
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_vmap_inside_scan_gives_the_same(text):
+    op = make_augment(text)
+    batch = make_batch(5, 7, 10, 3)
+    keys = jax.random.split(KEY, (2, 2))
+
+    def body(carry, keys):
+        return carry, jax.vmap(op, in_axes=(0, None))(keys, batch)["image"]
+
+    _, together = jit(lambda keys: jax.lax.scan(body, 0, keys))(keys)
+    alone = [[images(text, batch, key) for key in row] for row in keys]
+    np.testing.assert_allclose(together, np.array(alone), atol=1e-6)
+
+
+# --- Composition ---
+
+
+def test_empty_text_is_the_identity():
+    batch = make_batch(2, 4, 4, 1)
+    chex.assert_trees_all_equal(make_augment("")(KEY, batch), batch)
+
+
+def test_ops_run_in_order_each_with_its_own_key():
+    expected = batch = make_batch(6, 9, 9, 3)
+    for position, text in enumerate(["crop(3)", "cutout(3)", "crop(3)"]):
+        op = AUGMENTATIONS[text[:-3]](3)
+        expected = jit(op)(jax.random.fold_in(KEY, position), expected)
+    out = jitted("crop(3) | cutout(3) | crop(3)")(KEY, batch)
+    chex.assert_trees_all_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("crp(4)", "Unknown augmentation 'crp'. Did you mean 'crop'? There are: affine, "),
+        ("flip(2)", r"p=2 must lie in [0, 1]"),
+        ("alternating_flip(0.5)", "It is written alternating_flip()."),
+        ("crop", "missing a required argument: 'padding'"),
+        ("crop(-1)", "padding=-1 must be a whole number of pixels, >= 0"),
+        ("crop(1.5)", "padding=1.5 must be a whole number of pixels, >= 0"),
+        ("crop(4, 'wrap')", """mode='wrap' must be "reflect" or "zero\""""),
+        ("rotate(-5)", "degrees=-5 must be >= 0"),
+        ("scale(0, 1)", "scale=(0, 1) must be 0 < low <= high"),
+        ("scale(1.2, 1.1)", "scale=(1.2, 1.1) must be 0 < low <= high"),
+        ("translate(-1)", "translate=-1 must be pixels, >= 0"),
+        ("affine(shear=90)", "shear=90 must lie in [0, 90)"),
+        ("affine(mode='wrap')", """mode='wrap' must be "reflect" or "zero\""""),
+        ("random_resized_crop(0)", "size=(0, 0) must be one or two whole numbers of pixels, >= 1"),
+        ("random_resized_crop((8,))", "size=(8,) must be one or two whole numbers of pixels, >= 1"),
+        ("random_resized_crop(scale=(0.5, 1.5))", "scale=(0.5, 1.5) must be 0 < low <= high <= 1"),
+        ("random_resized_crop(ratio=(2, 1))", "ratio=(2, 1) must be 0 < low <= high"),
+        ("cutout(-1)", "size=-1 must be a whole number of pixels, >= 0"),
+        ("cutout(8, 2)", "fill=2 must lie in [0, 1]"),
+        ("color_jitter(0.1, 2)", "(0.1, 2, 0.0) must all lie in [0, 1]"),
+        ("mixup(0)", "alpha=0 must be > 0"),
+        ("cutmix(-1)", "alpha=-1 must be > 0"),
+    ],
+)
+def test_bad_arguments_are_named(text, message):
+    with pytest.raises(UserError) as error:
+        make_augment(text)
+    assert message in str(error.value)
+
+
+# --- Mirror images ---
+
+
+def test_flip_mirrors_columns():
+    batch = make_batch(2, 3, 4, 3)
+    np.testing.assert_array_equal(images("flip(1.0)", batch), batch["image"][:, :, ::-1])
+    np.testing.assert_array_equal(images("flip(0.0)", batch), batch["image"])
+    np.testing.assert_array_equal(images("flip(1.0)|flip(1.0)", batch), batch["image"])
+
+
+def test_flip_happens_with_probability_p():
+    batch = make_batch(4000, 1, 2, 1)
+    flipped = np.any(images("flip(0.3)", batch) != batch["image"], axis=(1, 2, 3))
+    assert abs(flipped.mean() - 0.3) < 0.03  # four standard deviations
+
+
+def test_alternating_flip_shows_both_versions_in_successive_epochs():
+    batch = make_batch(50, 3, 4, 1)
+    batch["coin"] = batch["coin"].at[:2].set(jnp.array([2**32 - 1, 2**32 - 2], jnp.uint32))
+    plain = np.asarray(batch["image"])
+    for epoch in range(4):
+        out = images("alternating_flip", {**batch, "epoch": jnp.full(50, epoch, jnp.int32)})
+        odd = (np.asarray(batch["coin"]).astype(np.int64) + epoch) % 2 == 1
+        assert 0 < odd.sum() < 50
+        np.testing.assert_array_equal(out[odd], plain[odd][:, :, ::-1])
+        np.testing.assert_array_equal(out[~odd], plain[~odd])
+
+
+# --- Other views of the image ---
+
+
+@pytest.mark.parametrize(("mode", "pad"), [("reflect", "reflect"), ("zero", "constant")])
+@pytest.mark.parametrize(
+    ("h", "w", "c", "padding"), [(5, 6, 3, 2), (3, 4, 1, 7), (1, 2, 1, 2), (4, 4, 2, 0)]
+)
+def test_crop_is_a_window_of_the_padded_image(h, w, c, padding, mode, pad):
+    batch = make_batch(30, h, w, c)
+    out = images(f"crop({padding}, '{mode}')", batch)
+    offsets = list(itertools.product(range(2 * padding + 1), repeat=2))
+    width = ((padding, padding), (padding, padding), (0, 0))
+    for before, after in zip(np.asarray(batch["image"]), out, strict=True):
+        padded = np.pad(before, width, mode=pad)
+        assert any(np.array_equal(padded[y : y + h, x : x + w], after) for y, x in offsets)
+
+
+def test_crop_offsets_are_equally_frequent():
+    shifts = images("crop(1)", make_batch(image=ramps(4500, 5, 5)))[:, 2, 2].astype(int)
+    _, counts = np.unique(shifts, axis=0, return_counts=True)
+    assert len(counts) == 9
+    assert np.all(abs(counts - 500) < 90)  # four standard deviations
+
+
+def slow_affine(image, degrees, scale, shear, down, right, mode):
+    """One image, pixel by pixel, with the forward map inverted numerically."""
+    h, w, c = image.shape
+    t, s = np.deg2rad(degrees), np.tan(np.deg2rad(shear))
+    turn = np.array([[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]])  # of (right, down)
+    back = np.linalg.inv(turn @ np.array([[1, s], [0, 1]]) * scale)
+    margin = 40
+    padded = np.pad(
+        image.astype(np.float64),
+        ((margin, margin), (margin, margin), (0, 0)),
+        mode="constant" if mode == "zero" else "reflect",
+    )
+    out = np.zeros((h, w, c))
+    for row, col in itertools.product(range(h), range(w)):
+        x, y = back @ np.array([col - (w - 1) / 2 - right, row - (h - 1) / 2 - down])
+        y, x = y + (h - 1) / 2 + margin, x + (w - 1) / 2 + margin
+        top, left = int(np.floor(y)), int(np.floor(x))
+        for r, q in itertools.product((top, top + 1), (left, left + 1)):
+            out[row, col] += (1 - abs(y - r)) * (1 - abs(x - q)) * padded[r, q]
+    return out
+
+
+affine_with = jit(augment._affine, static_argnames="mode")
+
+
+def fixed_affine(image, degrees=0.0, scale=1.0, shear=0.0, down=0.0, right=0.0, mode="reflect"):
+    """`augment._affine` with the amounts given, each a number or (b,)."""
+    amounts = (degrees, scale, shear, down, right)
+    amounts = [jnp.broadcast_to(jnp.asarray(a, jnp.float32), len(image)) for a in amounts]
+    return np.asarray(affine_with(jnp.asarray(image, jnp.float32), *amounts, mode=mode))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "zero"])
+@pytest.mark.parametrize("shape", [(8, 7, 10, 3), (8, 9, 4, 1)], ids=str)
+def test_affine_equals_the_slow_reference(shape, mode):
+    rng = np.random.default_rng(0)
+    image = rng.random(shape, np.float32)
+    low, high = np.array([[-180, 0.6, -30, -4, -4], [180, 1.6, 30, 4, 4]])
+    amounts = rng.uniform(low, high, (len(image), 5))
+    expected = [slow_affine(i, *a, mode) for i, a in zip(image, amounts, strict=True)]
+    out = fixed_affine(image, *amounts.T, mode=mode)
+    np.testing.assert_allclose(out, np.array(expected), atol=2e-5)
+
+
+def test_affine_of_nothing_is_the_identity():
+    batch = make_batch(3, 5, 8, 3)
+    for text in ("affine", "rotate(0)", "scale(1, 1)", "translate(0, mode='zero')"):
+        np.testing.assert_array_equal(images(text, batch), batch["image"])
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_a_quarter_turn_is_rot90(size):
+    image = np.random.default_rng(0).random((1, size, size, 3), np.float32)
+    for mode in ("reflect", "zero"):
+        out = fixed_affine(image, degrees=90.0, mode=mode)
+        np.testing.assert_allclose(out[0], np.rot90(image[0]), atol=1e-5)
+
+
+def test_rotation_turns_as_pillow_does():
+    smooth = np.sin(ramps(1, 21, 21).sum(-1) / 4 + ramps(1, 21, 21)[..., 0] / 5)
+    out = fixed_affine(smooth[..., None], degrees=25.0)[0, ..., 0]
+    turned = Image.fromarray(smooth[0]).rotate(25, resample=Image.Resampling.BILINEAR)
+    inner = slice(6, 15)
+    np.testing.assert_allclose(out[inner, inner], np.asarray(turned)[inner, inner], atol=1e-5)
+
+
+def test_moving_by_whole_pixels_is_a_roll():
+    image = np.random.default_rng(0).random((1, 6, 8, 1), np.float32)
+    out = fixed_affine(image, down=2.0, right=-3.0, mode="zero")
+    np.testing.assert_array_equal(out[:, 2:, :-3], np.roll(image, (2, -3), (1, 2))[:, 2:, :-3])
+    assert not out[:, :2].any()
+    assert not out[:, :, -3:].any()
+
+
+def test_affine_draws_are_uniform_in_their_ranges():
+    # On ramps, interpolation is exact: the centre and its neighbours tell where they came from.
+    batch = make_batch(image=ramps(4000, 11, 11))
+
+    def slopes(text):
+        out = images(text, batch)
+        return out[:, 5, 5] - 5, out[:, 6, 5] - out[:, 5, 5], out[:, 5, 6] - out[:, 5, 5]
+
+    def assert_uniform(draws, low, high):
+        span = high - low
+        assert draws.min() > low - 1e-3
+        assert draws.max() < high + 1e-3
+        np.testing.assert_allclose(draws.mean(), (low + high) / 2, atol=0.02 * span)
+        np.testing.assert_allclose(draws.std(), span / 12**0.5, rtol=0.05)
+
+    center, down, right = slopes("affine(20, (0.8, 1.3), 2)")
+    scale = 1 / np.hypot(*right.T)
+    angle = np.arctan2(right[:, 0], right[:, 1])
+    assert_uniform(np.rad2deg(angle), -20, 20)
+    assert_uniform(scale, 0.8, 1.3)
+    back = np.einsum("bij,bj->bi", np.linalg.inv(np.stack([down, right], axis=-1)), -center)
+    assert_uniform(back[:, 0], -2, 2)
+    assert_uniform(back[:, 1], -2, 2)
+    _, down, _ = slopes("affine(shear=30)")
+    assert_uniform(np.rad2deg(np.arctan(-down[:, 1])), -30, 30)
+    chex.assert_trees_all_equal(images("rotate(9)", batch), images("affine(9)", batch))
+    chex.assert_trees_all_equal(images("scale(1, 2)", batch), images("affine(0, (1, 2))", batch))
+    chex.assert_trees_all_equal(
+        images("translate(2)", batch), images("affine(0, (1, 1), 2)", batch)
+    )
+
+
+@pytest.mark.parametrize("size", [(6, 9), (3, 4), (15, 5)], ids=str)
+def test_resized_boxes_equal_pillows(size):
+    rng = np.random.default_rng(0)
+    image = rng.random((4, 12, 10, 1), np.float32)
+    corner = rng.uniform(0, 4, (4, 2)).astype(np.float32)
+    extent = rng.uniform(3, 6, (4, 2)).astype(np.float32)
+    out = jit(augment._resize_boxes, static_argnums=3)(image, corner, extent, size)
+    assert out.shape == (4, *size, 1)
+    for i in range(4):
+        (y, x), (h, w) = corner[i].tolist(), extent[i].tolist()
+        expected = Image.fromarray(image[i, ..., 0]).resize(
+            size[::-1], Image.Resampling.BILINEAR, box=(x, y, x + w, y + h)
+        )
+        np.testing.assert_allclose(out[i, ..., 0], np.asarray(expected), atol=1e-5)
+
+
+box_shapes = jit(augment._box_shapes, static_argnums=(1, 2, 3, 4, 5))
+
+
+def test_boxes_have_uniform_area_and_log_uniform_ratio():
+    shapes = box_shapes(KEY, 4000, 30, 20, (0.1, 0.3), (0.5, 2.0))
+    height, width = np.asarray(shapes).T
+    area, log_ratio = height * width / 600, np.log2(width / height)
+    for draws, low, high in ((area, 0.1, 0.3), (log_ratio, -1, 1)):
+        assert low - 1e-4 < draws.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < draws.max() < high + 1e-4
+        np.testing.assert_allclose(draws.mean(), (low + high) / 2, atol=0.02 * (high - low))
+
+
+def test_boxes_that_do_not_fit_are_drawn_again_or_replaced_by_the_largest():
+    height, width = np.asarray(box_shapes(KEY, 2000, 8, 8, (0.5, 1.0), (0.75, 4 / 3))).T
+    assert max(height.max(), width.max()) <= 8
+    assert (height * width).min() > 31.9
+    wide = box_shapes(KEY, 3, 6, 60, (0.9, 1.0), (0.75, 4 / 3))
+    np.testing.assert_allclose(wide, [[6, 8]] * 3, rtol=1e-6)
+    tall = box_shapes(KEY, 3, 60, 6, (0.9, 1.0), (0.75, 4 / 3))
+    np.testing.assert_allclose(tall, [[8, 6]] * 3, rtol=1e-6)
+
+
+def test_random_resized_crop_places_boxes_all_over_the_image():
+    h, w, size = 14, 10, 12
+    out = images(f"random_resized_crop({size}, (0.2, 0.25))", make_batch(image=ramps(2000, h, w)))
+    assert out.shape == (2000, size, size, 2)
+    # The boxes grow, so ramps stay ramps away from the border of the image.
+    step = out[:, 7, 7] - out[:, 6, 6]
+    middle = (out[:, 6, 6] + out[:, 5, 5]) / 2 + 0.5
+    corner, room = middle - step * size / 2, np.array([h, w]) - step * size
+    share = corner / room
+    assert share.min() > -1e-3
+    assert share.max() < 1 + 1e-3
+    np.testing.assert_allclose(share.mean(0), 0.5, atol=0.03)
+    np.testing.assert_allclose(share.std(0), 12**-0.5, rtol=0.05)
+
+
+def test_random_resized_crop_of_everything_is_the_identity():
+    batch = make_batch(3, 8, 8, 3)
+    out = images("random_resized_crop(None, (1, 1), (1, 1))", batch)
+    np.testing.assert_allclose(out, batch["image"], atol=1e-6)
+
+
+# --- Parts hidden, colours changed ---
+
+
+def patches(h, w, height, width):
+    """Every mask that a patch whose centre lies in the image can leave, (h * w, h, w)."""
+    masks = np.zeros((h, w, h, w), bool)
+    for y, x in itertools.product(range(h), range(w)):
+        top, left = y - height // 2, x - width // 2
+        masks[y, x, max(0, top) : top + height, max(0, left) : left + width] = True
+    return masks.reshape(h * w, h, w)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_cutout_hides_every_clipped_square_equally_often(size):
+    h, w = 5, 4
+    out = images(f"cutout({size}, fill=0.25)", make_batch(image=np.ones((8000, h, w, 3))))
+    assert set(np.unique(out)) == {0.25, 1.0}
+    hidden = out[..., 0] == 0.25
+    np.testing.assert_array_equal(out == 0.25, np.repeat(hidden[..., None], 3, axis=-1))
+    found, counts = np.unique(hidden.reshape(8000, -1), axis=0, return_counts=True)
+    expected = np.unique(patches(h, w, size, size).reshape(h * w, -1), axis=0)
+    np.testing.assert_array_equal(found, expected)
+    assert np.all(abs(counts - 400) < 80)  # four standard deviations
+
+
+def test_cutout_keeps_the_rest_and_may_hide_nothing_or_all():
+    batch = make_batch(20, 7, 10, 3)
+    before, out = np.asarray(batch["image"]), images("cutout(4)", batch)
+    hidden = out == 0.5
+    np.testing.assert_array_equal(out[~hidden], before[~hidden])
+    np.testing.assert_array_equal(images("cutout(0)", batch), before)
+    assert np.all(images("cutout(40)", batch) == 0.5)
+
+
+def slow_grey(image):
+    """The grey image of one with 1 or 3 channels."""
+    return image if image.shape[-1] == 1 else image @ np.array([[0.299], [0.587], [0.114]])
+
+
+def slow_jitter(image, brightness, contrast, saturation):
+    """One image, in double precision."""
+    image = np.clip(brightness * image, 0, 1)
+    mean = slow_grey(image).mean()
+    image = np.clip(mean + contrast * (image - mean), 0, 1)
+    grey = slow_grey(image)
+    return np.clip(grey + saturation * (image - grey), 0, 1)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+def test_color_jitter_equals_the_slow_reference(c):
+    # Pale images near 0.5, where no factor clips, give away each factor; it does not depend on
+    # the other two, so the same key then jitters vivid images by the three known factors.
+    shape = (300, 5, 4, c)
+    pale = make_batch(image=np.random.default_rng(0).uniform(0.4, 0.6, shape))
+    vivid = make_batch(image=np.random.default_rng(1).random(shape))
+    before = np.asarray(pale["image"], np.float64)
+    grey = slow_grey(before)
+    bases = (0, grey.mean(axis=(1, 2, 3), keepdims=True), grey)
+    texts = ("color_jitter(0.5)", "color_jitter(0, 0.4)", "color_jitter(0, 0, 0.3)")
+    factors = np.ones((3, 300))
+    for i, (text, base) in enumerate(zip(texts, bases, strict=True)):
+        if c == 1 and i == 2:
+            np.testing.assert_array_equal(images(text, pale), pale["image"])
+            continue
+        reach = (0.5, 0.4, 0.3)[i]
+        far, out = before - base, images(text, pale) - base
+        factors[i] = (far * out).sum((1, 2, 3)) / (far * far).sum((1, 2, 3))
+        np.testing.assert_allclose(out, factors[i][:, None, None, None] * far, atol=1e-6)
+        assert 1 - reach - 1e-5 < factors[i].min() < 1 - 0.95 * reach
+        assert 1 + 0.95 * reach < factors[i].max() < 1 + reach + 1e-5
+        np.testing.assert_allclose(factors[i].mean(), 1, atol=reach / 7)
+    out = images("color_jitter(0.5, 0.4, 0.3)", vivid)
+    expected = [
+        slow_jitter(image, *f)
+        for image, f in zip(np.asarray(vivid["image"], np.float64), factors.T, strict=True)
+    ]
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+# --- Two examples in one ---
+
+
+def test_mixup_mixes_image_and_label_alike_with_the_next_example():
+    batch = make_batch(8, 5, 4, 3)
+    batch["label"] = jnp.asarray(np.eye(8), jnp.float32)
+    out = jitted("mixup(1.0)")(KEY, batch)
+    label, before = np.asarray(out["label"]), np.asarray(batch["image"])
+    own = label[np.arange(8), np.arange(8)]
+    np.testing.assert_allclose(label.sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(label[np.arange(8), np.arange(1, 9) % 8], 1 - own, atol=1e-6)
+    own = own[:, None, None, None]
+    mixed = own * before + (1 - own) * np.roll(before, -1, axis=0)
+    np.testing.assert_allclose(out["image"], mixed, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_mixup_shares_follow_the_beta_distribution(alpha):
+    image = np.tile([0.0, 1.0], 2000).reshape(4000, 1, 1, 1)
+    share = abs(images(f"mixup({alpha})", make_batch(image=image)) - image[::-1])
+    np.testing.assert_allclose(share.mean(), 0.5, atol=0.03)
+    np.testing.assert_allclose(share.var(), 1 / (4 * (2 * alpha + 1)), rtol=0.1)
+
+
+def test_cutmix_labels_have_exactly_the_area_pasted():
+    b, h, w = 64, 8, 16
+    batch = make_batch(image=np.broadcast_to(np.arange(b)[:, None, None, None], (b, h, w, 3)))
+    batch["label"] = jnp.asarray(np.eye(b), jnp.float32)
+    out = jitted("cutmix")(KEY, batch)
+    image, label = np.asarray(out["image"]), np.asarray(out["label"])
+    own, after = np.arange(b), np.arange(1, b + 1) % b
+    pasted = image == after[:, None, None, None]
+    assert np.all(pasted | (image == own[:, None, None, None]))
+    share = pasted.mean(axis=(1, 2, 3))
+    np.testing.assert_array_equal(label[own, after], share)
+    np.testing.assert_array_equal(label[own, own], 1 - share)
+    np.testing.assert_array_equal(label.sum(1), 1)
+
+
+def test_cutmix_pastes_a_box_of_the_drawn_area():
+    # Beta(1e6, 1e6) is 1/2 to three digits: sides are the image's over the root of 2.
+    h, w = 8, 16
+    image = np.zeros((2000, h, w, 1))
+    image[1::2] = 1
+    pasted = images("cutmix(1e6)", make_batch(image=image)) != image
+    found = np.unique(pasted.reshape(2000, -1), axis=0)
+    expected = np.unique(patches(h, w, 5, 11).reshape(h * w, -1), axis=0)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("text", ["mixup", "cutmix"])
+def test_an_example_alone_mixes_with_itself(text):
+    batch = make_batch(1, 5, 4, 3)
+    chex.assert_trees_all_equal(jitted(text)(KEY, batch), batch)

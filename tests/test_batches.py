@@ -1,0 +1,95 @@
+"""Batches are a function of (seed, step), the same from the device and from a stream."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from cv_jax.data.batches import (
+    STREAM_STEPS,
+    SplitStream,
+    resident_batches,
+    stream_batches,
+)
+from cv_jax.errors import UserError
+from cv_jax.mesh import make_mesh
+from tests.conftest import random_split
+
+SPLIT = random_split(70, (4, 5, 3), 10)
+BATCH_SIZE = 16  # 4 steps an epoch, 6 examples left over
+KEY = jax.random.key(7)
+
+
+def _collect(batches, steps):
+    pick = jax.jit(batches.pick)
+    return [jax.device_get(pick(batches.feed(step, 1), np.int32(step))) for step in steps]
+
+
+@pytest.fixture(scope="module")
+def resident():
+    return resident_batches(SPLIT, BATCH_SIZE, KEY, make_mesh())
+
+
+@pytest.fixture(scope="module")
+def two_epochs(resident):
+    return _collect(resident, range(8))
+
+
+def test_an_epoch_shows_each_example_at_most_once(two_epochs):
+    for epoch in (two_epochs[:4], two_epochs[4:]):
+        index = np.concatenate([batch["index"] for batch in epoch])
+        assert len(set(index.tolist())) == 64
+        assert index.min() >= 0
+        assert index.max() < 70
+    assert (two_epochs[0]["index"] != two_epochs[4]["index"]).any()
+
+
+def test_images_and_labels_are_those_of_the_index(two_epochs):
+    for step, batch in enumerate(two_epochs):
+        np.testing.assert_array_equal(batch["image"], SPLIT.image[batch["index"]])
+        np.testing.assert_array_equal(batch["label"], SPLIT.label[batch["index"]])
+        assert batch["epoch"].tolist() == [step // 4] * BATCH_SIZE
+
+
+def test_the_coin_stays_with_the_example_and_differs_between_seeds(two_epochs):
+    def coins(batches):
+        pairs = [(b["index"].tolist(), b["coin"].tolist()) for b in batches]
+        return {i: c for index, coin in pairs for i, c in zip(index, coin, strict=True)}
+
+    first, second = coins(two_epochs[:4]), coins(two_epochs[4:])
+    both = first.keys() & second.keys()
+    assert len(both) > 50
+    assert all(first[i] == second[i] for i in both)
+    other = coins(
+        _collect(resident_batches(SPLIT, BATCH_SIZE, jax.random.key(8), make_mesh()), [0])
+    )
+    assert all(first[i] != other[i] for i in first.keys() & other.keys())
+    heads = sum(coin & 1 for coin in first.values())
+    assert 16 < heads < 48
+
+
+def test_a_batch_needs_no_history(resident, two_epochs):
+    chex.assert_trees_all_equal(_collect(resident, [6, 2, 5]), [two_epochs[i] for i in (6, 2, 5)])
+
+
+def test_a_stream_gives_the_same_bits(two_epochs):
+    stream = stream_batches(SplitStream(SPLIT), BATCH_SIZE, KEY, make_mesh())
+    chex.assert_trees_all_equal(_collect(stream, range(8)), two_epochs)
+    feed = stream.feed(5, 3)
+    picked = [jax.device_get(stream.pick(feed, np.int32(step))) for step in (5, 6, 7)]
+    chex.assert_trees_all_equal(picked, two_epochs[5:])
+
+
+def test_a_feed_never_crosses_the_end_of_an_epoch(resident):
+    assert [resident.limit(step) for step in range(5)] == [4, 3, 2, 1, 4]
+    long = stream_batches(SplitStream(SPLIT), 2, KEY, make_mesh())
+    assert [long.limit(step) for step in (0, 30, 34)] == [STREAM_STEPS, 5, 1]
+
+
+def test_shapes_are_those_of_the_batches(resident, two_epochs):
+    chex.assert_trees_all_equal_shapes_and_dtypes(resident.shapes, two_epochs[0])
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(UserError, match=r"config\.batch_size=71 .* the 70 training examples"):
+        resident_batches(SPLIT, 71, KEY, make_mesh())

@@ -1,0 +1,102 @@
+"""Every mistake in a config is named, and a work directory keeps to its config."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from cv_jax import config as config_lib
+from cv_jax.config import adopt_workdir, base_config, check, check_config_flags, flatten
+from cv_jax.errors import UserError
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def flag_values(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+    return values
+
+
+def _check(flag_values, line):
+    check_config_flags(["train.py", *shlex.split(line)], flag_values)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", r"--config=FILE.*configs/digits\.py"),
+        ("--config=configs/digit.py", r"no config file 'configs/digit\.py'.*'configs/digits\.py'"),
+        ("--config=configs/digits.py --config.epoch=3", r"no key 'epoch'.*'epochs'"),
+        ("--config=configs/digits.py --config.optim.lrr=3", r"'optim\.lrr'.*'optim\.lr'"),
+        ("--config=configs/digits.py --config.lr=3", r"no key 'lr'.*'optim\.lr'"),
+        ("--config configs/digits.py --config.data.nam=x", r"'data\.nam'.*'data\.name'"),
+        ("--config=configs/digits.py:smok", r"'smoke' or none, not 'smok'"),
+    ],
+)
+def test_a_mistyped_command_line_names_the_nearest(flag_values, line, message):
+    with pytest.raises(UserError, match=message):
+        _check(flag_values, line)
+
+
+def test_a_right_command_line_parses_afterwards(flag_values):
+    line = ["train.py", "--config=configs/digits.py:smoke", "--config.optim.lr=0.5"]
+    check_config_flags(line, flag_values)
+    flag_values(line)
+    assert flag_values.config.optim.lr == 0.5
+    assert flag_values.config.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("epochs", 0.0), ("batch_size", -1), ("label_smoothing", 1.0), ("optim.lr", 0.0)],
+)
+def test_values_out_of_range_name_their_key(key, value):
+    config = base_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"config\.{key}={value} must"):
+        check(config)
+
+
+def test_a_work_directory_keeps_to_its_config(tmp_path):
+    config = base_config()
+    assert adopt_workdir(tmp_path / "a", config) == []
+    assert adopt_workdir(tmp_path / "a", config) == []
+
+    config.epochs, config.log_every = 20.0, "7 steps"
+    assert adopt_workdir(tmp_path / "a", config) == [
+        "epochs: 10.0 -> 20.0",
+        "log_every: '1 epoch' -> '7 steps'",
+    ]
+    assert json.loads((tmp_path / "a/config.json").read_text())["epochs"] == 20.0
+
+    config.optim.lr, config.seed = 0.2, 3
+    with pytest.raises(UserError) as error:
+        adopt_workdir(tmp_path / "a", config)
+    assert "optim.lr: there 0.1, here 0.2" in str(error.value)
+    assert "seed: there 0, here 3" in str(error.value)
+    assert "epochs" not in str(error.value)
+    assert json.loads((tmp_path / "a/config.json").read_text())["seed"] == 0
+
+
+def test_an_unreadable_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        adopt_workdir(tmp_path, base_config())
+
+
+def test_what_may_change_exists():
+    assert flatten(base_config()).keys() >= config_lib.MAY_CHANGE
+
+
+def test_the_way_to_go_on_is_a_command():
+    workdir = Path("runs/a b")
+    assert config_lib.resume_command(["train.py", "--config=c.py"], workdir) == (
+        "python train.py --config=c.py '--workdir=runs/a b'"
+    )
+    given = ["train.py", "--workdir", "x"]
+    assert config_lib.resume_command(given, workdir) == "python train.py --workdir x"

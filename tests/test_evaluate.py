@@ -1,0 +1,80 @@
+"""Every example counts once: masks, sums and views against numpy."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cv_jax.errors import UserError
+from cv_jax.evaluate import make_evaluate, means, padded_batches, tta_logits
+from cv_jax.mesh import make_mesh
+from cv_jax.tasks.classification import classification_metrics
+from tests.conftest import random_split
+
+SPLIT = random_split(37, (2, 2, 1), 7)
+WEIGHT = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+
+
+def _eval_fn(state, batch):
+    image = batch["image"].astype(jnp.float32).reshape(-1, 4) / 255
+    return classification_metrics(image @ state, batch["label"], batch["mask"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 36, 37, 38, 100])
+def test_any_batch_size_gives_the_same_numbers(batch_size):
+    evaluate = make_evaluate(_eval_fn, make_mesh())
+    sums = jax.device_get(evaluate(WEIGHT, padded_batches(SPLIT, batch_size)))
+
+    logits = (SPLIT.image.reshape(37, 4).astype(np.float64) / 255) @ WEIGHT.astype(np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    answer = logits.argmax(1)
+    right = answer == SPLIT.label
+    top5 = (np.argsort(-logits)[:, :5] == SPLIT.label[:, None]).any(1)
+    confusion = np.zeros((7, 7))
+    np.add.at(confusion, (SPLIT.label, answer), 1)
+
+    chex.assert_trees_all_equal(sums["accuracy"], (np.float32(right.sum()), np.float32(37)))
+    chex.assert_trees_all_equal(sums["top5"], (np.float32(top5.sum()), np.float32(37)))
+    np.testing.assert_array_equal(sums["confusion"][0], confusion)
+    np.testing.assert_array_equal(sums["per_class_accuracy"][0], np.diagonal(confusion))
+    np.testing.assert_array_equal(sums["per_class_accuracy"][1], np.bincount(SPLIT.label))
+    loss = -log_probs[np.arange(37), SPLIT.label].sum()
+    np.testing.assert_allclose(sums["loss"][0], loss, rtol=1e-5)
+
+
+def test_top5_is_left_out_where_it_says_nothing():
+    metrics = classification_metrics(jnp.zeros((2, 5)), jnp.zeros(2, jnp.int32), jnp.ones(2))
+    assert "top5" not in metrics
+
+
+def test_means_divide_and_leave_nan_where_nothing_was_counted():
+    got = means({"loss": (np.float32(6), np.float32(4)), "none": (np.zeros(2), np.array([0, 2.0]))})
+    assert got["loss"] == 1.5
+    np.testing.assert_array_equal(got["none"], [np.nan, 0])
+
+
+def _pixel_sum(weights):
+    return lambda image: jnp.einsum("bhwc,hw->bc", image, weights)
+
+
+def test_views_against_numpy():
+    rng = np.random.default_rng(1)
+    image, weights = (rng.normal(size=s).astype(np.float32) for s in ((2, 4, 5, 3), (4, 5)))
+    apply = _pixel_sum(weights)
+    plain = np.einsum("bhwc,hw->bc", image, weights)
+    mirror = (plain + np.einsum("bhwc,hw->bc", image[:, :, ::-1], weights)) / 2
+    np.testing.assert_allclose(tta_logits("none", apply, image), plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tta_logits("mirror", apply, image), mirror, rtol=1e-5, atol=1e-5)
+
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+    both = [padded[:, :4, :5], padded[:, 2:, 2:]]
+    both = [(v, v[:, :, ::-1]) for v in both]
+    moved = np.mean([np.einsum("bhwc,hw->bc", v, weights) for pair in both for v in pair], axis=0)
+    got = tta_logits("mirror_translate", apply, image)
+    np.testing.assert_allclose(got, (mirror + moved) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_view_is_named():
+    with pytest.raises(UserError, match=r"config\.tta='miror'.*'mirror'.*mirror_translate"):
+        tta_logits("miror", lambda x: x, jnp.zeros((1, 2, 2, 1)))

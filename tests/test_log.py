@@ -1,0 +1,117 @@
+"""What a run writes can be read back: JSON lines, TensorBoard events, the table."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from cv_jax.config import base_config
+from cv_jax.errors import UserError
+from cv_jax.log import Log, draw_confusion, image_grid
+from cv_jax.loop import Chunk, Intervals
+from tests.conftest import random_dataset
+
+
+@pytest.fixture
+def make_log(tmp_path):
+    config = base_config()
+    config.batch_size = 10  # 7 steps an epoch
+
+    def make(start_step=0):
+        intervals = Intervals(total=14, log=2, eval=0, save=0)
+        return Log(tmp_path, config, random_dataset().spec, start_step, intervals)
+
+    return make
+
+
+def _metrics(losses):
+    losses = np.array([*losses, 99.0])  # rows past the chunk's end are not read
+    return {"loss": (losses * 10, np.full(len(losses), 10.0)), "lr": (losses, np.ones_like(losses))}
+
+
+def _records(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def _events(tmp_path):
+    """The values of all event files: (tag, step) -> value."""
+    values = {}
+    for path in sorted(tmp_path.glob("events.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            length = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            values |= {(value.tag, event.step): value for value in event.summary.value}
+            at += 16 + length
+    return values
+
+
+def test_a_row_is_the_mean_over_its_steps(make_log, tmp_path, capsys):
+    with make_log() as log:
+        log.train(Chunk(0, 1, False, False, False), _metrics([4.0]))
+        log.row()
+        log.train(Chunk(1, 2, True, False, False), _metrics([2.0]))
+        log.evals(2, "val", {"loss": 1.5, "accuracy": 0.25, "confusion": np.eye(2)})
+        log.row()
+    train, val = _records(tmp_path)
+    assert (train["step"], train["split"], train["epoch"]) == (2, "train", round(2 / 7, 6))
+    assert train["values"]["loss"] == 3.0
+    assert val["values"] == {"loss": 1.5, "accuracy": 0.25}
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[:4] == ["0.29", "2", "3", "3.0000"]
+    assert "25.00%" in row
+
+    events = _events(tmp_path)
+    assert events["train/loss", 2].simple_value == 3.0
+    assert events["val/accuracy", 2].simple_value == 0.25
+
+
+def test_a_resumed_log_forgets_the_steps_after_the_checkpoint(make_log, tmp_path):
+    with make_log() as log:
+        for step in (2, 4, 6):
+            log.train(Chunk(step - 2, step, True, False, False), _metrics([1.0, 1.0]))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "ep')  # what a kill leaves behind
+    with make_log(start_step=4) as log:
+        log.train(Chunk(4, 6, True, False, False), _metrics([2.0, 2.0]))
+    assert [(r["step"], r["values"]["loss"]) for r in _records(tmp_path)] == [
+        (2, 1.0),
+        (4, 1.0),
+        (6, 2.0),
+    ]
+
+
+def test_a_loss_that_is_not_finite_names_its_step(make_log):
+    with make_log() as log, pytest.raises(UserError, match="not finite at step 5"):
+        log.train(Chunk(2, 6, True, False, False), _metrics([1.0, 1.0, math.nan, 1.0]))
+
+
+def test_a_grid_lays_images_out_in_rows():
+    images = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1) / 2
+    grid = image_grid(np.broadcast_to(images, (3, 2, 2, 1)), columns=2, gap=1)
+    assert grid.shape == (6, 6, 3)
+    assert grid.dtype == np.uint8
+    assert grid[0, 0].tolist() == [0, 0, 0]
+    assert grid[0, 3].tolist() == [128, 128, 128]
+    assert grid[3, 0].tolist() == [255, 255, 255]
+    assert grid[3, 3].tolist() == [0, 0, 0]  # an empty place
+
+
+def test_a_confusion_matrix_is_dark_on_a_perfect_diagonal():
+    image = draw_confusion(np.diag([3, 5]), ["a <b>", "c $x$"])
+    assert image.ndim == 3
+    assert image.dtype == np.uint8
+    perfect = draw_confusion(np.diag([5.0, 5]), ["a", "b"]).mean()
+    assert perfect < draw_confusion(np.full((2, 2), 0.0), ["a", "b"]).mean()
+
+
+def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
+    pair = (np.diag([2.0, 3.0]), np.float64(5))
+    sums = {"test": {"accuracy": (np.float64(5), np.float64(5)), "confusion": pair}, "val": {}}
+    with make_log() as log:
+        log.finals(14, sums, ["a", "b"])
+    events = _events(tmp_path)
+    assert events["final_test/accuracy", 14].simple_value == 1.0
+    assert events["confusion/test", 14].image.encoded_image_string.startswith(b"\x89PNG")

@@ -1,0 +1,505 @@
+"""Optimizers against their published rules in float64 numpy; schedules, groups, clip, average."""
+
+import math
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from cv_jax import durations
+from cv_jax.errors import UserError
+from cv_jax.optim import ema_params, make_optimizer
+from cv_jax.schedules import make_schedule
+
+TOTAL = 10
+SHAPES = {
+    "conv/kernel": (2, 2, 3, 4),
+    "norm/bias": (4,),
+    "head/kernel": (6, 3),
+    "wide/kernel": (2, 5),
+}
+STEPS = partial(durations.steps, batch_size=64, num_train=640)
+
+
+def nest(flat):
+    tree = {}
+    for name, value in flat.items():
+        module, leaf = name.split("/")
+        tree.setdefault(module, {})[leaf] = value
+    return tree
+
+
+def flatten(tree):
+    return {f"{m}/{leaf}": np.asarray(v) for m, sub in tree.items() for leaf, v in sub.items()}
+
+
+def draw(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(0, scale, shape) for name, shape in SHAPES.items()}
+
+
+START = draw(0)
+GRADS = [draw(seed) for seed in range(1, 6)]
+
+
+def to_jax(flat):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), nest(flat))
+
+
+def make_config(**changes):
+    config = ml_collections.ConfigDict(
+        {
+            "name": "sgd",
+            "lr": 0.1,
+            "lr_batch_size": 0,
+            "momentum": 0.9,
+            "weight_decay": 0.0,
+            "schedule": "linear",
+            "warmup": "never",
+            "clip_norm": 0.0,
+            "ema": 0.0,
+            "rules": ((".*", "base"),),
+            "groups": {},
+        }
+    )
+    config.update(changes)
+    return config.lock()
+
+
+def make(batch_size=64, **changes):
+    return make_optimizer(make_config(**changes), to_jax(START), TOTAL, batch_size, STEPS)
+
+
+def train(optimizer, grads=GRADS):
+    """Returns the parameters after every step, flat, and the last optimizer state."""
+    params = to_jax(START)
+    state = optimizer.tx.init(params)
+    history = []
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def update(params, state, grad):
+        updates, state = optimizer.tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for grad in grads:
+        params, state = update(params, state, to_jax(grad))
+        history.append(flatten(params))
+    return history, state
+
+
+def rate(t, peak=0.1):
+    return peak * (1 - t / TOTAL)
+
+
+def assert_same(actual, expected, rtol=2e-5, atol=1e-5):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(actual[name], expected[name], rtol, atol, err_msg=name)
+
+
+# The references: one parameter p, its gradients g[0], g[1], ... -> p after all of them.
+
+
+def sgd_reference(p, grads, momentum=0.9, weight_decay=0.0, nesterov=False, peak=0.1):
+    buffer = np.zeros_like(p)
+    for t, g in enumerate(grads):
+        g = g + weight_decay * p
+        buffer = momentum * buffer + g
+        p = p - rate(t, peak) * (g + momentum * buffer if nesterov else buffer)
+    return p
+
+
+def adam_direction(grads, b1, b2, eps):
+    m, v = np.zeros_like(grads[0]), np.zeros_like(grads[0])
+    for g in grads:
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    t = len(grads)
+    return m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+
+
+def adam_reference(p, grads, b1, b2, eps, weight_decay):
+    seen = []
+    for t, g in enumerate(grads):
+        seen.append(g + weight_decay * p)
+        p = p - rate(t) * adam_direction(seen, b1, b2, eps)
+    return p
+
+
+def adamw_reference(p, grads, b1, b2, eps, weight_decay):
+    for t in range(len(grads)):
+        direction = adam_direction(grads[: t + 1], b1, b2, eps)
+        p = p - rate(t) * (direction + weight_decay * p)
+    return p
+
+
+def lamb_reference(p, grads, b1, b2, eps, weight_decay):
+    for t in range(len(grads)):
+        u = adam_direction(grads[: t + 1], b1, b2, eps) + weight_decay * p
+        p = p - rate(t) * u * np.linalg.norm(p) / np.linalg.norm(u)
+    return p
+
+
+def muon_reference(p, grads, momentum, ns_steps, nesterov, normalize, weight_decay=0.0):
+    """In PyTorch's order of axes: output channels first, the other axes flattened."""
+    shape = np.moveaxis(p, -1, 0).shape
+    p, *grads = (np.moveaxis(a, -1, 0).reshape(shape[0], -1) for a in (p, *grads))
+    buffer = np.zeros_like(p)
+    for t, g in enumerate(grads):
+        buffer = momentum * buffer + g
+        x = g + momentum * buffer if nesterov else buffer
+        x = x / (np.linalg.norm(x) + 1e-7)
+        for _ in range(ns_steps):
+            a = x @ x.T
+            x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+        if normalize:
+            p = p * len(p) ** 0.5 / np.linalg.norm(p)
+        p = p - rate(t) * (x + weight_decay * p)
+    return np.moveaxis(p.reshape(shape), 0, -1)
+
+
+def expected_after(reference, count=None, names=SHAPES):
+    return {name: reference(START[name], [g[name] for g in GRADS[:count]]) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reference"),
+    [
+        ({"name": "sgd", "weight_decay": 0.05}, partial(sgd_reference, weight_decay=0.05)),
+        (
+            {"name": "sgd(nesterov=True)", "momentum": 0.85, "weight_decay": 0.05},
+            partial(sgd_reference, momentum=0.85, weight_decay=0.05, nesterov=True),
+        ),
+        (
+            {"name": "adam(b2=0.98)", "weight_decay": 0.05, "momentum": 0.8},
+            partial(adam_reference, b1=0.8, b2=0.98, eps=1e-8, weight_decay=0.05),
+        ),
+        (
+            {"name": "adamw(eps=0.01)", "weight_decay": 0.05},
+            partial(adamw_reference, b1=0.9, b2=0.999, eps=0.01, weight_decay=0.05),
+        ),
+        (
+            {"name": "lamb", "weight_decay": 0.05},
+            partial(lamb_reference, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.05),
+        ),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_optimizer_follows_its_published_rule(changes, reference):
+    history, _ = train(make(**changes))
+    for count in (1, 2, len(GRADS)):
+        assert_same(history[count - 1], expected_after(reference, count))
+
+
+MATRICES = [name for name in SHAPES if name != "norm/bias"]
+MUON_RULES = (("norm/bias", "frozen"), (".*", "base"))
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_decay", "reference"),
+    [
+        ("muon", 0.05, {"ns_steps": 5, "nesterov": True, "normalize": False}),
+        ("muon(nesterov=False)", 0.0, {"ns_steps": 5, "nesterov": False, "normalize": False}),
+        (
+            "muon(ns_steps=3, normalize_weights=True)",
+            0.05,
+            {"ns_steps": 3, "nesterov": True, "normalize": True},
+        ),
+    ],
+)
+def test_muon_follows_its_published_rule(name, weight_decay, reference):
+    optimizer = make(name=name, momentum=0.6, weight_decay=weight_decay, rules=MUON_RULES)
+    history, _ = train(optimizer)
+    reference = partial(muon_reference, momentum=0.6, weight_decay=weight_decay, **reference)
+    for count in (1, 2, len(GRADS)):
+        expected = expected_after(reference, count, MATRICES)
+        assert_same({name: history[count - 1][name] for name in MATRICES}, expected, rtol=1e-4)
+
+
+def test_muon_moves_every_singular_value_about_alike():
+    optimizer = make(name="muon", lr=1.0, momentum=0.0, schedule="constant", rules=MUON_RULES)
+    history, _ = train(optimizer, GRADS[:1])
+    step = (START["conv/kernel"] - history[0]["conv/kernel"]).reshape(-1, 4)
+    values = np.linalg.svd(step, compute_uv=False)
+    assert np.all((values > 0.6) & (values < 1.3)), values
+
+
+def test_muon_refuses_vectors():
+    optimizer = make(name="muon")
+    with pytest.raises(UserError, match="two or more axes, and norm/bias has 1: give it to a gr"):
+        optimizer.tx.init(to_jax(START))
+
+
+def test_muon_leaves_a_zero_parameter_finite():
+    optimizer = make(name="muon(normalize_weights=True)", rules=MUON_RULES)
+    params = jax.tree.map(jnp.zeros_like, to_jax(START))
+    updates, _ = optimizer.tx.update(to_jax(GRADS[0]), optimizer.tx.init(params), params)
+    assert 0.1 < np.linalg.norm(updates["head"]["kernel"]) < 0.2  # 0.1 sqrt(3 values near 1)
+
+
+def test_rate_grows_with_the_batch():
+    assert make(batch_size=512, lr=0.1, lr_batch_size=256).lr(0)["lr"] == pytest.approx(0.2)
+    assert make(batch_size=512, lr=0.1, lr_batch_size=0).lr(0)["lr"] == pytest.approx(0.1)
+    history, _ = train(make(batch_size=512, lr=0.1, lr_batch_size=256))
+    assert_same(history[-1], expected_after(partial(sgd_reference, peak=0.2)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "warmup", "total", "expected"),
+    [
+        ("constant", 0, 4, [2, 2, 2, 2]),
+        ("linear", 0, 4, [2, 1.5, 1, 0.5]),
+        ("linear(final=0.5)", 0, 4, [2, 1.75, 1.5, 1.25]),
+        ("linear(until=0.5)", 0, 8, [2, 1.5, 1, 0.5, 0, 0, 0, 0]),
+        ("cosine", 0, 4, [2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5)]),
+        ("cosine(final=0.5)", 0, 2, [2, 1.5]),
+        ("step", 0, 8, [2, 2, 2, 2, 0.2, 0.2, 0.02, 0.02]),
+        ("step(at=(0.3, 0.6, 0.9), factor=0.5)", 0, 10, [2] * 3 + [1] * 3 + [0.5] * 3 + [0.25]),
+        ("triangular(start=0.2, peak=0.5)", 0, 4, [0.4, 1.2, 2, 1]),
+        ("triangular(start=0, peak=0.25, end=0.5)", 0, 4, [0, 2, 2 - 1 / 3, 2 - 2 / 3]),
+        ("constant", 2, 4, [0, 1, 2, 2]),
+        ("linear", 2, 6, [0, 1, 2, 1.5, 1, 0.5]),
+        ("cosine", 1, 3, [0, 2, 1]),
+        ("step(at=(0.5,))", 2, 6, [0, 1, 2, 2, 0.2, 0.2]),
+        ("triangular(start=0.2, peak=0.5)", 2, 6, [0, 0.2, 0.4, 1.2, 2, 1]),
+        ("linear", 5, 3, [0, 0.4, 0.8]),
+        ("cosine", 0, 1, [2]),
+        ("linear", 1, 1, [0]),
+    ],
+)
+def test_schedule_has_these_rates(spec, warmup, total, expected):
+    schedule = make_schedule(spec, 2.0, total, warmup)
+    assert [float(schedule(t)) for t in range(total)] == pytest.approx(expected, abs=1e-6)
+    traced = jax.jit(jax.vmap(schedule))(jnp.arange(total, dtype=jnp.int32))
+    chex.assert_type(traced, jnp.float32)
+    np.testing.assert_allclose(traced, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_schedule_drops_on_the_very_step(warmup):
+    total = 70 + warmup
+    rates = make_schedule("step(at=(0.3, 0.7))", 1.0, total, warmup)(jnp.arange(warmup, total))
+    np.testing.assert_allclose(rates, [1.0] * 21 + [0.1] * 28 + [0.01] * 21, rtol=1e-6)
+
+
+def test_schedule_stays_at_its_end():
+    assert float(make_schedule("cosine(final=0.1)", 1.0, 5, 0)(9)) == pytest.approx(0.1)
+
+
+def test_rate_may_be_traced():
+    rates = jax.vmap(lambda lr: make_schedule("linear", lr, 4, 0)(2))(jnp.array([0.1, 0.4]))
+    np.testing.assert_allclose(rates, [0.05, 0.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "cosin"}, "Unknown config.optim.schedule 'cosin'. Did you mean 'cosine'"),
+        ({"schedule": "cosine(2.0)"}, "config.optim.schedule 'cosine': 2.0 is not between 0 and"),
+        ({"schedule": "linear(until=0)"}, "'linear': until must be above 0. It is written lin"),
+        ({"schedule": "step(at=0.5)"}, "config.optim.schedule 'step': .* It is written step"),
+        ({"name": "sdg"}, "Unknown config.optim.name 'sdg'. Did you mean 'sgd'"),
+        ({"name": "sgd(nestorov=True)"}, r"It is written sgd\(nesterov: bool = False\)"),
+        ({"name": "sgd(momentum=0.5)"}, "config.optim.name 'sgd': got an unexpected keyword"),
+        ({"warmup": "5 epoks"}, "'5 epoks' is not a duration"),
+        ({"groups": {"head": {"name": "adm"}}}, "Unknown config.optim.groups.head.name 'adm'"),
+        ({"groups": {"head": {"schedule": "x"}}}, "Unknown config.optim.groups.head.schedule 'x'"),
+        (
+            {"groups": {"head": {"momentun": 0.5}}},
+            "groups.head.momentun: .* Did you mean 'momentum'",
+        ),
+        ({"groups": {"frozen": {"lr": 1.0}}}, "config.optim.groups.frozen: the name 'frozen' is"),
+        ({"rules": ((".*", "bas"),)}, "unknown group 'bas'. Did you mean 'base'.*: base, frozen"),
+        ({"rules": (("(", "base"),)}, "config.optim.rules: '\\(' is not a regular expression"),
+        ({"rules": (("kernel", "base"), (".*", "base"))}, "rules: 'kernel' decides no parameter"),
+        (
+            {"rules": ((".*/kernel", "base"), ("conv/.*", "frozen"), (".*", "base"))},
+            "'conv/.\\*' decides no parameter. .* left by the rules before it: norm/bias",
+        ),
+        (
+            {"rules": (("(conv|wide)/.*", "base"),)},
+            "config.optim.rules cover every parameter but these: head/kernel, norm/bias. Add a",
+        ),
+    ],
+)
+def test_wrong_setting_is_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        make(**changes)
+
+
+def test_catch_all_may_be_left_with_nothing():
+    make(rules=(("[chnw].*", "base"), (".*", "frozen")))
+
+
+GROUPED = {
+    "rules": ((".*/bias", "base"), ("head/.*", "head"), (".*", "filters")),
+    "groups": {
+        "head": {"lr": 0.5, "weight_decay": 0, "schedule": "constant"},
+        "filters": {"name": "adamw", "lr_batch_size": 32, "warmup": "2 steps"},
+    },
+    "name": "sgd(nesterov=True)",
+    "weight_decay": 0.05,
+}
+
+
+def test_first_rule_that_matches_decides():
+    for first, moved in [("base", ["conv/kernel", "norm/bias"]), ("frozen", ["norm/bias"])]:
+        rules = (("conv/.*", first), ("[chw].*/kernel", "frozen"), (".*", "base"))
+        history, _ = train(make(rules=rules), GRADS[:1])
+        changed = [n for n in SHAPES if not np.array_equal(history[0][n], np.float32(START[n]))]
+        assert changed == moved
+
+
+def test_rule_must_match_the_whole_path():
+    optimizer = make(rules=(("(conv|head)/k.*", "frozen"), (".*", "base")))
+    history, _ = train(optimizer, GRADS[:1])
+    np.testing.assert_array_equal(history[0]["head/kernel"], np.float32(START["head/kernel"]))
+    with pytest.raises(UserError, match="'conv' decides no parameter"):
+        make(rules=(("conv", "frozen"), (".*", "base")))
+
+
+def test_groups_differ_from_base_only_where_they_say_so():
+    history, _ = train(make(**GROUPED))
+    grads = {name: [g[name] for g in GRADS] for name in SHAPES}
+
+    bias = sgd_reference(START["norm/bias"], grads["norm/bias"], 0.9, 0.05, nesterov=True)
+    np.testing.assert_allclose(history[-1]["norm/bias"], bias, 2e-5)
+
+    p, buffer = START["head/kernel"], 0.0  # no weight decay, constant rate, the rest as base
+    for g in grads["head/kernel"]:
+        buffer = 0.9 * buffer + g
+        p = p - 0.5 * (g + 0.9 * buffer)
+    np.testing.assert_allclose(history[-1]["head/kernel"], p, 2e-5, 1e-5)
+
+    p = START["conv/kernel"]  # 0.1 * 64 / 32, after two steps of warm-up over the remaining eight
+    for t, lr in enumerate([0, 0.1, 0.2, 0.2 * 7 / 8, 0.2 * 6 / 8]):
+        direction = adam_direction(grads["conv/kernel"][: t + 1], 0.9, 0.999, 1e-8)
+        p = p - lr * (direction + 0.05 * p)
+    np.testing.assert_allclose(history[-1]["conv/kernel"], p, 2e-5, 1e-5)
+
+
+def test_rates_to_log_are_those_of_the_groups_in_use():
+    optimizer = make(**GROUPED, batch_size=64)
+    rates = jax.jit(optimizer.lr)(jnp.int32(1))
+    assert {name: float(r) for name, r in rates.items()} == pytest.approx(
+        {"lr": 0.09, "lr/head": 0.5, "lr/filters": 0.1}
+    )
+    unused = make(**GROUPED | {"rules": ((".*", "base"),)})
+    assert unused.lr(0).keys() == {"lr"}
+
+
+def test_report_says_which_rule_took_what():
+    rules = ((".*/bias", "frozen"), ("head/.*", "head"), (".*", "filters"))
+    assert make(**GROUPED | {"rules": rules}).report.splitlines() == [
+        "rule     group    arrays  values  parameters",
+        ".*/bias  frozen        1       4  norm/bias",
+        "head/.*  head          1      18  head/kernel",
+        ".*       filters       2      58  conv/kernel, wide/kernel",
+    ]
+
+
+def test_frozen_stays_bit_for_bit():
+    rules = ((".*/kernel", "frozen"), (".*", "base"))
+    history, state = train(make(rules=rules, weight_decay=0.3, ema=0.9, clip_norm=1.0))
+    average = flatten(ema_params(state))
+    for name in MATRICES:
+        np.testing.assert_array_equal(history[-1][name], np.float32(START[name]))
+        np.testing.assert_array_equal(average[name], np.float32(START[name]))
+    assert not np.array_equal(history[-1]["norm/bias"], np.float32(START["norm/bias"]))
+
+
+def norm_of(grad, names=SHAPES):
+    return math.sqrt(sum((grad[name] ** 2).sum() for name in names))
+
+
+def test_clip_limits_the_global_norm_of_what_is_trained():
+    def clipped(grad, names):
+        return {n: grad[n] * min(1, 3.0 / norm_of(grad, names)) for n in SHAPES}
+
+    short = {name: 0.01 * g for name, g in GRADS[0].items()}
+    history, _ = train(make(clip_norm=3.0, momentum=0.0), [GRADS[0], short])
+    first = {n: START[n] - rate(0) * clipped(GRADS[0], SHAPES)[n] for n in SHAPES}
+    assert_same(history[0], first)
+    assert_same(history[1], {n: first[n] - rate(1) * short[n] for n in SHAPES})
+
+    trained = ["norm/bias", "wide/kernel"]
+    rules = (("(conv|head)/.*", "frozen"), (".*", "base"))
+    history, _ = train(make(clip_norm=3.0, rules=rules, momentum=0.0), GRADS[:1])
+    for name in trained:
+        expected = START[name] - rate(0) * clipped(GRADS[0], trained)[name]
+        np.testing.assert_allclose(history[0][name], expected, 2e-5)
+
+
+def test_ema_is_the_weighted_mean_of_the_updated_parameters():
+    for decay in (0.5, 0.9999):
+        optimizer = make(ema=decay, schedule="constant", lr=1.0)
+        state = optimizer.tx.init(to_jax(START))
+        chex.assert_trees_all_equal(ema_params(state), to_jax(START))
+        for count in (1, len(GRADS)):
+            history, state = train(optimizer, GRADS[:count])
+            weights = [decay ** (count - 1 - t) for t in range(count)]
+            expected = {
+                n: np.average(np.stack([np.float64(p[n]) for p in history]), 0, weights)
+                for n in SHAPES
+            }
+            assert_same(flatten(ema_params(state)), expected)
+
+
+def test_ema_changes_no_update():
+    with_average, _ = train(make(ema=0.9))
+    without, _ = train(make())
+    chex.assert_trees_all_equal(with_average, without)
+
+
+EVERYTHING = {
+    "ema": 0.9,
+    "clip_norm": 2.0,
+    "rules": (("norm/.*", "base"), ("conv/.*", "muon"), ("head/.*", "adam"), (".*", "frozen")),
+    "groups": {"muon": {"name": "muon(normalize_weights=True)"}, "adam": {"name": "adam"}},
+}
+
+
+def test_state_is_arrays_that_keep_type_and_shape():
+    optimizer = make(**EVERYTHING)
+    before = optimizer.tx.init(to_jax(START))
+    _, after = train(optimizer)
+    for leaf in jax.tree.leaves(before):
+        assert isinstance(leaf, jax.Array)
+        assert leaf.dtype == (jnp.int32 if leaf.ndim == 0 else jnp.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+
+
+def test_shapes_are_enough():
+    shapes = jax.eval_shape(lambda: to_jax(START))
+    optimizer = make_optimizer(make_config(**EVERYTHING), shapes, TOTAL, 64, STEPS)
+    expected, _ = train(make(**EVERYTHING))
+    chex.assert_trees_all_equal(train(optimizer)[0], expected)
+
+
+def test_networks_side_by_side_train_as_one_alone():
+    optimizer = make(**EVERYTHING)
+
+    def run(params, grads):
+        def step(carry, grad):
+            params, state = carry
+            updates, state = optimizer.tx.update(grad, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.tx.init(params)), grads)[0][0]
+
+    def stack(trees):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    grads = stack([to_jax(g) for g in GRADS])
+    flipped = jax.tree.map(jnp.negative, grads)
+    params = stack([to_jax(START), to_jax(draw(9))])
+    both = jax.jit(jax.vmap(run))(params, stack([grads, flipped]))
+    alone, _ = train(optimizer)
+    assert_same(flatten(jax.tree.map(lambda leaf: leaf[0], both)), alone[-1])
+    assert not np.allclose(both["head"]["kernel"][0], both["head"]["kernel"][1])

@@ -1,0 +1,145 @@
+"""A run that is stopped and taken up again ends, to the bit, where an uninterrupted one ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import train
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def _final_arrays(workdir):
+    """All arrays of the newest checkpoint, by path."""
+    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
+    step = manager.latest_step()
+    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    manager.close()
+    leaves = jax.tree.leaves_with_path(restored["state"])
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _assert_same_run(one, other):
+    a, b = _final_arrays(one), _final_arrays(other)
+    assert a.keys() == b.keys()
+    assert len(a) > 20
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+    a, b = (json.loads((workdir / "result.json").read_text()) for workdir in (one, other))
+    for key in ("test", "val", "steps", "examples", "total_flops"):
+        assert a[key] == b[key], key
+    a, b = ((workdir / "metrics.jsonl").read_text().splitlines() for workdir in (one, other))
+    assert len(a) == len(b)
+
+
+@pytest.fixture
+def whole(tiny_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    train.run(tiny_config, workdir)
+    return workdir
+
+
+class _StopAfter:
+    """A StopRequest that comes after the given step, wherever in an epoch that is."""
+
+    def __init__(self, log, step):
+        self.signum = signal.SIGTERM
+        self._log, self._step = log, step
+
+    requested = property(lambda self: self._log.seen >= self._step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+
+def test_stop_in_the_middle_of_an_epoch_and_go_on(whole, tiny_config, tmp_path, monkeypatch):
+    seen = train.Log
+    for step in (1, 6, 13):  # 5 steps an epoch; checkpoints are due every 4
+
+        class Log(seen):
+            seen = 0
+
+            def train(self, chunk, metrics):
+                super().train(chunk, metrics)
+                type(self).seen = chunk.end
+
+        monkeypatch.setattr(train, "Log", Log)
+        monkeypatch.setattr(train, "StopRequest", lambda s=step, log=Log: _StopAfter(log, s))
+        with pytest.raises(train.Stopped) as stopped:
+            train.run(tiny_config, tmp_path)
+        assert stopped.value.exit_code == 143
+    monkeypatch.undo()
+    train.run(tiny_config, tmp_path)
+    _assert_same_run(whole, tmp_path)
+
+
+def _command(workdir):
+    return [
+        sys.executable,
+        "train.py",
+        "--config=configs/digits.py",
+        "--config.epochs=6",
+        "--config.checkpoint_every=3 steps",
+        "--config.log_every=2 steps",
+        "--config.model=n94(widths=(8, 8))",
+        f"--workdir={workdir}",
+    ]
+
+
+def _start(workdir):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(_command(workdir), cwd=ROOT, env=environment, **pipes)
+
+
+def _wait_for_checkpoint(process, workdir, beyond):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        names = [p.name for p in (workdir / "checkpoints").glob("*")]
+        if any(name.isdigit() and int(name) > beyond for name in names):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint beyond {beyond}: {process.communicate()[0]}")
+
+
+def test_kill_9_and_the_same_command_again(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert _start(whole).wait(300) == 0
+
+    for beyond in (0, 40):
+        process = _start(killed)
+        _wait_for_checkpoint(process, killed, beyond)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    process = _start(killed)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "resumes after step" in output
+    _assert_same_run(whole, killed)
+
+    again = subprocess.run(_command(killed), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "this run is complete" in again.stdout
+
+
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
+    process = _start(tmp_path)
+    _wait_for_checkpoint(process, tmp_path, beyond=0)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    step = int(output.partition("Stopped by SIGINT after step ")[2].split(".")[0])
+    assert f"--workdir={tmp_path}" in output
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()

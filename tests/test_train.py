@@ -1,0 +1,111 @@
+"""train.py as a person meets it: whole runs, and every mistake answered by one clear message."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TINY = (
+    "--config=configs/digits.py:smoke",
+    "--config.model=n94(widths=(4,))",
+)
+
+
+def _result(workdir):
+    return json.loads((workdir / "result.json").read_text())
+
+
+def test_a_run_leaves_what_it_should(train_py, tmp_path):
+    done = train_py(*TINY, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"config.json", "env.json", "metrics.jsonl", "checkpoints", "result.json"}
+    assert any(name.startswith("events.out.tfevents") for name in names)
+
+    result = _result(tmp_path)
+    assert result["steps"] == 4
+    assert result["examples"] == 4 * result["config"]["batch_size"]
+    assert result["total_flops"] == result["flops_per_example"] * result["examples"] > 0
+    assert result["seconds"].keys() == {"data", "compile", "train", "eval", "save"}
+    for split, count in (("val", 64), ("test", 256)):
+        accuracy = result[split]["accuracy"]
+        assert result[split]["count"] == count
+        assert accuracy["n"] == 1
+        assert accuracy["values"] == [accuracy["mean"]]
+        assert accuracy["mean"] * count == pytest.approx(round(accuracy["mean"] * count))
+        assert len(result[split]["per_class_accuracy"]) == 10
+    assert f"accuracy {result['test']['accuracy']['mean']:.4f}" in done.stdout
+    assert "\r" not in done.stdout + done.stderr  # no progress bar where nobody watches
+
+    splits = [json.loads(line)["split"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert splits == ["train", "val", "train", "val", "final_val", "final_test"]
+
+
+def test_a_longer_run_goes_on_and_says_what_changed(train_py, tmp_path):
+    assert train_py(*TINY, f"--workdir={tmp_path}").returncode == 0
+    longer = train_py(*TINY, "--config.steps=6", f"--workdir={tmp_path}")
+    assert longer.returncode == 0, longer.stderr
+    assert "changed config.steps: 4 -> 6" in longer.stdout
+    assert "resumes after step 4" in longer.stdout
+    assert _result(tmp_path)["steps"] == 6
+    change = json.loads((tmp_path / "changes.jsonl").read_text())
+    assert change == {"step": 4, "change": "steps: 4 -> 6"}
+
+    shorter = train_py(*TINY, "--config.steps=5", f"--workdir={tmp_path}")
+    assert shorter.returncode == 2
+    assert "at step 6 already, past the 5 steps" in shorter.stderr
+
+    other = train_py(*TINY, "--config.steps=6", "--config.seed=1", f"--workdir={tmp_path}")
+    assert other.returncode == 2
+    assert "seed: there 0, here 1" in other.stderr
+    assert _result(tmp_path)["config"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/nothing.py"], "There is no config file 'configs/nothing.py'"),
+        ([*TINY, "--config.epoch=3"], "Did you mean 'epochs'?"),
+        ([*TINY, "--config.model=lennet"], "Did you mean 'lenet'?"),
+        ([*TINY, "--config.augment=crop(4)|flop"], "Did you mean 'flip'?"),
+        ([*TINY, "--config.optim.name=sdg"], "Did you mean 'sgd'?"),
+        ([*TINY, "--config.optim.schedule=cosin"], "Did you mean 'cosine'?"),
+        ([*TINY, "--config.task=clasification"], "Did you mean 'classification'?"),
+        ([*TINY, "--config.data.name=digit"], "digits"),
+        ([*TINY, "--config.log_every=often"], "'often' is not a duration"),
+        ([*TINY, "--config.batch_size=0"], "config.batch_size=0 must be above 0"),
+        ([*TINY, "--config.batch_size=100000"], "the 256 training examples"),
+        ([*TINY, "--config.optim.lr=1e30"], "The loss is not finite at step"),
+    ],
+)
+def test_a_mistake_gets_one_message_and_no_traceback(train_py, tmp_path, arguments, message):
+    done = train_py(*arguments, f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_help_shows_how_to_start(train_py):
+    done = train_py("--help")
+    assert "python train.py --config=configs/digits.py" in done.stdout
+    assert "--workdir" in done.stdout
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_any_number_of_devices_counts_the_same(train_py, tmp_path, devices):
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    one = train_py(*TINY, f"--workdir={tmp_path / 'one'}")
+    many = train_py(*TINY, f"--workdir={tmp_path / 'many'}", **flags)
+    assert one.returncode == many.returncode == 0, many.stderr
+    assert f"{devices} x cpu" in many.stdout
+    a, b = _result(tmp_path / "one"), _result(tmp_path / "many")
+    for split in ("val", "test"):
+        assert a[split]["count"] == b[split]["count"]
+        assert a[split]["accuracy"] == b[split]["accuracy"]
+        assert a[split]["per_class_accuracy"] == b[split]["per_class_accuracy"]
+        assert a[split]["loss"]["mean"] == pytest.approx(b[split]["loss"]["mean"], rel=1e-4)
+
+    uneven = train_py(*TINY, "--config.batch_size=33", f"--workdir={tmp_path / 'x'}", **flags)
+    assert uneven.returncode == 2
+    assert f"does not divide over {devices} devices" in uneven.stderr

@@ -1,0 +1,141 @@
+"""Trains a network as a config says, and measures it.
+
+    python train.py --config=configs/digits.py
+    python train.py --config=configs/cifar10.py --config.seed=1 --config.epochs=2
+    python train.py --config=configs/cifar10.py:smoke              # a run of seconds
+    python train.py --config=configs/cifar10.py --workdir=runs/a   # the same again goes on from there
+
+Every leaf of a config can be given as --config.KEY=VALUE; cv_jax/config.py lists them all. The run
+leaves config.json, env.json, metrics.jsonl, TensorBoard events, checkpoints and result.json in its
+work directory. Ctrl-C or SIGTERM saves a checkpoint and says how to go on; a second one stops at once.
+
+Exit codes: 0 done, 2 something to mend (the message says what), 130 / 143 stopped by Ctrl-C / SIGTERM.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from cv_jax.checkpoint import Checkpoints
+from cv_jax.config import (
+    adopt_workdir,
+    check,
+    check_config_flags,
+    default_workdir,
+    resume_command,
+)
+from cv_jax.data import load_dataset
+from cv_jax.data.batches import make_batches
+from cv_jax.errors import UserError
+from cv_jax.evaluate import Evaluator, means
+from cv_jax.flops import count_flops
+from cv_jax.keys import derive_keys
+from cv_jax.log import Log
+from cv_jax.loop import (
+    Clock,
+    Stopped,
+    StopRequest,
+    compile_train_chunk,
+    make_intervals,
+    plan_chunks,
+)
+from cv_jax.mesh import check_batch_size, make_mesh, replicated
+from cv_jax.result import finished_result, print_result, write_environment, write_result
+from cv_jax.startup import prepare_jax
+from cv_jax.tasks import build_task
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment: configs/NAME.py, or configs/NAME.py:smoke.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run keeps everything; runs/<config>/<time> when not given."
+)
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
+    """Trains as `config` says; goes on from `workdir` if a run was begun there. Returns the result."""
+    check(config)
+    mesh = make_mesh()
+    check_batch_size(config.batch_size, mesh)
+    clock = Clock()
+    with clock("data"):
+        data = load_dataset(config.data)
+    task = build_task(config, data.spec)
+    keys = derive_keys(config.seed)
+    intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)
+    changes = adopt_workdir(workdir, config)
+
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    init = jax.jit(task.init, out_shardings=replicated(mesh))
+    restored = checkpoints.restore_latest(like=init.eval_shape(keys.init))
+    state, seconds = restored or (init(keys.init), {})
+    clock.add(seconds)
+    if result := finished_result(workdir, int(state.step), intervals.total):
+        print(f"{workdir}: this run is complete.")
+        return result
+
+    write_environment(workdir)
+    batches = make_batches(config, data.train, keys.order, mesh)
+    train_chunk = compile_train_chunk(task.train_step, batches, state, keys.step, clock)
+    evaluate = Evaluator(task.evals, data, config.eval_batch_size, mesh, clock)
+    with Log(workdir, config, data.spec, int(state.step), intervals) as log, StopRequest() as stop:
+        log.begin(changes, task.notes)
+        log.preview(task.preview, batches, keys.step)
+        with clock("train"):
+            for chunk in plan_chunks(int(state.step), intervals, batches.limit, log.pace):
+                feed = batches.feed(chunk.start, chunk.num_steps)
+                state, metrics = train_chunk(state, feed, keys.step, np.int32(chunk.num_steps))
+                log.train(chunk, metrics)
+                val = means(evaluate("watch", state, "val")) if chunk.evals else {}
+                log.evals(chunk.end, "val", val)
+                if chunk.saves or stop.requested:
+                    log.settle()
+                    with clock("save"):
+                        checkpoints.save(state, clock.read(), val.get("accuracy"))
+                log.row()
+                if stop.requested:
+                    checkpoints.close()
+                    raise Stopped(stop.signum, chunk.end)
+        checkpoints.close()
+        sums = {split: evaluate("final", state, split) for split in ("val", "test")}
+        log.finals(intervals.total, sums, data.spec.class_names)
+    flops = count_flops(task.train_step, state, batches.shapes, keys.step) / config.batch_size
+    return write_result(workdir, config, data.spec, intervals.total, sums, flops, clock.read())
+
+
+def main(argv: list[str]) -> None:
+    """Runs one training; whatever the user can mend comes as one message, without a traceback."""
+    del argv
+    prepare_jax()
+    workdir = Path(_WORKDIR.value or default_workdir(config_flags.get_config_filename(_CONFIG)))
+    try:
+        print_result(run(_CONFIG.value, workdir), workdir)
+    except UserError as error:
+        sys.exit(fail(error))
+    except Stopped as stopped:
+        print(f"Stopped by {stopped}. To go on:\n  {resume_command(sys.argv, workdir)}")
+        sys.exit(stopped.exit_code)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; a mistake in a config's name or keys gives one clear sentence."""
+    try:
+        check_config_flags(argv, flags.FLAGS)
+    except UserError as error:
+        sys.exit(fail(error))
+    return app.parse_flags_with_usage(argv)
+
+
+def fail(error: UserError) -> int:
+    """Prints the message and returns the exit code."""
+    print(f"train.py: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
