@@ -25,7 +25,7 @@ from cv_jax.checkpoint import Checkpoints
 from cv_jax.config import (
     adopt_workdir,
     check,
-    check_config_flags,
+    check_command_line,
     default_workdir,
     resume_command,
 )
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a mistake in a config's name or keys gives one clear sentence."""
     try:
-        check_config_flags(argv, flags.FLAGS)
+        check_command_line(argv)
     except UserError as error:
         sys.exit(fail(error))
     return app.parse_flags_with_usage(argv)

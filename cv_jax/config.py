@@ -1,6 +1,7 @@
 """The config: every leaf with default and unit, its checks, and what a resumed run may change."""
 
 import json
+import runpy
 import shlex
 import time
 from collections.abc import Mapping
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-from absl import flags
 
 from cv_jax.errors import UserError, nearest
 
@@ -116,31 +116,29 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def check_config_flags(argv: list[str], flag_values: flags.FlagValues) -> None:
-    """Checks --config and every --config.KEY of a command line before they are parsed.
+def check_command_line(argv: list[str]) -> None:
+    """Checks --config and every --config.KEY of a command line, before it is parsed.
 
     Raises:
         UserError: no config, a file that is not there, or a key that the config lacks.
     """
-    argv = [f"--{a.lstrip('-')}" if a.startswith("-") else a for a in argv]
-    if any(a.startswith("--help") for a in argv):
+    arguments = [f"--{a.lstrip('-')}" if a.startswith("-") else a for a in argv[1:]]
+    if any(a.startswith("--help") for a in arguments):
         return
-    chosen = [a for a in argv if a.startswith("--config=")]
-    if "--config" in argv[:-1]:
-        chosen.append("--config=" + argv[argv.index("--config") + 1])
+    chosen = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    if "--config" in arguments[:-1]:
+        chosen.append(arguments[arguments.index("--config") + 1])
     files = sorted(str(path) for path in Path("configs").glob("*.py"))
     if not chosen:
         raise UserError(f"Say which experiment, --config=FILE. There are: {', '.join(files)}.")
-    path = chosen[-1].removeprefix("--config=").partition(":")[0]
+    path, *arg = chosen[-1].split(":", 1)
     if not Path(path).is_file():
         raise UserError(
             f"There is no config file {path!r}.{nearest(path, files)} "
             f"There are: {', '.join(files)}."
         )
-    flag_values([argv[0], chosen[-1]])  # loads the file alone, to know its keys
-    leaves = flatten(flag_values["config"].value)
-    flag_values.unparse_flags()
-    for argument in argv:
+    leaves = flatten(runpy.run_path(path)["get_config"](*arg))
+    for argument in arguments:
         if argument.startswith("--config."):
             _check_key(argument.removeprefix("--config.").partition("=")[0], leaves)
 

@@ -28,7 +28,7 @@ def step_down(at: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> Sched
     def schedule(x):
         multiplier = jnp.ones_like(x)
         for point in at:
-            # The tolerance keeps a rounded t / T from reaching its point one step late.
+            # Without the tolerance a rounded t / T reaches its point one step late (T = 50).
             multiplier *= jnp.where(x >= point - 1e-6, factor, 1.0)
         return multiplier
 

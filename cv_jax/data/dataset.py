@@ -1,0 +1,148 @@
+"""What a data set is: uint8 images with labels in three splits, and the facts about them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cv_jax.errors import UserError
+
+# Train images that a model may look at for its data-dependent initialisation.
+SAMPLE_SIZE = 5000
+
+
+class Split(NamedTuple):
+    """Examples in a fixed order: image (m, h, w, c) uint8, label (m,) int32."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+class DataSpec(NamedTuple):
+    """What models, augmentation and log need to know of a data set.
+
+    Attributes:
+        name: as config.data.name has it.
+        image_shape: (h, w, c).
+        class_names: one for each label.
+        mean, std: (c,) float32, per channel over all pixels of train, in [0, 1].
+        num_train, num_val, num_test: examples in each split.
+        sample: (min(5000, num_train), h, w, c) uint8, the first images of train.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    num_train: int
+    num_val: int
+    num_test: int
+    sample: np.ndarray
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+class Dataset(NamedTuple):
+    """Three splits in host memory (memory-mapped where they come from the cache), and their spec."""
+
+    spec: DataSpec
+    train: Split
+    val: Split
+    test: Split
+
+
+class Stored(NamedTuple):
+    """A data set as its source has it: before val is held out of train.
+
+    Attributes:
+        class_names: one for each label.
+        train, test: the two splits.
+        histogram: (256, c) int64, how often each channel of train has each value. Mean and std
+            of what remains of train follow from it without another look at every pixel.
+    """
+
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    histogram: np.ndarray
+
+
+def hold_out(name: str, stored: Stored, num_val: int) -> Dataset:
+    """Moves `num_val` examples from train to val: stratified, and the same for every seed.
+
+    Both keep the order that train had.
+
+    Raises:
+        UserError: `num_val` is negative or leaves nothing to train on.
+    """
+    image, label = stored.train
+    if not 0 <= num_val < len(label):
+        raise UserError(
+            f"config.data.num_val={num_val} must be between 0 and {len(label) - 1}: "
+            f"{name} has {len(label)} training examples, and some must remain."
+        )
+    held = stratified(label, num_val)
+    val = Split(image[held], label[held])
+    train = stored.train
+    if num_val:
+        kept = np.delete(np.arange(len(label)), held)
+        train = Split(image[kept], label[kept])
+
+    mean, std = mean_and_std(stored.histogram - histogram(val.image))
+    spec = DataSpec(
+        name=name,
+        image_shape=image.shape[1:],
+        class_names=stored.class_names,
+        mean=mean,
+        std=std,
+        num_train=len(train.label),
+        num_val=num_val,
+        num_test=len(stored.test.label),
+        sample=train.image[:SAMPLE_SIZE],
+    )
+    return Dataset(spec, train, val, stored.test)
+
+
+def stratified(label: np.ndarray, count: int) -> np.ndarray:
+    """Picks `count` examples at random, every class in proportion; always the same ones.
+
+    Class i with m_i of the m examples gets floor(m_i count / m) of them, and the classes with the
+    largest remainders one more each, until there are `count`.
+
+    Args:
+        label: (m,) int.
+        count: between 0 and m.
+
+    Returns:
+        (count,) int64, the indices, ascending.
+    """
+    classes, sizes = np.unique(label, return_counts=True)
+    quota, remainder = np.divmod(sizes * count, len(label))
+    quota[np.argsort(-remainder, kind="stable")[: count - quota.sum()]] += 1
+    rng = np.random.default_rng(0)
+    chosen = [
+        rng.permutation(np.flatnonzero(label == one_class))[:size]
+        for one_class, size in zip(classes, quota, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def histogram(image: np.ndarray) -> np.ndarray:
+    """Counts the values 0..255 of each channel: (m, h, w, c) uint8 -> (256, c) int64."""
+    counts = np.zeros((256, image.shape[-1]), np.int64)
+    for start in range(0, len(image), 1000):  # bincount copies its input to 64 bits
+        for channel in range(image.shape[-1]):
+            values = image[start : start + 1000, ..., channel].ravel()
+            counts[:, channel] += np.bincount(values, minlength=256)
+    return counts
+
+
+def mean_and_std(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, (c,) float32 in [0, 1], of what `histogram` has counted."""
+    value = np.arange(256)[:, None] / 255
+    share = counts / counts.sum(0)
+    mean = (share * value).sum(0)
+    variance = (share * (value - mean) ** 2).sum(0)
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)

@@ -1,0 +1,38 @@
+"""The data set `digits`: real handwriting that scikit-learn ships, so nothing to download."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from cv_jax.data.dataset import Split, Stored, histogram, stratified
+from cv_jax.errors import UserError
+
+NUM_TEST = 360
+
+
+def load_digits() -> Stored:
+    """Reads the 1,797 grey images of 8x8 pixels; 360 of them, stratified, are test.
+
+    The values 0..16 become round(value * 255 / 16). Source: E. Alpaydin and C. Kaynak, Optical
+    Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    # Its file is read without importing scikit-learn, which would take longer than the rest.
+    package = importlib.util.find_spec("sklearn")
+    if package is None:
+        raise UserError("The digits come with scikit-learn: pip install scikit-learn")
+    rows = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
+
+    image = np.rint(rows[:, :-1] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
+    label = rows[:, -1].astype(np.int32)
+    is_test = np.zeros(len(label), bool)
+    is_test[stratified(label, NUM_TEST)] = True
+    return Stored(
+        class_names=tuple("0123456789"),
+        train=Split(image[~is_test], label[~is_test]),
+        test=Split(image[is_test], label[is_test]),
+        histogram=histogram(image[~is_test]),
+    )

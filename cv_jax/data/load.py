@@ -1,0 +1,48 @@
+"""A data set by its name."""
+
+import ml_collections
+
+from cv_jax.data.cache import cached
+from cv_jax.data.dataset import Dataset, Stored, hold_out
+from cv_jax.data.digits import load_digits
+from cv_jax.data.location import find_prepared, tfds_data_dir
+from cv_jax.errors import UserError
+
+
+def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
+    """Loads what `config_data` names; TFDS downloads and prepares it first where it must.
+
+    Args:
+        config_data: `name` is "digits" or the TFDS name of an image-classification data set;
+            `dir` is where TFDS keeps its data ("": TFDS_DATA_DIR or ~/tensorflow_datasets);
+            `num_val` examples of train become val, stratified, the same for every seed.
+
+    Raises:
+        UserError: the name is unknown, the data cannot be fetched or read, it is not an
+            image-classification data set, or `num_val` does not fit.
+    """
+    name = config_data.name
+    stored = load_digits() if name == "digits" else _load_tfds(name, config_data.dir)
+    return hold_out(name, stored, config_data.num_val)
+
+
+def _load_tfds(name: str, config_dir: str) -> Stored:
+    data_dir = tfds_data_dir(config_dir)
+    directory = find_prepared(name, data_dir)
+    if directory is None:
+        from cv_jax.data.prepare import prepare  # here, since importing TFDS takes a while
+
+        prepare(name, data_dir)
+        directory = find_prepared(name, data_dir)
+    if directory is None:
+        raise UserError(
+            f"{data_dir} has a directory of {name} without dataset_info.json in it: "
+            "remove that directory, so that it can be prepared again."
+        )
+    return cached(directory, _read_prepared)
+
+
+def _read_prepared(directory):
+    from cv_jax.data.tfds_reader import read_prepared  # here, since importing TFDS takes a while
+
+    return read_prepared(directory)

@@ -1,0 +1,138 @@
+"""Reads a prepared TFDS data set into arrays, without TensorFlow. Importing this imports TFDS."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import trange
+
+from cv_jax.data.dataset import Split, Stored, histogram
+from cv_jax.data.tfrecord import read_records
+from cv_jax.errors import UserError
+
+# Records that array_record reads at a time: many times faster than one by one.
+_BATCH = 256
+
+
+def read_prepared(directory: Path) -> Stored:
+    """Decodes a data set; TFDS does that with OpenCV where it is installed, else with Pillow.
+
+    test is the split "test", or "validation" where TFDS has no test.
+
+    Args:
+        directory: .../NAME[/CONFIG]/VERSION, its files in the format array_record or tfrecord.
+
+    Raises:
+        UserError: the directory or a record is damaged, or this is not an image-classification
+            data set of uint8 images of one size.
+    """
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:  # of JSON, of protos, of TFDS: all say that it is damaged
+        raise UserError(
+            f"{directory} cannot be read as a prepared TFDS data set ({error}): "
+            "remove it, so that it can be prepared again."
+        ) from error
+    image_key, label_key = _supervised(builder.info)
+    names = builder.info.splits.keys()
+    test = "test" if "test" in names else "validation"
+    for split in ("train", test):
+        if split not in names or not builder.info.splits[split].num_examples:
+            raise UserError(
+                f"{builder.info.full_name} has no examples in a split {split!r}, only in "
+                f"{', '.join(sorted(names))}: it needs train, and test or validation."
+            )
+    train = _read_split(builder, "train", image_key, label_key)
+    return Stored(
+        class_names=tuple(builder.info.features[label_key].names),
+        train=train,
+        test=_read_split(builder, test, image_key, label_key),
+        histogram=histogram(train.image),
+    )
+
+
+def _supervised(info: tfds.core.DatasetInfo) -> tuple[str, str]:
+    """The names of the image and the label: TFDS's supervised keys, or the only ones of their kind."""
+    chosen = []
+    for kind in (tfds.features.Image, tfds.features.ClassLabel):
+        keys = [key for key, feature in info.features.items() if isinstance(feature, kind)]
+        preferred = [key for key in keys if key in (info.supervised_keys or ())]
+        chosen.append(preferred or keys)
+    image, label = chosen
+    if len(image) != 1 or len(label) != 1 or not info.features[label[0]].num_classes:
+        raise UserError(
+            f"{info.full_name} does not say one class for one image: it is not an "
+            f"image-classification data set (its features are {', '.join(info.features)})."
+        )
+    if info.features[image[0]].np_dtype != np.uint8:
+        raise UserError(
+            f"The images of {info.full_name} are {info.features[image[0]].np_dtype}, not uint8."
+        )
+    return image[0], label[0]
+
+
+def _read_split(
+    builder: tfds.core.DatasetBuilder, split: str, image_key: str, label_key: str
+) -> Split:
+    info = builder.info
+    num_examples, num_classes = info.splits[split].num_examples, info.features[label_key].num_classes
+    # Only these two are decoded, whatever else a record holds.
+    wanted = tfds.features.FeaturesDict({k: info.features[k] for k in (image_key, label_key)})
+    records = _records(builder, split)
+    label = np.empty(num_examples, np.int32)
+    image = None
+    where = f"{info.full_name}, split {split}"
+    for i in trange(num_examples, desc=f"Decoding {where}", disable=not sys.stderr.isatty()):
+        try:
+            example = wanted.deserialize_example_np(next(records))
+        except StopIteration as end:
+            raise UserError(f"{where} ends before record {i}: {_PREPARE_AGAIN}") from end
+        except Exception as error:  # of files, of protos, of the image decoder
+            raise UserError(f"{where}, record {i} is damaged ({error}): {_PREPARE_AGAIN}") from error
+        pixels, label[i] = example[image_key], example[label_key]
+        if image is None:
+            image = np.empty((num_examples, *pixels.shape), np.uint8)
+        if pixels.shape != image.shape[1:]:
+            raise UserError(
+                f"The images of {where} differ in size: {image.shape[1:]} at record 0, "
+                f"{pixels.shape} at record {i}. Only data sets with images of one size are read."
+            )
+        if not 0 <= label[i] < num_classes:
+            raise UserError(
+                f"{where}, record {i} has the label {label[i]}, which is none of its "
+                f"{num_classes} classes: a split without labels, or a damaged record."
+            )
+        image[i] = pixels
+    return Split(image, label)
+
+
+_PREPARE_AGAIN = "remove the data set's directory, so that it can be prepared again."
+
+
+def _records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[bytes]:
+    """The serialized examples of a split, in order."""
+    file_format = builder.info.file_format.value
+    if file_format == "array_record":
+        return _array_records(builder, split)
+    if file_format == "tfrecord":
+        files = [Path(file.filename) for file in builder.info.splits[split].file_instructions]
+        return (record for file in files for record in read_records(file))
+    raise UserError(
+        f"{builder.info.full_name} is stored as {file_format}: only array_record and tfrecord "
+        "are read."
+    )
+
+
+def _array_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[bytes]:
+    source = builder.as_data_source(
+        split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    for start in range(0, len(source), _BATCH):
+        indices = range(start, min(start + _BATCH, len(source)))
+        try:
+            batch = source.__getitems__(list(indices))
+        except RuntimeError:  # one by one, up to the damaged one
+            batch = (source[i] for i in indices)
+        yield from batch
