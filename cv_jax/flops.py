@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.interpreters import partial_eval
 
 
 def count_flops(function: Callable, *args: Any) -> int:
@@ -21,7 +22,9 @@ def count_flops(function: Callable, *args: Any) -> int:
         function: anything that jax.make_jaxpr traces; nothing is computed.
         args: arrays or jax.ShapeDtypeStructs, or pytrees of them.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _jaxpr_flops(used)
 
 
 def _jaxpr_flops(jaxpr: Jaxpr) -> int:

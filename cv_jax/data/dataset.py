@@ -105,6 +105,18 @@ def hold_out(name: str, stored: Stored, num_val: int) -> Dataset:
     return Dataset(spec, train, val, stored.test)
 
 
+def first_examples(data: Dataset, count: int) -> Dataset:
+    """Cuts every split down to its first `count` examples; mean and std remain those of all."""
+    train, val, test = (Split(*(a[:count] for a in split)) for split in data[1:])
+    spec = data.spec._replace(
+        num_train=len(train.label),
+        num_val=len(val.label),
+        num_test=len(test.label),
+        sample=data.spec.sample[:count],
+    )
+    return Dataset(spec, train, val, test)
+
+
 def stratified(label: np.ndarray, count: int) -> np.ndarray:
     """Picks `count` examples at random, every class in proportion; always the same ones.
 

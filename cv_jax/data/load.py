@@ -3,7 +3,7 @@
 import ml_collections
 
 from cv_jax.data.cache import cached
-from cv_jax.data.dataset import Dataset, Stored, hold_out
+from cv_jax.data.dataset import Dataset, Stored, first_examples, hold_out
 from cv_jax.data.digits import load_digits
 from cv_jax.data.location import find_prepared, tfds_data_dir
 from cv_jax.errors import UserError
@@ -15,7 +15,8 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
     Args:
         config_data: `name` is "digits" or the TFDS name of an image-classification data set;
             `dir` is where TFDS keeps its data ("": TFDS_DATA_DIR or ~/tensorflow_datasets);
-            `num_val` examples of train become val, stratified, the same for every seed.
+            `num_val` examples of train become val, stratified, the same for every seed; above 0,
+            `limit` keeps only so many examples of each split, the first ones.
 
     Raises:
         UserError: the name is unknown, the data cannot be fetched or read, it is not an
@@ -23,7 +24,8 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
     """
     name = config_data.name
     stored = load_digits() if name == "digits" else _load_tfds(name, config_data.dir)
-    return hold_out(name, stored, config_data.num_val)
+    data = hold_out(name, stored, config_data.num_val)
+    return first_examples(data, config_data.limit) if config_data.limit else data
 
 
 def _load_tfds(name: str, config_dir: str) -> Stored:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cv_jax import ops
 from cv_jax.errors import UserError
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for convolutions and linear layers.
@@ -46,13 +47,18 @@ def conv(
         dtype=x.dtype,
         kernel_init=kernel_init,
         bias_init=_uniform(1 / math.sqrt(fan_in)),
-        conv_general_dilated=_frozen_convolution if frozen else lax.conv_general_dilated,
+        conv_general_dilated=_frozen_convolution if frozen else _convolution,
         name=name,
     )(x)
 
 
+def _convolution(x, kernel, strides, padding, **defaults):
+    del defaults  # flax names dilations, groups and precision, which no layer here changes
+    return ops.conv(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+
+
 def _frozen_convolution(x, kernel, *args, **kwargs):
-    return lax.conv_general_dilated(x, lax.stop_gradient(kernel), *args, **kwargs)
+    return _convolution(x, lax.stop_gradient(kernel), *args, **kwargs)
 
 
 def dense(
@@ -105,6 +111,8 @@ def batch_norm(
 def max_pool(x: jax.Array, size: int, strides: int | None = None, padding: int = 0) -> jax.Array:
     """Maximum of size x size windows, `strides` (default: `size`) apart; padding never wins."""
     strides = strides or size
+    if strides == size and not padding:
+        return ops.max_pool(x, size)
     return nn.max_pool(x, (size, size), (strides, strides), ((padding, padding),) * 2)
 
 

@@ -1,0 +1,615 @@
+"""Data sets: digits, what TFDS has prepared in either format, val, statistics, and the cache."""
+
+import io
+import json
+import shutil
+import struct
+import sys
+
+import chex
+import ml_collections
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from cv_jax.data import load_dataset
+from cv_jax.data.cache import cached
+from cv_jax.data.dataset import Split, Stored, histogram, hold_out, mean_and_std, stratified
+from cv_jax.data.location import find_prepared, tfds_data_dir
+from cv_jax.data.tfrecord import crc32c, read_records
+from cv_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_tensorflow():
+    """Nothing here imports TensorFlow, also where it is installed."""
+    yield
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("CV_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def _config(name, directory="", num_val=0):
+    return ml_collections.ConfigDict({"name": name, "dir": str(directory), "num_val": num_val})
+
+
+# ---- preparing a small data set, as TFDS or its user would
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+    return io.BytesIO(file.getvalue())
+
+
+class TinyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Prepares the examples it is given, in their order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, features, splits, supervised_keys=None, name="tiny", **kwargs):
+        self.name = name
+        self._given = features, splits, supervised_keys
+        super().__init__(**kwargs)
+
+    def _info(self):
+        features, _, keys = self._given
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=keys,
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: enumerate(examples) for split, examples in self._given[1].items()}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+def prepare_tiny(data_dir, features, splits, supervised_keys=None):
+    builder = TinyBuilder(features, splits, supervised_keys, data_dir=data_dir)
+    builder.download_and_prepare(file_format="array_record")
+    return builder.data_path
+
+
+def features_of(shape=(6, 5, 3), names=("ant", "bee", "cat")):
+    return {
+        "label": tfds.features.ClassLabel(names=names),
+        "image": tfds.features.Image(shape=shape),
+    }
+
+
+def random_images(count, shape=(6, 5, 3)):
+    return np.random.default_rng(count).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def examples_of(images, labels):
+    return [{"image": png(i), "label": n} for i, n in zip(images, labels, strict=True)]
+
+
+def tiny_splits(shape=(6, 5, 3)):
+    return {
+        "train": examples_of(random_images(7, shape), [0, 1, 2, 0, 1, 2, 0]),
+        "test": examples_of(random_images(3, shape), [2, 1, 0]),
+    }
+
+
+def slow_crc32c(data):
+    """The definition, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked(data):
+    crc = slow_crc32c(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def frame(record):
+    length = struct.pack("<Q", len(record))
+    return length + masked(length) + record + masked(record)
+
+
+def to_tfrecord(directory):
+    """Turns a data set prepared as array_record into one of tfrecord files, train in two of them."""
+    builder = tfds.builder_from_directory(directory)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    info = json.loads((directory / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    for split in info["splits"]:
+        name = split["name"]
+        records = [frame(r) for r in builder.as_data_source(name, deserialize_method=raw)]
+        shards = [records[:4], records[4:]] if name == "train" else [records]
+        split["shardLengths"] = [str(len(shard)) for shard in shards]
+        for i, shard in enumerate(shards):
+            file = f"tiny-{name}.tfrecord-{i:05}-of-{len(shards):05}"
+            (directory / file).write_bytes(b"".join(shard))
+        (directory / f"tiny-{name}.array_record-00000-of-00001").unlink()
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+
+
+# ---- digits
+
+
+def test_digits_are_all_of_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    data = load_dataset(_config("digits", num_val=200))
+    assert data.spec.image_shape == (8, 8, 1)
+    assert data.spec.class_names == tuple("0123456789")
+    assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (1237, 200, 360)
+
+    def rows(image, label):
+        table = np.column_stack([np.reshape(image, (len(label), -1)), label])
+        return table[np.lexsort(table.T)]
+
+    original = load_digits()
+    image = np.concatenate([split.image for split in data[1:]])
+    label = np.concatenate([split.label for split in data[1:]])
+    expected = np.array([0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255])
+    chex.assert_type([image, label], [np.uint8, np.int32])
+    np.testing.assert_array_equal(
+        rows(image, label),
+        rows(expected[original.images.astype(int)], original.target),
+    )
+
+
+def test_digits_have_every_class_in_every_split():
+    data = load_dataset(_config("digits", num_val=200))
+    np.testing.assert_array_equal(np.bincount(data.val.label), [20] * 10)
+    np.testing.assert_array_equal(
+        np.bincount(data.test.label), [36, 37, 35, 37, 36, 36, 36, 36, 35, 36]
+    )
+
+
+# ---- val and statistics
+
+
+def test_stratified_gives_the_largest_remainders_one_more():
+    label = np.array([0] * 50 + [1] * 30 + [2] * 19 + [5])  # shares of 7: 3.5, 2.1, 1.33, 0.07
+    for count, expected in ((7, [4, 2, 1, 0]), (10, [5, 3, 2, 0]), (0, [0] * 4), (99, [50, 30, 19, 0])):
+        chosen = stratified(label, count)
+        assert len(set(chosen)) == count
+        assert list(chosen) == sorted(chosen)
+        assert [int((label[chosen] == c).sum()) for c in (0, 1, 2, 5)] == expected
+
+
+def test_stratified_always_picks_the_same():
+    assert list(stratified(np.arange(12) % 3, 5)) == [0, 5, 6, 7, 10]
+
+
+def _stored(num_train=200):
+    image = random_images(num_train, (4, 3, 2))
+    label = (np.arange(num_train) % 5).astype(np.int32)
+    train = Split(image, label)
+    return Stored(tuple("abcde"), train, Split(image[:9], label[:9]), histogram(image))
+
+
+def test_val_comes_out_of_train_and_both_keep_its_order():
+    stored = _stored()
+    data = hold_out("x", stored, 20)
+    assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (180, 20, 9)
+    np.testing.assert_array_equal(np.bincount(data.val.label), [4] * 5)
+    position = {image.tobytes(): i for i, image in enumerate(stored.train.image)}
+    train, val = ([position[i.tobytes()] for i in s.image] for s in (data.train, data.val))
+    assert train == sorted(train)
+    assert val == sorted(val)
+    assert sorted(train + val) == list(range(200))
+    np.testing.assert_array_equal(data.train.label, stored.train.label[train])
+    np.testing.assert_array_equal(data.val.label, stored.train.label[val])
+
+
+def test_without_val_train_is_untouched():
+    stored = _stored()
+    data = hold_out("x", stored, 0)
+    assert data.train.image is stored.train.image
+    assert data.val.image.shape == (0, 4, 3, 2)
+    assert data.val.label.shape == (0,)
+
+
+@pytest.mark.parametrize("num_val", [-1, 200, 10_000])
+def test_num_val_must_leave_something_to_train_on(num_val):
+    with pytest.raises(UserError, match=rf"config.data.num_val={num_val} .* between 0 and 199"):
+        hold_out("x", _stored(), num_val)
+
+
+def test_mean_and_std_are_those_of_what_remains_of_train():
+    stored = _stored(1100)  # more than one chunk
+    data = hold_out("x", stored, 100)
+    pixels = data.train.image.astype(np.float64).reshape(-1, 2) / 255
+    np.testing.assert_allclose(data.spec.mean, pixels.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(data.spec.std, pixels.std(0), rtol=1e-6)
+    chex.assert_type([data.spec.mean, data.spec.std], np.float32)
+
+
+def test_mean_and_std_by_hand():
+    image = np.array([0, 255, 255, 255], np.uint8).reshape(1, 2, 2, 1)
+    mean, std = mean_and_std(histogram(image))
+    np.testing.assert_allclose(mean, [0.75])
+    np.testing.assert_allclose(std, [np.sqrt(3) / 4], rtol=1e-6)
+
+
+def test_sample_is_the_first_of_train():
+    data = hold_out("x", _stored(6000), 500)
+    np.testing.assert_array_equal(data.spec.sample, data.train.image[:5000])
+    assert data.spec.num_classes == 5
+
+
+# ---- TFRecord
+
+
+@pytest.mark.parametrize(
+    ("data", "crc"),  # RFC 3720, appendix B.4
+    [
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (b"123456789", 0xE3069283),
+        (b"", 0),
+    ],
+)
+def test_crc32c_of_the_standard(data, crc):
+    assert crc32c([data, b"other"])[0] == crc == slow_crc32c(data)
+
+
+RECORDS = [b"first", b"", b"third record", bytes(300)]
+
+
+def test_tfrecord_gives_back_what_was_written(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"".join(map(frame, RECORDS)))
+    assert list(read_records(path)) == RECORDS
+    monkeypatch.setattr("cv_jax.data.tfrecord._BLOCK", 600)  # two records at a time
+    assert list(read_records(path)) == RECORDS
+    path.write_bytes(b"")
+    assert list(read_records(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "num_good", "message"),
+    [
+        (lambda d: d[:-1], 3, "cut off, or has a wrong length, at byte 65"),
+        (lambda d: d[:-310], 3, "cut off, or has a wrong length, at byte 65"),
+        (lambda d: d[:21] + b"\x01" + d[22:], 1, "a wrong length at byte 21"),
+        (lambda d: d[:28] + b"\x01" + d[29:], 1, "wrong length, at byte 21"),
+        (lambda d: d[:50] + b"?" + d[51:], 2, "has a record whose checksum does not match"),
+        (lambda d: d[:-2] + b"??", 3, "has a record whose checksum does not match"),
+    ],
+)
+def test_tfrecord_damage_is_found_where_it_is(tmp_path, damage, num_good, message):
+    path = tmp_path / "file"
+    path.write_bytes(damage(b"".join(map(frame, RECORDS))))
+    records = read_records(path)
+    assert [next(records) for _ in range(num_good)] == RECORDS[:num_good]
+    with pytest.raises(ValueError, match=message) as error:
+        next(records)
+    assert str(path) in str(error.value)
+
+
+# ---- what TFDS has prepared
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_prepared_data_is_read_exactly(tmp_path, file_format, channels):
+    shape = (6, 5, channels)
+    directory = prepare_tiny(tmp_path, features_of(shape), tiny_splits(shape), ("image", "label"))
+    if file_format == "tfrecord":
+        to_tfrecord(directory)
+    data = load_dataset(_config("tiny", tmp_path))
+    np.testing.assert_array_equal(data.train.image, random_images(7, shape))
+    np.testing.assert_array_equal(data.test.image, random_images(3, shape))
+    np.testing.assert_array_equal(data.train.label, [0, 1, 2, 0, 1, 2, 0])
+    np.testing.assert_array_equal(data.test.label, [2, 1, 0])
+    chex.assert_type([data.train.image, data.train.label], [np.uint8, np.int32])
+    assert data.spec.class_names == ("ant", "bee", "cat")
+    assert data.spec.image_shape == shape
+    assert data.spec.name == "tiny"
+
+
+def test_more_records_than_are_read_at_a_time(tmp_path):
+    images = random_images(600, (2, 2, 1))
+    splits = {"train": examples_of(images, np.arange(600) % 3), "test": examples_of(images[:1], [0])}
+    prepare_tiny(tmp_path, features_of((2, 2, 1)), splits)
+    data = load_dataset(_config("tiny", tmp_path))
+    np.testing.assert_array_equal(data.train.image, images)
+    np.testing.assert_array_equal(data.train.label, np.arange(600) % 3)
+
+
+def test_the_supervised_label_is_taken_among_several(tmp_path):
+    features = {**features_of(), "coarse_label": tfds.features.ClassLabel(num_classes=2)}
+    splits = tiny_splits()
+    for example in splits["train"] + splits["test"]:
+        example["coarse_label"] = 1
+    prepare_tiny(tmp_path / "a", features, splits, ("image", "label"))
+    np.testing.assert_array_equal(load_dataset(_config("tiny", tmp_path / "a")).test.label, [2, 1, 0])
+    prepare_tiny(tmp_path / "b", features, tiny_splits_with_coarse())
+    with pytest.raises(UserError, match="tiny/1.0.0 .* not an image-classification data set"):
+        load_dataset(_config("tiny", tmp_path / "b"))
+
+
+def tiny_splits_with_coarse():
+    splits = tiny_splits()
+    return {k: [{**e, "coarse_label": 1} for e in v] for k, v in splits.items()}
+
+
+def test_validation_stands_in_for_test(tmp_path):
+    splits = tiny_splits()
+    splits["validation"] = splits.pop("test")
+    prepare_tiny(tmp_path, features_of(), splits)
+    np.testing.assert_array_equal(load_dataset(_config("tiny", tmp_path)).test.label, [2, 1, 0])
+
+
+def test_tfds_data_dir_comes_after_the_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
+    assert tfds_data_dir("/given") == tmp_path.__class__("/given")
+    assert tfds_data_dir("") == tmp_path / "env"
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tfds_data_dir("") == tmp_path / "tensorflow_datasets"
+
+
+def test_the_highest_version_is_found(tmp_path):
+    for directory in ("a/9.0.0", "a/10.0.0", "a/big/1.0.0", "b/one/2.0.0", "b/two/3.0.0", "c/x/1.0.0"):
+        (tmp_path / directory).mkdir(parents=True)
+        (tmp_path / directory / "dataset_info.json").touch()
+    (tmp_path / "a" / "11.0.0").mkdir()  # not prepared
+    (tmp_path / "b" / ".config").mkdir()
+    (tmp_path / "b" / ".config" / "metadata.json").write_text('{"default_config_name": "one"}')
+    for name, expected in {
+        "a": "a/10.0.0",
+        "a:9.0.0": "a/9.0.0",
+        "a:8.0.0": None,
+        "a/big": "a/big/1.0.0",
+        "b": "b/one/2.0.0",
+        "b/two:3.0.0": "b/two/3.0.0",
+        "c": None,
+        "d": None,
+        "../a": None,
+        "": None,
+    }.items():
+        assert find_prepared(name, tmp_path) == (expected and tmp_path / expected), name
+
+
+# ---- what cannot be read
+
+
+def _error(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_dataset(_config("tiny", tmp_path))
+    return str(error.value)
+
+
+def test_a_data_set_without_labels_is_refused(tmp_path):
+    features = {"image": tfds.features.Image(shape=(6, 5, 3))}
+    splits = {"train": [{"image": png(i)} for i in random_images(3)]}
+    prepare_tiny(tmp_path, features, splits)
+    assert "tiny/1.0.0 does not say one class for one image" in _error(tmp_path)
+    assert "not an image-classification data set" in _error(tmp_path)
+
+
+def test_images_of_differing_sizes_are_refused(tmp_path):
+    splits = tiny_splits()
+    splits["train"][5]["image"] = png(random_images(1, (4, 5, 3))[0])
+    prepare_tiny(tmp_path, features_of((None, None, 3)), splits)
+    assert "split train differ in size: (6, 5, 3) at record 0, (4, 5, 3) at record 5" in _error(tmp_path)
+
+
+def test_images_of_16_bits_are_refused(tmp_path):
+    features = {**features_of(), "image": tfds.features.Image(shape=(6, 5, 1), dtype=np.uint16)}
+    splits = {"train": examples_of(random_images(2, (6, 5, 1)), [0, 1])}
+    prepare_tiny(tmp_path, features, splits)
+    assert "The images of tiny/1.0.0 are uint16, not uint8" in _error(tmp_path)
+
+
+def test_a_missing_label_is_named(tmp_path):
+    splits = tiny_splits()
+    splits["test"][1]["label"] = -1  # how TFDS marks a hidden label
+    prepare_tiny(tmp_path, features_of(), splits)
+    assert "tiny/1.0.0, split test, record 1 has the label -1, which is none of its 3" in _error(tmp_path)
+
+
+@pytest.mark.parametrize("keep", ["train", "test"])
+def test_a_missing_split_is_named(tmp_path, keep):
+    prepare_tiny(tmp_path, features_of(), {keep: tiny_splits()[keep]})
+    missing = {"train": "validation", "test": "train"}[keep]
+    message = _error(tmp_path)
+    assert f"no examples in a split '{missing}', only in {keep}" in message
+
+
+def test_an_empty_split_is_named(tmp_path):
+    directory = prepare_tiny(tmp_path, features_of(), tiny_splits())
+    info = json.loads((directory / "dataset_info.json").read_text())
+    next(s for s in info["splits"] if s["name"] == "test")["shardLengths"] = ["0"]
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+    assert "no examples in a split 'test'" in _error(tmp_path)
+
+
+def test_a_damaged_array_record_is_named(tmp_path):
+    directory = prepare_tiny(tmp_path, features_of(), tiny_splits())
+    path = directory / "tiny-train.array_record-00000-of-00001"
+    data = path.read_bytes()
+    fifth = data.index(png(random_images(7)[4]).getvalue())
+    path.write_bytes(data[: fifth + 30] + b"?" + data[fifth + 31 :])
+    assert "tiny/1.0.0, split train, record 4 is damaged" in _error(tmp_path)
+    path.unlink()
+    assert str(path) in _error(tmp_path)
+
+
+def test_a_damaged_tfrecord_is_named(tmp_path):
+    directory = prepare_tiny(tmp_path, features_of(), tiny_splits())
+    to_tfrecord(directory)
+    path = directory / "tiny-train.tfrecord-00001-of-00002"
+    data = path.read_bytes()
+    path.write_bytes(data[:-30] + b"?" + data[-29:])
+    message = _error(tmp_path)
+    assert "tiny/1.0.0, split train, record 6 is damaged" in message
+    assert str(path) in message
+    path.write_bytes(data[:-30])
+    assert f"record 6 is damaged ({path} is cut off" in _error(tmp_path)
+    path.write_bytes(b"")
+    assert "split train ends before record 4" in _error(tmp_path)
+
+
+def test_an_image_that_is_none_is_named(tmp_path):
+    splits = tiny_splits()
+    splits["train"][3]["image"] = io.BytesIO(b"no image")
+    prepare_tiny(tmp_path, features_of(), splits)
+    assert "split train, record 3 is damaged" in _error(tmp_path)
+
+
+def test_a_damaged_description_is_named(tmp_path):
+    directory = prepare_tiny(tmp_path, features_of(), tiny_splits())
+    (directory / "features.json").write_text("{")
+    assert f"{directory} cannot be read as a prepared TFDS data set" in _error(tmp_path)
+
+
+def test_another_file_format_is_refused(tmp_path):
+    directory = prepare_tiny(tmp_path, features_of(), tiny_splits())
+    info = json.loads((directory / "dataset_info.json").read_text())
+    info["fileFormat"] = "riegeli"
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+    assert "stored as riegeli: only array_record and tfrecord" in _error(tmp_path)
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A directory to be cached, and what reading it gives."""
+    directory = tmp_path / "name" / "1.0.0"
+    directory.mkdir(parents=True)
+    (directory / "dataset_info.json").write_text("{}")
+    return directory, _stored()
+
+
+def _never(directory):
+    raise AssertionError("read again")
+
+
+def _entry(tmp_path):
+    (entry,) = (tmp_path / "cache" / "data").iterdir()
+    return entry
+
+
+def test_the_second_time_comes_from_the_cache(tmp_path, prepared, capsys):
+    directory, stored = prepared
+    cached(directory, lambda _: stored)
+    again = cached(directory, _never)
+    chex.assert_trees_all_equal(again._replace(class_names=()), stored._replace(class_names=()))
+    assert again.class_names == stored.class_names
+    assert isinstance(again.train.image.base, np.memmap)
+    assert not again.train.image.flags.writeable
+    assert _entry(tmp_path).name.startswith("name-1.0.0-")
+    assert not list(_entry(tmp_path).glob("*.tmp"))
+    assert capsys.readouterr().err == ""
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 + 40] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("train.image.npy", _flip),
+        ("test.label.npy", _flip),
+        ("histogram.npy", _flip),
+        ("train.image.npy", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+        ("train.label.npy", lambda path: path.write_bytes(b"")),
+        ("test.image.npy", lambda path: path.unlink()),
+        ("test.image.npy", lambda path: shutil.copy(path.with_name("train.image.npy"), path)),
+        ("cache.json", lambda path: path.write_text(path.read_text()[:-9])),
+        ("cache.json", lambda path: path.write_text("[]")),
+    ],
+)
+def test_a_damaged_cache_is_made_again(tmp_path, prepared, capsys, file, damage):
+    directory, stored = prepared
+    cached(directory, lambda _: stored)
+    damage(_entry(tmp_path) / file)
+    again = cached(directory, lambda _: stored)
+    chex.assert_trees_all_equal(again._replace(class_names=()), stored._replace(class_names=()))
+    message = capsys.readouterr().err
+    assert f"the cache {_entry(tmp_path)} is damaged" in message
+    assert message.count("\n") == 1
+    cached(directory, _never)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_half_written_cache_is_no_cache(tmp_path, prepared, monkeypatch):
+    directory, stored = prepared
+    save, saved = np.save, []
+
+    def interrupted(file, array):
+        save(file, array)
+        saved.append(array)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached(directory, lambda _: stored)
+    monkeypatch.undo()
+    monkeypatch.setenv("CV_JAX_CACHE", str(tmp_path / "cache"))
+    assert {p.name for p in _entry(tmp_path).iterdir()} == {"train.image.npy", "train.label.npy"}
+    assert cached(directory, lambda _: stored) is stored
+    cached(directory, _never)
+
+
+def test_data_prepared_anew_is_read_anew(prepared, capsys):
+    directory, stored = prepared
+    cached(directory, lambda _: stored)
+    (directory / "dataset_info.json").write_text("{ }")
+    other = stored._replace(class_names=tuple("vwxyz"))
+    assert cached(directory, lambda _: other) is other
+    assert cached(directory, _never).class_names == other.class_names
+    assert capsys.readouterr().err == ""
+
+
+def test_two_directories_of_one_version_do_not_share(tmp_path, prepared):
+    directory, stored = prepared
+    copy = tmp_path / "copy" / "name" / "1.0.0"
+    shutil.copytree(directory, copy)  # with the same sizes and times
+    cached(directory, lambda _: stored)
+    other = stored._replace(class_names=tuple("vwxyz"))
+    assert cached(copy, lambda _: other) is other
+    assert cached(directory, _never).class_names == stored.class_names
+    assert cached(copy, _never).class_names == other.class_names
+
+
+def test_an_unwritable_cache_is_no_cache(tmp_path, prepared, capsys):
+    directory, stored = prepared
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    assert cached(directory, lambda _: stored) is stored
+    message = capsys.readouterr().err
+    assert "cannot be written" in message
+    assert message.count("\n") == 1
+
+
+# ---- CIFAR-10
+
+
+@pytest.mark.slow
+def test_real_cifar10_has_its_published_statistics(cifar10_dir):
+    data = load_dataset(_config("cifar10", cifar10_dir))
+    np.testing.assert_allclose(data.spec.mean, [0.4914, 0.4822, 0.4465], atol=5e-5)
+    np.testing.assert_allclose(data.spec.std, [0.2470, 0.2435, 0.2616], atol=5e-5)
+    np.testing.assert_array_equal(np.bincount(data.train.label), [5000] * 10)
+    np.testing.assert_array_equal(np.bincount(data.test.label), [1000] * 10)
+    assert data.spec.class_names[6] == "frog"
+    assert isinstance(load_dataset(_config("cifar10", cifar10_dir)).train.image.base, np.memmap)
+    val = load_dataset(_config("cifar10", cifar10_dir, num_val=5000)).val
+    np.testing.assert_array_equal(np.bincount(val.label), [500] * 10)
