@@ -80,6 +80,7 @@ def make_evaluate(eval_fn: Callable, mesh: Mesh) -> Callable[[Any, dict], dict]:
         mesh: each batch is divided over its axis "data".
     """
     sharding = batch_sharding(mesh)
+    eval_fn = jax.jit(eval_fn)  # so that it is traced once, for its shapes and for the scan
 
     def evaluate(state, batches):
         def add_batch(sums, batch):
@@ -96,7 +97,7 @@ def make_evaluate(eval_fn: Callable, mesh: Mesh) -> Callable[[Any, dict], dict]:
 
 
 class Evaluator:
-    """Evaluates the splits of a data set; each goes to the devices once, each program compiles once.
+    """Evaluates splits; each goes to the devices once, and each program is compiled once.
 
     Args:
         evals: name -> ((state, batch) -> {metric: (sum, count)}), as a task offers them.

@@ -1,4 +1,4 @@
-"""The loop's parts: which steps run in one dispatch, the dispatch itself, the clock, and stopping."""
+"""The loop's parts: which steps run in one dispatch, the dispatch, the clock, and stopping."""
 
 import contextlib
 import signal
@@ -91,6 +91,8 @@ def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
         Metrics are (sum, count) pairs of arrays whose row i belongs to the i-th step.
     """
 
+    train_step = jax.jit(train_step)  # so that it is traced once, for its shapes and for the loop
+
     def train_chunk(state, feed, key, num_steps):
         def one_step(i, carry):
             state, rows = carry
@@ -108,7 +110,7 @@ def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
 def compile_train_chunk(
     train_step: Callable, batches: Batches, state: Any, key: jax.Array, clock: "Clock"
 ) -> Callable:
-    """`make_train_chunk`, compiled for this state; another shape would be an error, not a retrace."""
+    """`make_train_chunk`, compiled for this state; another shape is an error, not a retrace."""
     with clock("compile"):
         feed = batches.feed(int(state.step), 1)
         return make_train_chunk(train_step, batches).lower(state, feed, key, np.int32(1)).compile()
@@ -179,7 +181,7 @@ class Pace:
         return seconds
 
 
-class Stopped(Exception):  # noqa: N818  (not an error: somebody asked for it)
+class Stopped(Exception):
     """The run was asked to stop and has saved its state."""
 
     def __init__(self, signum: int, step: int):
@@ -188,7 +190,7 @@ class Stopped(Exception):  # noqa: N818  (not an error: somebody asked for it)
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request; the second one stops the program at once."""
+    """Turns the first SIGINT or SIGTERM into a request; the second stops the program at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None

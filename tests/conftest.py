@@ -67,7 +67,7 @@ def random_dataset(image_shape: tuple[int, int, int] = (8, 8, 1), num_classes: i
 
 @pytest.fixture
 def tiny_config() -> ml_collections.ConfigDict:
-    """A training of seconds on digits, with everything that is random in it: 3 epochs of 5 steps."""
+    """Seconds on digits, with everything that is random in it: 3 epochs of 5 steps."""
     config = base_config()
     config.epochs = 3.0
     config.batch_size = 50

@@ -4,12 +4,8 @@ import importlib.util
 from pathlib import Path
 
 import ml_collections
-import numpy as np
-import pytest
 
-import train
-from cv_jax.config import flatten
-from tests.conftest import ROOT, random_dataset
+from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 

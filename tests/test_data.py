@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import sys
+from pathlib import Path
 
 import chex
 import ml_collections
@@ -33,8 +34,9 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("CV_JAX_CACHE", str(tmp_path / "cache"))
 
 
-def _config(name, directory="", num_val=0):
-    return ml_collections.ConfigDict({"name": name, "dir": str(directory), "num_val": num_val})
+def config_of(name, directory="", num_val=0, limit=0):
+    leaves = {"name": name, "dir": str(directory), "num_val": num_val, "limit": limit}
+    return ml_collections.ConfigDict(leaves)
 
 
 # ---- preparing a small data set, as TFDS or its user would
@@ -43,7 +45,8 @@ def _config(name, directory="", num_val=0):
 def png(pixels):
     file = io.BytesIO()
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
-    return io.BytesIO(file.getvalue())
+    file.seek(0)
+    return file
 
 
 class TinyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -121,7 +124,7 @@ def frame(record):
 
 
 def to_tfrecord(directory):
-    """Turns a data set prepared as array_record into one of tfrecord files, train in two of them."""
+    """Turns a data set of array_record files into one of tfrecord files, train in two of them."""
     builder = tfds.builder_from_directory(directory)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     info = json.loads((directory / "dataset_info.json").read_text())
@@ -144,7 +147,7 @@ def to_tfrecord(directory):
 def test_digits_are_all_of_scikit_learns():
     from sklearn.datasets import load_digits
 
-    data = load_dataset(_config("digits", num_val=200))
+    data = load_dataset(config_of("digits", num_val=200))
     assert data.spec.image_shape == (8, 8, 1)
     assert data.spec.class_names == tuple("0123456789")
     assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (1237, 200, 360)
@@ -156,16 +159,18 @@ def test_digits_are_all_of_scikit_learns():
     original = load_digits()
     image = np.concatenate([split.image for split in data[1:]])
     label = np.concatenate([split.label for split in data[1:]])
-    expected = np.array([0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255])
+    expected = np.array(
+        [0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255]
+    )
     chex.assert_type([image, label], [np.uint8, np.int32])
     np.testing.assert_array_equal(
         rows(image, label),
-        rows(expected[original.images.astype(int)], original.target),
+        rows(np.array(expected)[original.images.astype(int)], original.target),
     )
 
 
 def test_digits_have_every_class_in_every_split():
-    data = load_dataset(_config("digits", num_val=200))
+    data = load_dataset(config_of("digits", num_val=200))
     np.testing.assert_array_equal(np.bincount(data.val.label), [20] * 10)
     np.testing.assert_array_equal(
         np.bincount(data.test.label), [36, 37, 35, 37, 36, 36, 36, 36, 35, 36]
@@ -175,13 +180,21 @@ def test_digits_have_every_class_in_every_split():
 # ---- val and statistics
 
 
-def test_stratified_gives_the_largest_remainders_one_more():
-    label = np.array([0] * 50 + [1] * 30 + [2] * 19 + [5])  # shares of 7: 3.5, 2.1, 1.33, 0.07
-    for count, expected in ((7, [4, 2, 1, 0]), (10, [5, 3, 2, 0]), (0, [0] * 4), (99, [50, 30, 19, 0])):
-        chosen = stratified(label, count)
-        assert len(set(chosen)) == count
-        assert list(chosen) == sorted(chosen)
-        assert [int((label[chosen] == c).sum()) for c in (0, 1, 2, 5)] == expected
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (7, [4, 2, 1, 0]),  # of shares of 3.5, 2.1, 1.33 and 0.07
+        (10, [5, 3, 2, 0]),
+        (0, [0, 0, 0, 0]),
+        (99, [49, 30, 19, 1]),  # 49.5, 29.7, 18.81, 0.99
+    ],
+)
+def test_stratified_gives_the_largest_remainders_one_more(count, expected):
+    label = np.array([0] * 50 + [1] * 30 + [2] * 19 + [5])
+    chosen = stratified(label, count)
+    assert len(set(chosen)) == count
+    assert list(chosen) == sorted(chosen)
+    assert [int((label[chosen] == c).sum()) for c in (0, 1, 2, 5)] == expected
 
 
 def test_stratified_always_picks_the_same():
@@ -245,6 +258,17 @@ def test_sample_is_the_first_of_train():
     assert data.spec.num_classes == 5
 
 
+def test_limit_keeps_the_first_of_every_split():
+    everything = load_dataset(config_of("digits", num_val=200))
+    data = load_dataset(config_of("digits", num_val=200, limit=250))
+    assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (250, 200, 250)
+    np.testing.assert_array_equal(data.spec.sample, everything.train.image[:250])
+    np.testing.assert_array_equal(data.spec.mean, everything.spec.mean)
+    for ours, whole in zip(data[1:], everything[1:], strict=True):
+        np.testing.assert_array_equal(ours.image, whole.image[:250])
+        np.testing.assert_array_equal(ours.label, whole.label[:250])
+
+
 # ---- TFRecord
 
 
@@ -306,7 +330,7 @@ def test_prepared_data_is_read_exactly(tmp_path, file_format, channels):
     directory = prepare_tiny(tmp_path, features_of(shape), tiny_splits(shape), ("image", "label"))
     if file_format == "tfrecord":
         to_tfrecord(directory)
-    data = load_dataset(_config("tiny", tmp_path))
+    data = load_dataset(config_of("tiny", tmp_path))
     np.testing.assert_array_equal(data.train.image, random_images(7, shape))
     np.testing.assert_array_equal(data.test.image, random_images(3, shape))
     np.testing.assert_array_equal(data.train.label, [0, 1, 2, 0, 1, 2, 0])
@@ -319,9 +343,12 @@ def test_prepared_data_is_read_exactly(tmp_path, file_format, channels):
 
 def test_more_records_than_are_read_at_a_time(tmp_path):
     images = random_images(600, (2, 2, 1))
-    splits = {"train": examples_of(images, np.arange(600) % 3), "test": examples_of(images[:1], [0])}
+    splits = {
+        "train": examples_of(images, np.arange(600) % 3),
+        "test": examples_of(images[:1], [0]),
+    }
     prepare_tiny(tmp_path, features_of((2, 2, 1)), splits)
-    data = load_dataset(_config("tiny", tmp_path))
+    data = load_dataset(config_of("tiny", tmp_path))
     np.testing.assert_array_equal(data.train.image, images)
     np.testing.assert_array_equal(data.train.label, np.arange(600) % 3)
 
@@ -331,28 +358,23 @@ def test_the_supervised_label_is_taken_among_several(tmp_path):
     splits = tiny_splits()
     for example in splits["train"] + splits["test"]:
         example["coarse_label"] = 1
-    prepare_tiny(tmp_path / "a", features, splits, ("image", "label"))
-    np.testing.assert_array_equal(load_dataset(_config("tiny", tmp_path / "a")).test.label, [2, 1, 0])
-    prepare_tiny(tmp_path / "b", features, tiny_splits_with_coarse())
-    with pytest.raises(UserError, match="tiny/1.0.0 .* not an image-classification data set"):
-        load_dataset(_config("tiny", tmp_path / "b"))
-
-
-def tiny_splits_with_coarse():
-    splits = tiny_splits()
-    return {k: [{**e, "coarse_label": 1} for e in v] for k, v in splits.items()}
+    for keys in (("image", "label"), None):
+        prepare_tiny(tmp_path / str(keys), features, splits, keys)
+    data = load_dataset(config_of("tiny", tmp_path / str(("image", "label"))))
+    np.testing.assert_array_equal(data.test.label, [2, 1, 0])
+    assert "not an image-classification data set" in _error(tmp_path / "None")
 
 
 def test_validation_stands_in_for_test(tmp_path):
     splits = tiny_splits()
     splits["validation"] = splits.pop("test")
     prepare_tiny(tmp_path, features_of(), splits)
-    np.testing.assert_array_equal(load_dataset(_config("tiny", tmp_path)).test.label, [2, 1, 0])
+    np.testing.assert_array_equal(load_dataset(config_of("tiny", tmp_path)).test.label, [2, 1, 0])
 
 
-def test_tfds_data_dir_comes_after_the_config(tmp_path, monkeypatch):
+def test_tfds_data_dir_comes_after_theconfig_of(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
-    assert tfds_data_dir("/given") == tmp_path.__class__("/given")
+    assert tfds_data_dir("/given") == Path("/given")
     assert tfds_data_dir("") == tmp_path / "env"
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -360,7 +382,14 @@ def test_tfds_data_dir_comes_after_the_config(tmp_path, monkeypatch):
 
 
 def test_the_highest_version_is_found(tmp_path):
-    for directory in ("a/9.0.0", "a/10.0.0", "a/big/1.0.0", "b/one/2.0.0", "b/two/3.0.0", "c/x/1.0.0"):
+    for directory in (
+        "a/9.0.0",
+        "a/10.0.0",
+        "a/big/1.0.0",
+        "b/one/2.0.0",
+        "b/two/3.0.0",
+        "c/x/1.0.0",
+    ):
         (tmp_path / directory).mkdir(parents=True)
         (tmp_path / directory / "dataset_info.json").touch()
     (tmp_path / "a" / "11.0.0").mkdir()  # not prepared
@@ -386,7 +415,7 @@ def test_the_highest_version_is_found(tmp_path):
 
 def _error(tmp_path):
     with pytest.raises(UserError) as error:
-        load_dataset(_config("tiny", tmp_path))
+        load_dataset(config_of("tiny", tmp_path))
     return str(error.value)
 
 
@@ -402,7 +431,9 @@ def test_images_of_differing_sizes_are_refused(tmp_path):
     splits = tiny_splits()
     splits["train"][5]["image"] = png(random_images(1, (4, 5, 3))[0])
     prepare_tiny(tmp_path, features_of((None, None, 3)), splits)
-    assert "split train differ in size: (6, 5, 3) at record 0, (4, 5, 3) at record 5" in _error(tmp_path)
+    assert "split train differ in size: (6, 5, 3) at record 0, (4, 5, 3) at record 5" in _error(
+        tmp_path
+    )
 
 
 def test_images_of_16_bits_are_refused(tmp_path):
@@ -416,7 +447,9 @@ def test_a_missing_label_is_named(tmp_path):
     splits = tiny_splits()
     splits["test"][1]["label"] = -1  # how TFDS marks a hidden label
     prepare_tiny(tmp_path, features_of(), splits)
-    assert "tiny/1.0.0, split test, record 1 has the label -1, which is none of its 3" in _error(tmp_path)
+    assert "tiny/1.0.0, split test, record 1 has the label -1, which is none of its 3" in _error(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize("keep", ["train", "test"])
@@ -456,9 +489,9 @@ def test_a_damaged_tfrecord_is_named(tmp_path):
     assert "tiny/1.0.0, split train, record 6 is damaged" in message
     assert str(path) in message
     path.write_bytes(data[:-30])
-    assert f"record 6 is damaged ({path} is cut off" in _error(tmp_path)
+    assert f"record 6 is damaged: {path} is cut off" in _error(tmp_path)
     path.write_bytes(b"")
-    assert "split train ends before record 4" in _error(tmp_path)
+    assert f"split train ends before record 4. Remove {directory}, so" in _error(tmp_path)
 
 
 def test_an_image_that_is_none_is_named(tmp_path):
@@ -604,12 +637,12 @@ def test_an_unwritable_cache_is_no_cache(tmp_path, prepared, capsys):
 
 @pytest.mark.slow
 def test_real_cifar10_has_its_published_statistics(cifar10_dir):
-    data = load_dataset(_config("cifar10", cifar10_dir))
+    data = load_dataset(config_of("cifar10", cifar10_dir))
     np.testing.assert_allclose(data.spec.mean, [0.4914, 0.4822, 0.4465], atol=5e-5)
     np.testing.assert_allclose(data.spec.std, [0.2470, 0.2435, 0.2616], atol=5e-5)
     np.testing.assert_array_equal(np.bincount(data.train.label), [5000] * 10)
     np.testing.assert_array_equal(np.bincount(data.test.label), [1000] * 10)
     assert data.spec.class_names[6] == "frog"
-    assert isinstance(load_dataset(_config("cifar10", cifar10_dir)).train.image.base, np.memmap)
-    val = load_dataset(_config("cifar10", cifar10_dir, num_val=5000)).val
+    assert isinstance(load_dataset(config_of("cifar10", cifar10_dir)).train.image.base, np.memmap)
+    val = load_dataset(config_of("cifar10", cifar10_dir, num_val=5000)).val
     np.testing.assert_array_equal(np.bincount(val.label), [500] * 10)

@@ -110,7 +110,8 @@ def test_custom_derivatives_are_walked():
 
     square.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x + x @ g,))
     assert count_flops(square, array(4, 4)) == 128
-    assert count_flops(jax.grad(lambda x: square(x).sum()), array(4, 4)) == 3 * 128
+    # The gradient of the sum needs the two products of the backward pass, and not the square.
+    assert count_flops(jax.grad(lambda x: square(x).sum()), array(4, 4)) == 2 * 128
 
     cube = jax.custom_jvp(lambda x: x @ x @ x)
     cube.defjvp(lambda x, dx: (cube(*x), 3 * dx[0] @ x[0] @ x[0]))

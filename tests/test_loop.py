@@ -20,7 +20,7 @@ from cv_jax.loop import (
     make_train_chunk,
     plan_chunks,
 )
-from cv_jax.mesh import make_mesh
+from cv_jax.mesh import make_mesh, replicated
 from cv_jax.tasks import build_task
 from tests.conftest import random_dataset
 
@@ -72,9 +72,13 @@ def training():
     return task, keys, batches
 
 
+def _init(task, keys):
+    return jax.jit(task.init, out_shardings=replicated(make_mesh()))(keys.init)
+
+
 def _run(training, chunks, way="resident"):
     task, keys, batches = training
-    state = task.init(keys.init)
+    state = _init(task, keys)
     train_chunk = make_train_chunk(task.train_step, batches[way])
     losses, step = [], 0
     for num_steps in chunks:
@@ -100,20 +104,20 @@ def test_a_stream_trains_to_the_same_bits(training, reference):
     chex.assert_trees_all_equal(_run(training, [4, 4, 2], way="stream"), reference)
 
 
-def test_the_loss_falls_and_whitening_stays(training, reference):
+def test_all_but_the_frozen_parameters_move(training, reference):
     task, keys, _ = training
-    state, losses = reference
-    assert np.mean(losses[-2:]) < np.mean(losses[:2])
+    state, _ = reference
     before = task.init(keys.init).params
-    np.testing.assert_array_equal(state.params["whiten"]["kernel"], before["whiten"]["kernel"])
-    assert (state.params["head"]["kernel"] != before["head"]["kernel"]).any()
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, before)
+    assert not moved["whiten"].pop("kernel")
+    assert all(jax.tree.leaves(moved))
 
 
 def test_train_step_is_traced_once(training):
     task, keys, batches = training
     step = chex.assert_max_traces(task.train_step, n=1)
     step = jax.jit(step)
-    state = task.init(keys.init)
+    state = _init(task, keys)
     for i in range(3):
         batch = batches["resident"].pick(batches["resident"].feed(i, 1), np.int32(i))
         state, _ = step(state, batch, jax.random.fold_in(keys.step, i))

@@ -100,7 +100,7 @@ def _command(workdir):
 
 def _start(workdir):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(_command(workdir), cwd=ROOT, env=environment, **pipes)
 
 

@@ -104,7 +104,7 @@ def resident_batches(split: Split, batch_size: int, key: jax.Array, mesh: Mesh) 
     """
     steps_per_epoch = _steps_per_epoch(len(split.label), batch_size)
     everywhere = replicated(mesh)
-    arrays = jax.device_put(dict(image=np.asarray(split.image), label=split.label), everywhere)
+    arrays = jax.device_put({"image": np.asarray(split.image), "label": split.label}, everywhere)
     order_of = jax.jit(
         partial(epoch_order, num_train=len(split.label), batch_size=batch_size),
         out_shardings=everywhere,
@@ -160,11 +160,11 @@ def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: 
         first = step % steps_per_epoch
         index = orders[epoch][first : first + num_steps]
         image, label = source[index.reshape(-1)]
-        arrays = dict(
-            image=np.asarray(image).reshape(*index.shape, *image.shape[1:]),
-            label=np.asarray(label).reshape(index.shape),
-            index=index,
-        )
+        arrays = {
+            "image": np.asarray(image).reshape(*index.shape, *image.shape[1:]),
+            "label": np.asarray(label).reshape(index.shape),
+            "index": index,
+        }
         spare = STREAM_STEPS - num_steps
         arrays = {
             name: np.concatenate([array, np.zeros((spare, *array.shape[1:]), array.dtype)])

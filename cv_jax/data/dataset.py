@@ -45,7 +45,7 @@ class DataSpec(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Three splits in host memory (memory-mapped where they come from the cache), and their spec."""
+    """Three splits in host memory, memory-mapped where they come from the cache, and their spec."""
 
     spec: DataSpec
     train: Split

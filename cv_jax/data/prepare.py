@@ -1,4 +1,4 @@
-"""Downloads and prepares data sets through TFDS; CIFAR without TensorFlow. Importing this imports TFDS.
+"""Downloads and prepares data sets through TFDS, CIFAR without TensorFlow.
 
 TFDS's own builder does the work: its addresses, checksums, ids, splits and file names. What is
 replaced while it works is below: the time limits of a download for all data sets, and for CIFAR

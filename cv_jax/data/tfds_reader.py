@@ -32,8 +32,7 @@ def read_prepared(directory: Path) -> Stored:
         builder = tfds.builder_from_directory(directory)
     except Exception as error:  # of JSON, of protos, of TFDS: all say that it is damaged
         raise UserError(
-            f"{directory} cannot be read as a prepared TFDS data set ({error}): "
-            "remove it, so that it can be prepared again."
+            f"{directory} cannot be read as a prepared TFDS data set ({error}). {_again(directory)}"
         ) from error
     image_key, label_key = _supervised(builder.info)
     names = builder.info.splits.keys()
@@ -53,8 +52,12 @@ def read_prepared(directory: Path) -> Stored:
     )
 
 
+def _again(directory: Path | str) -> str:
+    return f"Remove {directory}, so that it can be prepared again."
+
+
 def _supervised(info: tfds.core.DatasetInfo) -> tuple[str, str]:
-    """The names of the image and the label: TFDS's supervised keys, or the only ones of their kind."""
+    """The keys of image and label: TFDS's supervised keys, else the only ones of their kind."""
     chosen = []
     for kind in (tfds.features.Image, tfds.features.ClassLabel):
         keys = [key for key, feature in info.features.items() if isinstance(feature, kind)]
@@ -77,20 +80,21 @@ def _read_split(
     builder: tfds.core.DatasetBuilder, split: str, image_key: str, label_key: str
 ) -> Split:
     info = builder.info
-    num_examples, num_classes = info.splits[split].num_examples, info.features[label_key].num_classes
+    where = f"{info.full_name}, split {split}"
     # Only these two are decoded, whatever else a record holds.
     wanted = tfds.features.FeaturesDict({k: info.features[k] for k in (image_key, label_key)})
+    num_classes = info.features[label_key].num_classes
+    num_examples = info.splits[split].num_examples
     records = _records(builder, split)
-    label = np.empty(num_examples, np.int32)
-    image = None
-    where = f"{info.full_name}, split {split}"
+    image, label = None, np.empty(num_examples, np.int32)
     for i in trange(num_examples, desc=f"Decoding {where}", disable=not sys.stderr.isatty()):
         try:
             example = wanted.deserialize_example_np(next(records))
         except StopIteration as end:
-            raise UserError(f"{where} ends before record {i}: {_PREPARE_AGAIN}") from end
+            raise UserError(f"{where} ends before record {i}. {_again(builder.data_dir)}") from end
         except Exception as error:  # of files, of protos, of the image decoder
-            raise UserError(f"{where}, record {i} is damaged ({error}): {_PREPARE_AGAIN}") from error
+            message = f"{where}, record {i} is damaged: {error}. {_again(builder.data_dir)}"
+            raise UserError(message) from error
         pixels, label[i] = example[image_key], example[label_key]
         if image is None:
             image = np.empty((num_examples, *pixels.shape), np.uint8)
@@ -106,9 +110,6 @@ def _read_split(
             )
         image[i] = pixels
     return Split(image, label)
-
-
-_PREPARE_AGAIN = "remove the data set's directory, so that it can be prepared again."
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[bytes]:

@@ -6,8 +6,10 @@ A model is a Flax module, `module(x, train) -> (logits, intermediates)`:
     logits: (b, n) float32.
     intermediates: features by name, in the model's compute dtype; "pooled" is what the head sees.
 
-A model may have `init_from_images(variables, images) -> variables`, for a start that depends on
-the (normalised, float32) training images. A new model is a new file and a line in MODELS.
+A model may have `params_from_images(images) -> params`: the part of its initial parameters that
+depends on the (normalised, float32) training images.
+
+A new model is a new file and a line in MODELS.
 """
 
 import flax.linen as nn

@@ -54,16 +54,13 @@ class N94(nn.Module):
         )
         return logits / self.widths[-1], features  # b n
 
-    def init_from_images(self, variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
-        """Returns `variables` with the whitening kernel of the first 5,000 `images`.
+    def params_from_images(self, images: jax.Array) -> dict[str, Any]:
+        """Returns the parameters that start from the data: {"whiten": {"kernel"}}.
 
         Args:
-            variables: as `init` returns them.
-            images: (m, h, w, c) float32, normalised training images.
+            images: (m, h, w, c) float32, normalised training images; the first 5,000 are used.
         """
-        params = variables["params"]
-        whiten = {**params["whiten"], "kernel": whitening_kernel(images[:WHITEN_IMAGES])}
-        return {**variables, "params": {**params, "whiten": whiten}}
+        return {"whiten": {"kernel": jax.jit(whitening_kernel)(images[:WHITEN_IMAGES])}}
 
 
 class Group(nn.Module):

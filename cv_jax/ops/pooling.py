@@ -7,7 +7,7 @@ from jax import lax
 
 
 def max_pool(x: jax.Array, size: int) -> jax.Array:
-    """The largest value of each `size` x `size` window; an incomplete one at the border is left out.
+    """The largest value of each `size` x `size` window; an incomplete last one is left out.
 
     On the CPU the windows become axes of their own, since the gradient of XLA's windowed maximum
     is five times slower there; on a TPU it is the other way round. Where a window has its largest

@@ -34,7 +34,7 @@ class Task(NamedTuple):
 
 
 def build_task(config: ml_collections.ConfigDict, spec: NamedTuple) -> Task:
-    """Builds the task that `config.task` names, `cv_jax/tasks/<name>.py`, for data such as `spec`."""
+    """Builds the task that `config.task` names, a file in this folder, for data such as `spec`."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     if config.task not in names:
         raise UserError(

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cv_jax import durations, update
 from cv_jax.augment import make_augment
@@ -22,7 +24,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     model = build_model(config.model, spec.num_classes, compute_dtype(config.dtype))
     augment = make_augment(config.augment)
     normalize = make_normalize(spec, config.data.normalize)
-    init_variables = partial(_init_variables, model, normalize, spec)
+    init_variables = _make_init_variables(model, normalize, spec)
 
     shapes = jax.eval_shape(init_variables, jax.random.key(0))
     to_steps = partial(durations.steps, batch_size=config.batch_size, num_train=spec.num_train)
@@ -67,6 +69,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     def evaluate(state, batch, tta):
         params = ema_params(state.opt_state) if use_ema else state.params
 
+        @jax.jit  # traced once for all views
         def apply(image):
             return model.apply({"params": params, **state.model_state}, image, train=False)[0]
 
@@ -90,13 +93,20 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     )
 
 
-def _init_variables(model, normalize, spec, key):
-    image = jnp.zeros((1, *spec.image_shape), jnp.float32)
-    variables = model.init(key, image, train=False)
-    if hasattr(model, "init_from_images"):
+def _make_init_variables(model: nn.Module, normalize: Callable, spec: DataSpec) -> Callable:
+    """Returns key -> the model's variables, with what it takes from the training images."""
+    from_images = {}
+    if hasattr(model, "params_from_images"):
         images = normalize(jnp.asarray(spec.sample).astype(jnp.float32) / 255)
-        variables = model.init_from_images(variables, images)
-    return dict(variables)
+        from_images = flatten_dict(model.params_from_images(images))
+
+    def init_variables(key):
+        image = jnp.zeros((1, *spec.image_shape), jnp.float32)
+        variables = dict(model.init(key, image, train=False))
+        params = {**flatten_dict(variables["params"]), **from_images}
+        return {**variables, "params": unflatten_dict(params)}
+
+    return init_variables
 
 
 def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[jax.Array], jax.Array]:
@@ -127,11 +137,11 @@ def classification_metrics(logits: jax.Array, label: jax.Array, mask: jax.Array)
     losses = cross_entropy(logits, jax.nn.one_hot(label, n))
     metrics = {
         "loss": ((losses * mask).sum(), count),
-        "accuracy": (((answer == label) * mask).sum(), count),
+        "accuracy": (((answer == label).astype(mask.dtype) * mask).sum(), count),
         "per_class_accuracy": (jnp.diagonal(confusion), confusion.sum(1)),
         "confusion": (confusion, count),
     }
     if n > 5:
         hit = (jax.lax.top_k(logits, 5)[1] == label[:, None]).any(-1)
-        metrics["top5"] = ((hit * mask).sum(), count)
+        metrics["top5"] = ((hit.astype(mask.dtype) * mask).sum(), count)
     return metrics
