@@ -2,14 +2,16 @@
 
     python train.py --config=configs/digits.py
     python train.py --config=configs/cifar10.py --config.seed=1 --config.epochs=2
-    python train.py --config=configs/cifar10.py:smoke              # a run of seconds
-    python train.py --config=configs/cifar10.py --workdir=runs/a   # the same again goes on from there
+    python train.py --config=configs/cifar10.py:smoke             # a run of seconds
+    python train.py --config=configs/cifar10.py --workdir=runs/a  # the same again goes on there
 
-Every leaf of a config can be given as --config.KEY=VALUE; cv_jax/config.py lists them all. The run
-leaves config.json, env.json, metrics.jsonl, TensorBoard events, checkpoints and result.json in its
-work directory. Ctrl-C or SIGTERM saves a checkpoint and says how to go on; a second one stops at once.
+Every leaf of a config can be given as --config.KEY=VALUE; cv_jax/config.py lists them all. The
+run leaves config.json, env.json, metrics.jsonl, TensorBoard events, checkpoints and result.json in
+its work directory. Ctrl-C or SIGTERM saves a checkpoint and says how to go on; a second one stops
+at once.
 
-Exit codes: 0 done, 2 something to mend (the message says what), 130 / 143 stopped by Ctrl-C / SIGTERM.
+Exit codes: 0 done; 2 something to mend, the message says what; 130 or 143 stopped by Ctrl-C or
+SIGTERM.
 """
 
 import sys
@@ -58,7 +60,7 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
-    """Trains as `config` says; goes on from `workdir` if a run was begun there. Returns the result."""
+    """Trains as `config` says, from where `workdir` stopped if it did. Returns the result."""
     check(config)
     mesh = make_mesh()
     check_batch_size(config.batch_size, mesh)

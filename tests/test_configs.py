@@ -1,11 +1,17 @@
 """Every config trains, and every leaf of it is read by somebody."""
 
+import ast
 import importlib.util
 from pathlib import Path
 
 import ml_collections
+import numpy as np
+import pytest
 
-from tests.conftest import ROOT
+import train
+from cv_jax.config import flatten
+from cv_jax.data.dataset import first_examples
+from tests.conftest import ROOT, random_dataset
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
@@ -22,13 +28,62 @@ class _Watched(ml_collections.ConfigDict):
     """A config that notes which of its leaves are read."""
 
     def __getitem__(self, key):
-        self.__dict__.setdefault("seen", set()).add(key)
-        return super().__getitem__(key)
+        value = super().__getitem__(key)
+        if not isinstance(value, ml_collections.ConfigDict):
+            self.__dict__["read"].add(self.__dict__["prefix"] + key)
+        return value
 
 
-def _watch(config):
+def _watch(config, read, prefix=""):
     watched = _Watched()
-    for key, value in config.items():
-        watched[key] = _watch(value) if isinstance(value, ml_collections.ConfigDict) else value
-    watched.__dict__["seen"] = set()
-    return watched
+    watched.__dict__.update(read=read, prefix=prefix)
+    for key in config:
+        value = config[key]
+        if isinstance(value, ml_collections.ConfigDict):
+            value = _watch(value, read, f"{prefix}{key}.")
+        watched[key] = value
+    return watched.lock()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_and_every_leaf_is_read(path, tmp_path, monkeypatch):
+    config = _load(path, "smoke")
+    config.epochs, config.steps = 1.0, 0  # two steps of the 8 examples
+    config.batch_size, config.eval_batch_size, config.data.limit = 4, 8, 8
+    image_shape = (8, 8, 1) if config.data.name == "digits" else (32, 32, 3)
+    num_classes = 100 if config.data.name == "cifar100" else 10
+    read: set[str] = set()
+    results = []
+
+    def load(config_data):  # reads what load_dataset does, and needs no data
+        data = random_dataset(image_shape, num_classes)
+        assert config_data.name
+        assert config_data.dir == ""
+        assert config_data.num_val >= 0
+        return first_examples(data, config_data.limit)
+
+    monkeypatch.setattr(train, "load_dataset", load)
+    # These look at the config as a whole, which is not what reading a leaf means.
+    monkeypatch.setattr(train, "check", lambda config: None)
+    monkeypatch.setattr(train, "adopt_workdir", lambda workdir, config: [])
+    monkeypatch.setattr(train, "write_result", lambda *arguments: results.append(arguments))
+    train.run(_watch(config, read), tmp_path)
+
+    assert flatten(config).keys() - read == set()
+    (_, _, _, steps, sums, flops, _) = results[0]
+    assert steps == 2
+    assert flops > 0
+    assert sums["test"]["accuracy"][1] == 8
+    assert np.isfinite(sums["test"]["loss"][0])
+
+
+def test_a_config_without_argument_is_whole_and_smoke_is_short():
+    for path in CONFIGS:
+        assert _load(path).steps == 0
+        assert _load(path, "smoke").steps == 4
+        assert path.stem in _load_docstring(path)
+
+
+def _load_docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text()))

@@ -1,0 +1,89 @@
+"""Puts runs that differ in their seed alone together into one record.
+
+    python -m cv_jax.tools.collect runs/a runs/b runs/c --out=results/digits.json
+
+Writes the statistics over the runs, with the value of each, and prints README's row for them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cv_jax.config import differences
+from cv_jax.errors import UserError
+from cv_jax.result import summarize, write_json
+
+
+def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Joins the contents of result.json files, one a seed.
+
+    Returns:
+        Of test and val: accuracy and loss as `result.summarize` gives them, and count; the mean
+        seconds of a run; and what all runs have in common.
+
+    Raises:
+        UserError: the runs differ in more than their seed, or come from different code.
+    """
+    first = results[0]
+    for other in results[1:]:
+        apart = differences(first["config"], other["config"]).keys() - {"seed"}
+        apart |= {key for key in ("commit", "device", "steps") if first[key] != other[key]}
+        if apart:
+            raise UserError(f"The runs differ in {', '.join(sorted(apart))}, not in seed alone.")
+    record = {key: first[key] for key in ("commit", "device", "steps", "epochs", "examples")}
+    record["dirty"] = any(result["dirty"] for result in results)
+    record["total_flops"] = first["total_flops"]
+    record["seeds"] = [result["config"]["seed"] for result in results]
+    for split in ("val", "test"):
+        if first[split]:
+            record[split] = {
+                name: summarize([result[split][name]["mean"] for result in results])
+                for name in ("accuracy", "loss")
+            }
+            record[split]["count"] = first[split]["count"]
+    record["seconds"] = {
+        name: round(sum(result["seconds"][name] for result in results) / len(results), 1)
+        for name in first["seconds"]
+    }
+    record["config"] = {key: value for key, value in first["config"].items() if key != "seed"}
+    return record
+
+
+def row(name: str, record: dict[str, Any]) -> str:
+    """A row of README's table: config, accuracy, n, seconds, hardware, commit."""
+    accuracy = record["test"]["accuracy"]
+    spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
+    return (
+        f"| {name} | {100 * accuracy['mean']:.2f} %{spread} | {accuracy['n']} "
+        f"| {record['seconds']['train']:.0f} | {record['device']} | {record['commit'][:7]} |"
+    )
+
+
+def main() -> None:
+    """Reads the command line, writes the record, prints the row."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="work directories")
+    parser.add_argument("--out", required=True, type=Path, help="the JSON file to write")
+    arguments = parser.parse_args()
+    try:
+        record = collect([_read(run / "result.json") for run in arguments.runs])
+    except UserError as error:
+        sys.exit(f"collect: {error}")
+    write_json(arguments.out, record)
+    print(row(arguments.out.stem, record))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: is the run complete? ({error})") from error
+
+
+if __name__ == "__main__":
+    main()

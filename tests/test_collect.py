@@ -1,0 +1,66 @@
+"""Runs become a record only if nothing but the seed sets them apart."""
+
+import copy
+import json
+import sys
+
+import pytest
+
+from cv_jax.errors import UserError
+from cv_jax.tools import collect
+
+
+def _result(seed, accuracy):
+    scores = {"accuracy": {"mean": accuracy}, "loss": {"mean": 1 - accuracy}, "count": 10}
+    return {
+        "config": {"seed": seed, "optim": {"lr": 0.1}},
+        "val": None,
+        "test": scores,
+        "seconds": {"train": 10.0 + seed},
+        "steps": 5,
+        "epochs": 1.0,
+        "examples": 50,
+        "total_flops": 1e9,
+        "commit": "0123456789",
+        "dirty": False,
+        "device": "cpu",
+    }
+
+
+def test_seeds_are_put_together():
+    record = collect.collect([_result(0, 0.5), _result(1, 0.7)])
+    assert record["seeds"] == [0, 1]
+    assert record["test"]["accuracy"]["mean"] == pytest.approx(0.6)
+    assert record["test"]["accuracy"]["values"] == [0.5, 0.7]
+    assert record["seconds"] == {"train": 10.5}
+    assert "val" not in record
+    assert collect.row("x", record) == "| x | 60.00 % ± 14.14 | 2 | 10 | cpu | 0123456 |"
+
+
+@pytest.mark.parametrize("key", ["commit", "steps"])
+def test_other_code_or_length_is_refused(key):
+    other = _result(1, 0.7) | {key: "other"}
+    with pytest.raises(UserError, match=f"differ in {key}"):
+        collect.collect([_result(0, 0.5), other])
+
+
+def test_another_config_is_refused():
+    other = copy.deepcopy(_result(1, 0.7))
+    other["config"]["optim"]["lr"] = 0.2
+    with pytest.raises(UserError, match=r"differ in optim\.lr, not in seed alone"):
+        collect.collect([_result(0, 0.5), other])
+
+
+def test_the_command_writes_the_record(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        (tmp_path / f"{seed}").mkdir()
+        (tmp_path / f"{seed}/result.json").write_text(json.dumps(_result(seed, 0.5)))
+    runs = [str(tmp_path / "0"), str(tmp_path / "1")]
+    monkeypatch.setattr(sys, "argv", ["collect", *runs, f"--out={tmp_path / 'digits.json'}"])
+    collect.main()
+    assert json.loads((tmp_path / "digits.json").read_text())["seeds"] == [0, 1]
+    assert capsys.readouterr().out.startswith("| digits | 50.00 % ± 0.00 | 2 |")
+
+    monkeypatch.setattr(sys, "argv", ["collect", str(tmp_path), f"--out={tmp_path / 'x.json'}"])
+    with pytest.raises(SystemExit, match="is the run complete"):
+        collect.main()
