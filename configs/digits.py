@@ -12,7 +12,7 @@ from cv_jax.config import base_config, choose
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base_config()
-    config.epochs = 40.0
+    config.epochs = 30.0
     config.batch_size = 64
     config.model = "n94(widths=(32, 64, 64))"
     config.augment = "translate(1)|rotate(10)"
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.num_val = 200
 
     config.optim.name = "adamw"
-    config.optim.lr = 3e-3
+    config.optim.lr = 0.02
     config.optim.lr_batch_size = 0
     config.optim.weight_decay = 1e-2
     config.optim.warmup = "1 epoch"

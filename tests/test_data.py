@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import struct
 import sys
@@ -372,7 +373,7 @@ def test_validation_stands_in_for_test(tmp_path):
     np.testing.assert_array_equal(load_dataset(config_of("tiny", tmp_path)).test.label, [2, 1, 0])
 
 
-def test_tfds_data_dir_comes_after_theconfig_of(tmp_path, monkeypatch):
+def test_tfds_data_dir_comes_after_the_config(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
     assert tfds_data_dir("/given") == Path("/given")
     assert tfds_data_dir("") == tmp_path / "env"
@@ -404,10 +405,10 @@ def test_the_highest_version_is_found(tmp_path):
         "b/two:3.0.0": "b/two/3.0.0",
         "c": None,
         "d": None,
-        "../a": None,
         "": None,
     }.items():
         assert find_prepared(name, tmp_path) == (expected and tmp_path / expected), name
+    assert find_prepared("../a", tmp_path / "b") is None  # though it exists
 
 
 # ---- what cannot be read
@@ -602,10 +603,15 @@ def test_a_half_written_cache_is_no_cache(tmp_path, prepared, monkeypatch):
     cached(directory, _never)
 
 
-def test_data_prepared_anew_is_read_anew(prepared, capsys):
+@pytest.mark.parametrize("content", ["{ }", "[]"])  # another size; the same size, later
+def test_data_prepared_anew_is_read_anew(prepared, capsys, content):
     directory, stored = prepared
+    info = directory / "dataset_info.json"
+    os.utime(info, (0, 0))
     cached(directory, lambda _: stored)
-    (directory / "dataset_info.json").write_text("{ }")
+    info.write_text(content)
+    if content == "{ }":
+        os.utime(info, (0, 0))
     other = stored._replace(class_names=tuple("vwxyz"))
     assert cached(directory, lambda _: other) is other
     assert cached(directory, _never).class_names == other.class_names

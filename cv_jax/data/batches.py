@@ -117,14 +117,14 @@ def resident_batches(split: Split, batch_size: int, key: jax.Array, mesh: Mesh) 
         if epoch not in orders:
             orders.clear()
             orders[epoch] = order_of(key, epoch)
-        return {**arrays, "order": orders[epoch], "epoch": np.int32(epoch)}
+        return {**arrays, "order": orders[epoch], "epoch": np.int32(epoch), "key": key}
 
     def pick(feed, step):
         index = feed["order"][step % steps_per_epoch]
         # Each example is found in one of the replicas: the gather moves nothing between devices.
         index = jax.lax.with_sharding_constraint(index, batch_sharding(mesh))
         batch = {name: feed[name][index] for name in ("image", "label")}
-        return jax.lax.optimization_barrier({**batch, **_tag(key, index, feed["epoch"])})
+        return jax.lax.optimization_barrier({**batch, **_tag(feed["key"], index, feed["epoch"])})
 
     return Batches(
         limit=lambda step: steps_per_epoch - step % steps_per_epoch,
@@ -171,7 +171,7 @@ def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: 
             for name, array in arrays.items()
         }
         arrays = jax.device_put(arrays, replicated(mesh))
-        return {**arrays, "first": np.int32(step), "epoch": np.int32(epoch)}
+        return {**arrays, "first": np.int32(step), "epoch": np.int32(epoch), "key": key}
 
     def pick(feed, step):
         i = step - feed["first"]
@@ -179,7 +179,8 @@ def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: 
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         # The barrier keeps the compiler from shaping the step to where its batch comes from:
         # both ways run the same arithmetic, to the last bit.
-        return jax.lax.optimization_barrier({**batch, **_tag(key, batch["index"], feed["epoch"])})
+        tag = _tag(feed["key"], batch["index"], feed["epoch"])
+        return jax.lax.optimization_barrier({**batch, **tag})
 
     image_shape = source[np.arange(1)].image.shape[1:]
     return Batches(limit, feed, pick, _shapes(image_shape, batch_size))

@@ -56,7 +56,7 @@ def _digest(text: str) -> str:
 def _identity(directory: Path) -> str:
     files = sorted((file.name, file.stat()) for file in directory.iterdir())
     facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    return _digest(repr((FORMAT, str(directory), facts)))
+    return _digest(repr((FORMAT, facts)))
 
 
 def _arrays(stored: Stored) -> dict[str, np.ndarray]:
