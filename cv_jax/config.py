@@ -46,7 +46,7 @@ def base_config() -> ml_collections.ConfigDict:
     optim.lr_batch_size = 256  # the rate is lr * batch_size / lr_batch_size; 0: lr as it is
     optim.momentum = 0.9  # b1 of the Adam family
     optim.weight_decay = 0.0
-    optim.schedule = "cosine"  # one of cv_jax.optim.SCHEDULES
+    optim.schedule = "cosine"  # one of cv_jax.schedules.SCHEDULES
     optim.warmup = "never"  # a duration; linear from 0
     optim.clip_norm = 0.0  # of the whole gradient; 0: off
     optim.ema = 0.0  # decay of the averaged parameters that evaluation uses; 0: off

@@ -113,7 +113,8 @@ def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[jax.Array], jax
     """Returns x -> (x - mean) / std per channel of the training split, or x -> x."""
     if not normalize:
         return lambda image: image
-    mean, std = (jnp.asarray(value)[None, None, None] for value in (spec.mean, spec.std))
+    mean = jnp.asarray(spec.mean)[None, None, None]
+    std = jnp.maximum(jnp.asarray(spec.std), 1 / 255)[None, None, None]  # of a constant channel: 0
     return lambda image: (image - mean) / std
 
 
