@@ -85,7 +85,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     batches = make_batches(config, data.train, keys.order, mesh)
     train_chunk = compile_train_chunk(task.train_step, batches, state, keys.step, clock)
     evaluate = Evaluator(task.evals, data, config.eval_batch_size, mesh, clock)
-    with Log(workdir, config, data.spec, int(state.step), intervals) as log, StopRequest() as stop:
+    log = Log(workdir, config, data.spec, int(state.step), intervals)
+    with checkpoints, log, StopRequest() as stop:
         log.begin(changes, task.notes)
         log.preview(task.preview, batches, keys.step)
         with clock("train"):
@@ -101,9 +102,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
                         checkpoints.save(state, clock.read(), val.get("accuracy"))
                 log.row()
                 if stop.requested:
-                    checkpoints.close()
                     raise Stopped(stop.signum, chunk.end)
-        checkpoints.close()
         sums = {split: evaluate("final", state, split) for split in ("val", "test")}
         log.finals(intervals.total, sums, data.spec.class_names)
     flops = count_flops(task.train_step, state, batches.shapes, keys.step) / config.batch_size

@@ -47,8 +47,17 @@ class Checkpoints:
             state: a TrainState; its step names the checkpoint.
             progress: what the run knows of itself beside the state, as JSON values.
             val_accuracy: the measure of the best, where val was evaluated at this step.
+
+        Raises:
+            UserError: a parameter is not finite; the good checkpoints stay the newest.
         """
         step = int(state.step)
+        if not _all_finite(state.params):
+            raise UserError(
+                f"A parameter is not finite after step {step}, which is not saved; the checkpoints "
+                "before it are kept. Lower config.optim.lr, lengthen config.optim.warmup or set "
+                "config.optim.clip_norm."
+            )
         if step == self._manager.latest_step():
             return
         # A copy, because the next chunk of steps is given this state's memory.
@@ -105,6 +114,14 @@ class Checkpoints:
         self._manager.close()
         self._manager = self._open()
 
-    def close(self) -> None:
-        """Waits until what was saved is on the disk."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Waits until what was saved is on the disk, also when the training ends in an error."""
         self._manager.close()
+
+
+def _all_finite(params: Any) -> bool:
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
+    return bool(jnp.stack(finite).all())

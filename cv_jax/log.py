@@ -183,7 +183,7 @@ class Log:
         }
         self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
-        for name, value in values.items():
+        for name, value in record["values"].items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def finals(self, step: int, sums: dict[str, dict], class_names: Sequence[str]) -> None:

@@ -28,10 +28,9 @@ LIKE = jax.tree.map(
 
 
 def _save(directory, accuracies, keep=2):
-    checkpoints = Checkpoints(directory, keep)
-    for step, accuracy in accuracies.items():
-        checkpoints.save(_state(step), {"train": float(step)}, accuracy)
-    checkpoints.close()
+    with Checkpoints(directory, keep) as checkpoints:
+        for step, accuracy in accuracies.items():
+            checkpoints.save(_state(step), {"train": float(step)}, accuracy)
 
 
 def _steps(directory):
@@ -39,11 +38,8 @@ def _steps(directory):
 
 
 def _restore(directory):
-    checkpoints = Checkpoints(directory, 2)
-    try:
+    with Checkpoints(directory, 2) as checkpoints:
         return checkpoints.restore_latest(LIKE)
-    finally:
-        checkpoints.close()
 
 
 def test_the_newest_comes_back_to_the_bit(tmp_path):
@@ -67,6 +63,15 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
     _save(tmp_path, {4: 0.1})
     _save(tmp_path, {4: 0.2})
     assert _steps(tmp_path) == ["4"]
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    bad = _state(5).replace(params={"kernel": jnp.array([1.0, jnp.nan])})
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(_state(3), {}, None)
+        with pytest.raises(UserError, match="not finite after step 5"):
+            checkpoints.save(bad, {}, None)
+    assert _steps(tmp_path) == ["3"]
 
 
 def _damage(directory, step):

@@ -119,7 +119,9 @@ def test_training_on_several_devices(train_py, tmp_path):
     assert one.returncode == many.returncode == 0, many.stderr
     # The first window's loss: the same examples and augmentation, summed in another order.
     losses = [
-        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["values"]["loss"]
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["values"][
+            "loss"
+        ]
         for name in ("one", "many")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
