@@ -3,9 +3,17 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+from tests.test_data import examples_of, features_of, prepare_tiny, random_images, to_tfrecord
+
 pytestmark = pytest.mark.slow
+
+
+def _first_record(workdir):
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+
 
 TINY = (
     "--config=configs/digits.py:smoke",
@@ -92,6 +100,36 @@ def test_help_shows_how_to_start(train_py):
     done = train_py("--help")
     assert "python train.py --config=configs/digits.py" in done.stdout
     assert "--workdir" in done.stdout
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_prepared_data_by_its_name_alone_and_without_tensorflow(train_py, tmp_path, file_format):
+    images = random_images(40, (8, 8, 3))
+    examples = examples_of(images, np.arange(40) % 3)
+    data_dir = tmp_path / "data"
+    directory = prepare_tiny(
+        data_dir, features_of((8, 8, 3)), {"train": examples[:33], "test": examples[33:]}
+    )
+    if file_format == "tfrecord":
+        to_tfrecord(directory)
+    trap = tmp_path / "trap" / "tensorflow"
+    trap.mkdir(parents=True)
+    (trap / "__init__.py").write_text("raise AssertionError('TensorFlow was imported')")
+
+    done = train_py(
+        *TINY,
+        "--config.data.name=tiny",
+        "--config.data.num_val=3",
+        "--config.batch_size=10",
+        f"--workdir={tmp_path / 'run'}",
+        TFDS_DATA_DIR=str(data_dir),
+        PYTHONPATH=str(trap.parent),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tiny: 30 train, 3 val, 7 test; 8x8x3, 3 classes" in done.stdout
+    result = _result(tmp_path / "run")
+    assert result["test"]["count"] == 7
+    assert result["test"]["per_class_accuracy"].keys() == {"ant", "bee", "cat"}
 
 
 def test_any_number_of_devices_counts_the_same(train_py, tmp_path):
