@@ -141,7 +141,7 @@ def write_result(
         **{split: _split_result(metrics, spec.class_names) for split, metrics in sums.items()},
         "seconds": seconds,
         "steps": steps,
-        "epochs": examples / spec.num_train,
+        "epochs": steps / (spec.num_train // config.batch_size),
         "examples": examples,
         "flops_per_example": flops_per_example,
         "total_flops": flops_per_example * examples,

@@ -8,12 +8,15 @@ from cv_jax.data.digits import load_digits
 from cv_jax.data.location import find_prepared, tfds_data_dir
 from cv_jax.errors import UserError
 
+# Data sets that do not come from TFDS: a new one is a function here, () -> Stored.
+OWN = {"digits": load_digits}
+
 
 def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
     """Loads what `config_data` names; TFDS downloads and prepares it first where it must.
 
     Args:
-        config_data: `name` is "digits" or the TFDS name of an image-classification data set;
+        config_data: `name` is one of OWN or the TFDS name of an image-classification data set;
             `dir` is where TFDS keeps its data ("": TFDS_DATA_DIR or ~/tensorflow_datasets);
             `num_val` examples of train become val, stratified, the same for every seed; above 0,
             `limit` keeps only so many examples of each split, the first ones.
@@ -23,7 +26,7 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
             image-classification data set, or `num_val` does not fit.
     """
     name = config_data.name
-    stored = load_digits() if name == "digits" else _load_tfds(name, config_data.dir)
+    stored = OWN[name]() if name in OWN else _load_tfds(name, config_data.dir)
     data = hold_out(name, stored, config_data.num_val)
     return first_examples(data, config_data.limit) if config_data.limit else data
 
