@@ -72,13 +72,13 @@ def base_config() -> ml_collections.ConfigDict:
     return config
 
 
-def smoke(config: ml_collections.ConfigDict, batch_size: int = 32) -> ml_collections.ConfigDict:
+def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Cuts an experiment down to seconds: the same code on a few examples, for a first try."""
     config.steps = 4
-    config.batch_size = batch_size
+    config.batch_size = 16
     config.eval_batch_size = 64
-    config.data.limit = 256
-    config.data.num_val = min(config.data.num_val, 64)
+    config.data.limit = 128
+    config.data.num_val = min(config.data.num_val, 32)
     config.log_every = config.eval_every = config.checkpoint_every = "2 steps"
     return config
 

@@ -37,7 +37,7 @@ def test_a_run_leaves_what_it_should(train_py, tmp_path):
     assert result["examples"] == 4 * result["config"]["batch_size"]
     assert result["total_flops"] == result["flops_per_example"] * result["examples"] > 0
     assert result["seconds"].keys() == {"data", "compile", "train", "eval", "save"}
-    for split, count in (("val", 64), ("test", 256)):
+    for split, count in (("val", 32), ("test", 128)):
         accuracy = result[split]["accuracy"]
         assert result[split]["count"] == count
         assert accuracy["n"] == 1
@@ -85,7 +85,7 @@ def test_a_longer_run_goes_on_and_says_what_changed(train_py, tmp_path):
         ([*TINY, "--config.data.name=digit"], "digits"),
         ([*TINY, "--config.log_every=often"], "'often' is not a duration"),
         ([*TINY, "--config.batch_size=0"], "config.batch_size=0 must be above 0"),
-        ([*TINY, "--config.batch_size=100000"], "the 256 training examples"),
+        ([*TINY, "--config.batch_size=100000"], "the 128 training examples"),
         ([*TINY, "--config.optim.lr=1e30"], "The loss is not finite at step"),
     ],
 )
