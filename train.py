@@ -70,8 +70,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     task = build_task(config, data.spec)
     keys = derive_keys(config.seed)
     intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)
-    changes = adopt_workdir(workdir, config)
+    batches = make_batches(config, data.train, keys.order, mesh)
 
+    changes = adopt_workdir(workdir, config)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     init = jax.jit(task.init, out_shardings=replicated(mesh))
     restored = checkpoints.restore_latest(like=init.eval_shape(keys.init))
@@ -82,14 +83,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         return result
 
     write_environment(workdir)
-    batches = make_batches(config, data.train, keys.order, mesh)
     train_chunk = compile_train_chunk(task.train_step, batches, state, keys.step, clock)
     evaluate = Evaluator(task.evals, data, config.eval_batch_size, mesh, clock)
     log = Log(workdir, config, data.spec, int(state.step), intervals)
-    with checkpoints, log, StopRequest() as stop:
+    with checkpoints, log:
         log.begin(changes, task.notes)
         log.preview(task.preview, batches, keys.step)
-        with clock("train"):
+        with StopRequest() as stop, clock("train"):
             for chunk in plan_chunks(int(state.step), intervals, batches.limit, log.pace):
                 feed = batches.feed(chunk.start, chunk.num_steps)
                 state, metrics = train_chunk(state, feed, keys.step, np.int32(chunk.num_steps))
@@ -118,6 +118,9 @@ def main(argv: list[str]) -> None:
         print_result(run(_CONFIG.value, workdir), workdir)
     except UserError as error:
         sys.exit(fail(error))
+    except KeyboardInterrupt:
+        print(f"Interrupted. To go on:\n  {resume_command(sys.argv, workdir)}")
+        sys.exit(130)
     except Stopped as stopped:
         print(f"Stopped by {stopped}. To go on:\n  {resume_command(sys.argv, workdir)}")
         sys.exit(stopped.exit_code)

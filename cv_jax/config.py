@@ -21,7 +21,6 @@ MAY_CHANGE = {
     "checkpoint_every",
     "keep_checkpoints",
     "eval_batch_size",
-    "tta",
     "data.dir",
 }
 

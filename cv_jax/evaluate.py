@@ -34,21 +34,21 @@ TTA = {
 }
 
 
-def tta_logits(name: str, apply: _Logits, image: jax.Array) -> jax.Array:
-    """Logits averaged over the views of a test-time augmentation.
+def find_tta(name: str) -> Callable[[_Logits, jax.Array], jax.Array]:
+    """Finds a test-time augmentation: (apply, image) -> logits, averaged over views of the image.
 
     Args:
         name: "none"; "mirror", the image and its mirror image; "mirror_translate", in addition
             both of them shifted by one pixel (reflected at the border) up-left and down-right,
             where the unshifted pair weighs one half (arXiv 2404.00498).
-        apply: (b, h, w, c) -> logits (b, n).
-        image: (b, h, w, c) float32.
+
+    There `apply` maps (b, h, w, c) to logits (b, n), and image is (b, h, w, c) float32.
     """
     if name not in TTA:
         raise UserError(
             f"config.tta={name!r} is unknown.{nearest(name, TTA)} There are: {', '.join(TTA)}."
         )
-    return TTA[name](apply, image)
+    return TTA[name]
 
 
 def padded_batches(split: Split, batch_size: int) -> dict[str, np.ndarray]:

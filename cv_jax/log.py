@@ -98,7 +98,7 @@ class Log:
                 file.write(json.dumps({"step": self._start_step, "change": change}) + "\n")
 
     def preview(self, preview: Callable, batches: Batches, key: jax.Array) -> None:
-        """Shows the images of the first batch in TensorBoard, augmented as the model gets them."""
+        """Shows the images of the first batch in TensorBoard, augmented as in the training."""
         feed = batches.feed(self._start_step, 1)
         images = jax.jit(lambda feed, step, key: preview(batches.pick(feed, step), key)[:64])(
             feed, np.int32(self._start_step), key

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cv_jax.errors import UserError
-from cv_jax.evaluate import make_evaluate, means, padded_batches, tta_logits
+from cv_jax.evaluate import find_tta, make_evaluate, means, padded_batches
 from cv_jax.mesh import make_mesh
 from cv_jax.tasks.classification import classification_metrics
 from tests.conftest import random_split
@@ -64,17 +64,17 @@ def test_views_against_numpy():
     apply = _pixel_sum(weights)
     plain = np.einsum("bhwc,hw->bc", image, weights)
     mirror = (plain + np.einsum("bhwc,hw->bc", image[:, :, ::-1], weights)) / 2
-    np.testing.assert_allclose(tta_logits("none", apply, image), plain, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(tta_logits("mirror", apply, image), mirror, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(find_tta("none")(apply, image), plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(find_tta("mirror")(apply, image), mirror, rtol=1e-5, atol=1e-5)
 
     padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
     both = [padded[:, :4, :5], padded[:, 2:, 2:]]
     both = [(v, v[:, :, ::-1]) for v in both]
     moved = np.mean([np.einsum("bhwc,hw->bc", v, weights) for pair in both for v in pair], axis=0)
-    got = tta_logits("mirror_translate", apply, image)
+    got = find_tta("mirror_translate")(apply, image)
     np.testing.assert_allclose(got, (mirror + moved) / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_view_is_named():
     with pytest.raises(UserError, match=r"config\.tta='miror'.*'mirror'.*mirror_translate"):
-        tta_logits("miror", lambda x: x, jnp.zeros((1, 2, 2, 1)))
+        find_tta("miror")

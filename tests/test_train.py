@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import train
 from tests.test_data import examples_of, features_of, prepare_tiny, random_images, to_tfrecord
 
 pytestmark = pytest.mark.slow
@@ -86,7 +88,7 @@ def test_a_longer_run_goes_on_and_says_what_changed(train_py, tmp_path):
         ([*TINY, "--config.log_every=often"], "'often' is not a duration"),
         ([*TINY, "--config.batch_size=0"], "config.batch_size=0 must be above 0"),
         ([*TINY, "--config.batch_size=100000"], "the 128 training examples"),
-        ([*TINY, "--config.optim.lr=1e30"], "The loss is not finite at step"),
+        ([*TINY, "--config.tta=miror"], "Did you mean 'mirror'?"),
     ],
 )
 def test_a_mistake_gets_one_message_and_no_traceback(train_py, tmp_path, arguments, message):
@@ -94,6 +96,28 @@ def test_a_mistake_gets_one_message_and_no_traceback(train_py, tmp_path, argumen
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+    assert list(tmp_path.iterdir()) == []  # the directory is free for the right command
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train_py, tmp_path):
+    done = train_py(*TINY, "--config.optim.lr=1e30", f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert "The loss is not finite at step" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_ctrl_c_outside_of_the_loop_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(config, workdir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    monkeypatch.setattr(train, "prepare_jax", lambda: None)
+    monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=None))
+    monkeypatch.setattr(train, "_WORKDIR", SimpleNamespace(value="runs/x"))
+    with pytest.raises(SystemExit) as stopped:
+        train.main([])
+    assert stopped.value.code == 130
+    assert "--workdir=runs/x" in capsys.readouterr().out
 
 
 def test_help_shows_how_to_start(train_py):

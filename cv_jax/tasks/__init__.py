@@ -22,7 +22,7 @@ class Task(NamedTuple):
         train_step: (state, batch, key) -> (state, {metric: (sum, count)}).
         evals: name -> ((state, batch) -> {metric: (sum, count)}). "watch" is what validation
             during the training uses, "final" what the result is made of.
-        preview: (batch, key) -> (b, h, w, c) float32 in [0, 1], the images as the model gets them.
+        preview: (batch, key) -> (b, h, w, c) float32 in [0, 1], augmented images.
         notes: lines that the log shows at the start.
     """
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from cv_jax import durations, update
 from cv_jax.augment import make_augment
 from cv_jax.data import DataSpec
-from cv_jax.evaluate import tta_logits
+from cv_jax.evaluate import find_tta
 from cv_jax.losses import cross_entropy
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.optim import ema_params, make_optimizer
@@ -74,7 +74,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             return model.apply({"params": params, **state.model_state}, image, train=False)[0]
 
         image = normalize(batch["image"].astype(jnp.float32) / 255)
-        return classification_metrics(tta_logits(tta, apply, image), batch["label"], batch["mask"])
+        return classification_metrics(tta(apply, image), batch["label"], batch["mask"])
 
     step = update.make_train_step(forward, optimizer.tx)
 
@@ -87,7 +87,10 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     return Task(
         init=init,
         train_step=train_step,
-        evals={"watch": partial(evaluate, tta="none"), "final": partial(evaluate, tta=config.tta)},
+        evals={
+            "watch": partial(evaluate, tta=find_tta("none")),
+            "final": partial(evaluate, tta=find_tta(config.tta)),
+        },
         preview=lambda batch, key: augmented(batch, key)["image"],
         notes=[f"model   {config.model}: {num_params:,} parameters", optimizer.report],
     )
