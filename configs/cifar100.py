@@ -3,7 +3,7 @@
     python train.py --config=configs/cifar100.py
 
 SGD with Nesterov momentum for 200 epochs, the rate times 0.2 after 60, 120 and 160. For a GPU or
-TPU: 31 GFLOP for each training example.
+TPU. Not run at full length yet.
 """
 
 import ml_collections

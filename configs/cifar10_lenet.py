@@ -4,6 +4,9 @@
 
 Batch 4, SGD with rate 0.001 and momentum 0.9, inputs in [0, 1], no augmentation, all 50,000
 images, a line of loss every 2,000 steps.
+
+Measured: test accuracy 50.04 % (49.20 to 51.48 over 3 seeds), 25 s of training on 2 CPU cores
+(results/cifar10_lenet.json). The same program in PyTorch gave 49.5 % in one run.
 """
 
 import ml_collections

@@ -1,6 +1,8 @@
 """CIFAR-10 with the ResNet-18 that most papers compare with: 200 epochs of SGD, for a GPU or TPU.
 
-python train.py --config=configs/cifar10_resnet18.py
+    python train.py --config=configs/cifar10_resnet18.py
+
+Not run at full length yet.
 """
 
 import ml_collections

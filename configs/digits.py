@@ -2,7 +2,10 @@
 
     python train.py --config=configs/digits.py
 
-The 1,797 images that scikit-learn ships, and a narrow n94.
+The 1,797 images that scikit-learn ships, and a narrow n94. Rate and length were chosen on val.
+
+Measured: test accuracy 99.11 % (98.61 to 99.72 over 5 seeds, 360 images), 4 s of training on 2 CPU
+cores (results/digits.json).
 """
 
 import ml_collections
