@@ -113,7 +113,9 @@ def main(argv: list[str]) -> None:
     """Runs one training; whatever the user can mend comes as one message, without a traceback."""
     del argv
     prepare_jax()
-    workdir = Path(_WORKDIR.value or default_workdir(config_flags.get_config_filename(_CONFIG)))
+    workdir = Path(
+        _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+    )
     try:
         print_result(run(_CONFIG.value, workdir), workdir)
     except UserError as error:

@@ -1,13 +1,18 @@
 """train.py as a person meets it: whole runs, and every mistake answered by one clear message."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import train
+from tests.conftest import ROOT
 from tests.test_data import examples_of, features_of, prepare_tiny, random_images, to_tfrecord
 
 pytestmark = pytest.mark.slow
@@ -52,6 +57,22 @@ def test_a_run_leaves_what_it_should(train_py, tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     splits = [json.loads(line)["split"] for line in lines]
     assert splits == ["train", "val", "train", "val", "final_val", "final_test"]
+
+
+def test_without_a_work_directory_it_is_named_after_config_and_time(tmp_path):
+    command = [sys.executable, ROOT / "train.py", f"--config={ROOT / 'configs/digits.py'}:smoke"]
+    done = subprocess.run(
+        [*command, "--config.model=n94(widths=(4,))"],
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (workdir,) = (tmp_path / "runs" / "digits-smoke").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}", workdir.name)
+    assert (workdir / "result.json").exists()
+    assert f"workdir runs/digits-smoke/{workdir.name}" in done.stdout
 
 
 def test_a_longer_run_goes_on_and_says_what_changed(train_py, tmp_path):
