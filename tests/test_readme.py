@@ -48,16 +48,17 @@ def test_the_quick_start_is_two_commands_that_bring_their_installation():
     assert "pytest" in commands[1]
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"\b(?:cv_jax|configs)/[\w/]+\.py", README)))
-)
+FILES = set(re.findall(r"\b(?:cv_jax|configs)/[\w/]+\.py", README)) - {"configs/X.py"}
+
+
+@pytest.mark.parametrize("path", sorted(FILES))
 def test_a_file_that_is_named_is_there(path):
     assert (ROOT / path).exists()
 
 
 def test_every_config_with_a_result_has_its_record():
-    rows = re.findall(r"^\| (\w+) \|", README, re.M)
-    assert rows
+    rows = re.findall(r"^\| (\w+) \|.* %", README, re.M)
+    assert len(rows) >= 3
     for row in rows:
         assert (ROOT / "results" / f"{row}.json").exists()
 
