@@ -85,12 +85,12 @@ def test_stop_in_the_middle_of_an_epoch_and_go_on(whole, tiny_config, tmp_path, 
     _assert_same_run(whole, tmp_path)
 
 
-def _command(workdir):
+def _command(workdir, epochs=6):
     return [
         sys.executable,
         "train.py",
         "--config=configs/digits.py",
-        "--config.epochs=6",
+        f"--config.epochs={epochs}",
         "--config.checkpoint_every=3 steps",
         "--config.log_every=2 steps",
         "--config.model=n94(widths=(8, 8))",
@@ -98,10 +98,10 @@ def _command(workdir):
     ]
 
 
-def _start(workdir):
+def _start(workdir, epochs=6):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(_command(workdir), cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen(_command(workdir, epochs), cwd=ROOT, env=environment, **pipes)
 
 
 def _wait_for_checkpoint(process, workdir, beyond):
@@ -136,7 +136,7 @@ def test_kill_9_and_the_same_command_again(tmp_path):
 
 
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
-    process = _start(tmp_path)
+    process = _start(tmp_path, epochs=200)  # long enough not to end by itself meanwhile
     _wait_for_checkpoint(process, tmp_path, beyond=0)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
