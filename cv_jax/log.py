@@ -120,7 +120,8 @@ class Log:
         if chunk.logs or chunk.evals or chunk.saves:
             self.settle()
         if chunk.logs:
-            values = self._window.close()
+            values = self._window.means()
+            self._window = _Window()
             self._row = {"step": chunk.end, **values}
             self._write(chunk.end, "train", values)
 
@@ -217,12 +218,11 @@ class _Window:
         self._num_images += num_images
         self._seconds += seconds
 
-    def close(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         values = {name: float(total / count) for name, (total, count) in self._sums.items()}
         values["images_per_second"] = (
             self._num_images / self._seconds if self._seconds else math.nan
         )
-        self.__init__()
         return values
 
 

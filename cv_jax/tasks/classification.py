@@ -44,7 +44,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         return update.init_state(params, variables, optimizer.tx)
 
     def augmented(batch: dict, key: jax.Array) -> dict:
-        image = batch["image"].astype(jnp.float32) / 255
+        image = _to_unit(batch["image"])
         label = jax.nn.one_hot(batch["label"], spec.num_classes)
         return augment(key, {**batch, "image": image, "label": label})
 
@@ -73,7 +73,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         def apply(image):
             return model.apply({"params": params, **state.model_state}, image, train=False)[0]
 
-        image = normalize(batch["image"].astype(jnp.float32) / 255)
+        image = normalize(_to_unit(batch["image"]))
         return classification_metrics(tta(apply, image), batch["label"], batch["mask"])
 
     step = update.make_train_step(forward, optimizer.tx)
@@ -100,7 +100,7 @@ def _make_init_variables(model: nn.Module, normalize: Callable, spec: DataSpec) 
     """Returns key -> the model's variables, with what it takes from the training images."""
     from_images = {}
     if hasattr(model, "params_from_images"):
-        images = normalize(jnp.asarray(spec.sample).astype(jnp.float32) / 255)
+        images = normalize(_to_unit(jnp.asarray(spec.sample)))
         from_images = flatten_dict(model.params_from_images(images))
 
     def init_variables(key):
@@ -110,6 +110,11 @@ def _make_init_variables(model: nn.Module, normalize: Callable, spec: DataSpec) 
         return {**variables, "params": unflatten_dict(params)}
 
     return init_variables
+
+
+def _to_unit(image: jax.Array) -> jax.Array:
+    """uint8 0..255 to float32 in [0, 1]."""
+    return image.astype(jnp.float32) / 255
 
 
 def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[jax.Array], jax.Array]:
