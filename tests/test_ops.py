@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from cv_jax.ops import conv, max_pool
-from cv_jax.ops.convolution import _group_size
+from cv_jax.ops.convolution import _GROUP_BYTES, _group_size
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
 
@@ -68,7 +68,7 @@ def test_groups_of_images_add_up(monkeypatch):
 
 @pytest.mark.parametrize(("b", "fits", "size"), [(12, 5, 4), (7, 5, 1), (4, 100, 4), (4, 0, 1)])
 def test_a_group_divides_the_batch(b, fits, size):
-    assert _group_size(b, (1 << 19) // fits if fits else 1 << 30) == size
+    assert _group_size(b, _GROUP_BYTES // fits if fits else 1 << 30) == size
 
 
 def test_under_vmap_and_scan():
