@@ -47,6 +47,7 @@ from cv_jax.loop import (
     plan_chunks,
 )
 from cv_jax.mesh import check_batch_size, make_mesh, replicated
+from cv_jax.profile import Profiler
 from cv_jax.result import finished_result, print_result, write_environment, write_result
 from cv_jax.startup import prepare_jax
 from cv_jax.tasks import build_task
@@ -57,9 +58,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run keeps everything; runs/<config>/<time> when not given."
 )
+_PROFILE_STEPS = flags.DEFINE_integer(
+    "profile_steps", 0, "Steps to trace into <workdir>/profile; 0: none."
+)
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
+def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0) -> dict:
     """Trains as `config` says, from where `workdir` stopped if it did. Returns the result."""
     check(config)
     mesh = make_mesh()
@@ -86,14 +90,21 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     train_chunk = compile_train_chunk(task.train_step, batches, state, keys.step, clock)
     evaluate = Evaluator(task.evals, data, config.eval_batch_size, mesh, clock)
     log = Log(workdir, config, data.spec, int(state.step), intervals)
-    with checkpoints, log:
+
+    def step_flops() -> int:
+        return count_flops(task.train_step, state, batches.shapes, keys.step)
+
+    num_left = intervals.total - int(state.step)
+    profiler = Profiler(profile_steps, num_left, workdir, config.dtype, step_flops, log, clock)
+    with checkpoints, log, profiler:
         log.begin(changes, task.notes)
         log.preview(task.preview, batches, keys.step)
         with StopRequest() as stop, clock("train"):
-            for chunk in plan_chunks(int(state.step), intervals, batches.limit, log.pace):
-                feed = batches.feed(chunk.start, chunk.num_steps)
-                state, metrics = train_chunk(state, feed, keys.step, np.int32(chunk.num_steps))
-                log.train(chunk, metrics)
+            for chunk in plan_chunks(int(state.step), intervals, batches.limit, profiler.pace):
+                with profiler(chunk):
+                    feed = batches.feed(chunk.start, chunk.num_steps)
+                    state, metrics = train_chunk(state, feed, keys.step, np.int32(chunk.num_steps))
+                    log.train(chunk, metrics)
                 val = means(evaluate("watch", state, "val")) if chunk.evals else {}
                 log.evals(chunk.end, "val", val)
                 if chunk.saves or stop.requested:
@@ -105,7 +116,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
                     raise Stopped(stop.signum, chunk.end)
         sums = {split: evaluate("final", state, split) for split in ("val", "test")}
         log.finals(intervals.total, sums, data.spec.class_names)
-    flops = count_flops(task.train_step, state, batches.shapes, keys.step) / config.batch_size
+    flops = step_flops() / config.batch_size
     return write_result(workdir, config, data.spec, intervals.total, sums, flops, clock.read())
 
 
@@ -117,7 +128,7 @@ def main(argv: list[str]) -> None:
         _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     )
     try:
-        print_result(run(_CONFIG.value, workdir), workdir)
+        print_result(run(_CONFIG.value, workdir, _PROFILE_STEPS.value), workdir)
     except UserError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt:
