@@ -1,0 +1,108 @@
+"""The classic tutorial's whole program beside train.py --config=configs/cifar10_lenet.py.
+
+    python -m benchmarks.lenet --epochs=1 --rounds=3
+
+Both train on all 50,000 images of CIFAR-10, four a step, and classify the 10,000 test images; the
+tutorial normalises to [-1, 1], the config leaves [0, 1]. In each round one follows the other.
+"wall" is the seconds from command to exit: start, imports, reading the decoded data, compiling
+(the cache of compiled programs is empty each time), training, evaluation. "epoch" is the seconds of
+an epoch's steps alone.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import ROOT, make_parser, paired_ratio, save
+from cv_jax.config import base_config
+from cv_jax.data import load_dataset
+
+
+def write_data(directory: Path) -> None:
+    """Writes CIFAR-10 as the .npy files that the PyTorch program reads; fills cv_jax's cache."""
+    config = base_config()
+    config.data.name = "cifar10"
+    data = load_dataset(config.data)
+    for name in ("train", "test"):
+        for kind, array in getattr(data, name)._asdict().items():
+            np.save(directory / f"{name}.{kind}.npy", array)
+
+
+def timed_run(command: list[str], **environment: str) -> tuple[float, str]:
+    """Runs a Python program to its end; returns the seconds of wall time and what it printed."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    start = time.perf_counter()
+    output = subprocess.check_output(
+        [sys.executable, *command], cwd=ROOT, env=environment, text=True
+    )
+    return time.perf_counter() - start, output
+
+
+def run_torch(data: Path, epochs: int) -> dict[str, Any]:
+    """One run of the tutorial's program."""
+    wall, output = timed_run(["benchmarks/torch_lenet.py", str(data), f"--epochs={epochs}"])
+    result = json.loads(output.splitlines()[-1])
+    return {"wall": wall, "epoch": result["seconds"]["train"] / epochs, **result}
+
+
+def run_ours(epochs: int) -> dict[str, Any]:
+    """One run of train.py in a work directory of its own, with nothing compiled before."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["train.py", "--config=configs/cifar10_lenet.py", f"--config.epochs={epochs}.0"]
+        command.append(f"--workdir={scratch}/run")
+        wall, _ = timed_run(command, JAX_COMPILATION_CACHE_DIR=f"{scratch}/xla")
+        result = json.loads(Path(scratch, "run/result.json").read_text())
+    epoch, accuracy = result["seconds"]["train"] / epochs, result["test"]["accuracy"]["mean"]
+    return {"wall": wall, "epoch": epoch, "accuracy": accuracy, "seconds": result["seconds"]}
+
+
+def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of each side, PyTorch's seconds by ours in each round, and {side: runs} itself."""
+
+    def column(side, key):
+        return [run[key] for run in runs[side]]
+
+    keys = ("wall", "epoch", "accuracy")
+    return {
+        "medians": {
+            side: {key: statistics.median(column(side, key)) for key in keys} for side in runs
+        },
+        "speed": {
+            key: paired_ratio(column("torch", key), column("cv_jax", key)) for key in keys[:2]
+        },
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    """Runs both programs in turn, prints the medians, and writes the record where it is asked."""
+    parser = make_parser(__doc__, rounds=3)
+    parser.add_argument("--epochs", type=int, default=1)
+    args = parser.parse_args()
+    runs: dict[str, list] = {"cv_jax": [], "torch": []}
+    with tempfile.TemporaryDirectory() as data:
+        write_data(Path(data))
+        for _ in range(args.rounds):
+            runs["torch"].append(run_torch(Path(data), args.epochs))
+            runs["cv_jax"].append(run_ours(args.epochs))
+    results = summarize(runs)
+    for side, medians in results["medians"].items():
+        print(
+            f"{side:<7} wall {medians['wall']:.1f} s, an epoch {medians['epoch']:.1f} s, "
+            f"test accuracy {medians['accuracy']:.4f}"
+        )
+    for key, ratio in results["speed"].items():
+        print(f"{key:<7} cv_jax is {ratio['median']:.2f} times as fast")
+    save("lenet", args, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What every benchmark shares: its command line, its record, and the ratio of paired rounds."""
+
+import argparse
+import os
+import platform
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cv_jax.result import git_commit, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch")
+# Of the CPU: what decides how fast float32 and bfloat16 products are.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+
+
+def make_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
+    """A parser with --rounds and --out, which every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help="behind each median")
+    parser.add_argument("--out", help="a file for the record, as JSON")
+    return parser
+
+
+def save(name: str, args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Writes the record of a benchmark to the file that --out names, if it names one."""
+    if args.out:
+        write_json(Path(args.out), record(name, vars(args), results))
+        print(f"written {args.out}")
+
+
+def record(name: str, settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, how often (n rounds), with what settings, versions and machine."""
+    info = Path("/proc/cpuinfo").read_text()
+    cpu = re.search(r"model name\s*: (.*)", info)
+    commit, dirty = git_commit()
+    return {
+        "benchmark": name,
+        "command": sys.argv,
+        "settings": settings,
+        "n": settings["rounds"],
+        "machine": {
+            "cpu": cpu[1] if cpu else platform.processor(),
+            "cpu_flags": [flag for flag in CPU_FLAGS if re.search(rf"\b{flag}\b", info)],
+            "cores": len(os.sched_getaffinity(0)),
+        },
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "commit": commit,
+        "dirty": dirty,
+        "results": results,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
+    """The median over rounds of numerator / denominator, and the ratio of each round.
+
+    A round measures both one after the other: what slows the machine for longer than that cancels.
+    """
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    return {"median": statistics.median(ratios), "rounds": ratios}

@@ -1,0 +1,110 @@
+"""cv_jax's side of the benchmarks: the program of train.py, and the same on plain lax."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import ml_collections
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from benchmarks.worker import LR, MEAN, MOMENTUM, NUM_TRAIN, STD, WEIGHT_DECAY, Steps, random_images
+from cv_jax.config import base_config
+from cv_jax.data import DataSpec, Split
+from cv_jax.data.batches import Batches, make_batches
+from cv_jax.keys import Keys, derive_keys
+from cv_jax.loop import Clock, Intervals, compile_train_chunk, plan_chunks
+from cv_jax.mesh import make_mesh
+from cv_jax.startup import prepare_jax
+from cv_jax.tasks import Task, build_task
+
+
+def step_config(model: str, batch_size: int, dtype: str) -> ml_collections.ConfigDict:
+    """What both sides run: no augmentation, SGD with Nesterov momentum at a constant rate."""
+    config = base_config()
+    config.model, config.batch_size, config.dtype = model, batch_size, dtype
+    config.optim.name = "sgd(nesterov=True)"
+    config.optim.lr, config.optim.lr_batch_size = LR, 0
+    config.optim.momentum, config.optim.weight_decay = MOMENTUM, WEIGHT_DECAY
+    config.optim.schedule = "constant"
+    if model == "n94":
+        config.optim.rules = (("whiten/kernel", "frozen"), (".*", "base"))
+    return config
+
+
+def build(config: ml_collections.ConfigDict, num_train: int) -> tuple[Task, Batches, Keys]:
+    """The task and the resident batches of random images."""
+    image, label = random_images(num_train)
+    mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
+    names = tuple(f"class {i}" for i in range(10))
+    spec = DataSpec("random", (32, 32, 3), names, mean, std, num_train, 0, 0, image[:5000])
+    keys = derive_keys(config.seed)
+    batches = make_batches(config, Split(image, label), keys.order, make_mesh())
+    return build_task(config, spec), batches, keys
+
+
+def loop(train_step: Callable, batches: Batches, state: Any, key: jax.Array) -> Callable:
+    """Compiles the loop of train.py; returns num_steps -> {metric: mean of the last step}."""
+    train_chunk = compile_train_chunk(train_step, batches, state, key, Clock())
+
+    def steps(num_steps: int) -> dict[str, float]:
+        nonlocal state
+        start = int(state.step)
+        intervals = Intervals(start + num_steps, log=0, eval=0, save=0)
+        for chunk in plan_chunks(start, intervals, batches.limit, lambda: num_steps):
+            feed = batches.feed(chunk.start, chunk.num_steps)
+            state, metrics = train_chunk(state, feed, key, np.int32(chunk.num_steps))
+        jax.block_until_ready(state)
+        last = chunk.num_steps - 1
+        return {name: float(total[last] / count[last]) for name, (total, count) in metrics.items()}
+
+    return steps
+
+
+def jax_steps(model: str, batch_size: int, dtype: str) -> Steps:
+    """As many steps in a dispatch as are asked for, unless an epoch ends between."""
+    prepare_jax()
+    task, batches, keys = build(step_config(model, batch_size, dtype), NUM_TRAIN)
+    state = jax.jit(task.init)(keys.init)
+    steps = loop(task.train_step, batches, state, keys.step)
+    return lambda num_steps: steps(num_steps)["loss"]
+
+
+def check_loss(model: str, batch_size: int, num_steps: int = 20) -> dict[str, list[float]]:
+    """Trains in float32 on cv_jax.ops and on plain lax, from the same start on the same batches.
+
+    Prints a line for each step, and returns the losses and their relative differences.
+    """
+    config = step_config(model, batch_size, "float32")
+    task, batches, keys = build(config, num_steps * batch_size)
+    feed = batches.feed(0, num_steps)
+
+    def losses() -> list[float]:
+        @jax.jit
+        def step(state, feed, key):
+            return task.train_step(state, batches.pick(feed, state.step), key)
+
+        state, values = jax.jit(task.init)(keys.init), []
+        for _ in range(num_steps):
+            state, metrics = step(state, feed, keys.step)
+            values.append(float(np.divide(*metrics["loss"])))
+        return values
+
+    ours = losses()
+    with mock.patch.multiple("cv_jax.ops", conv=_plain_conv, max_pool=_plain_max_pool):
+        plain = losses()
+    apart = np.abs(np.divide(ours, plain) - 1).tolist()
+    for i, (a, b, difference) in enumerate(zip(ours, plain, apart, strict=True), start=1):
+        print(f"step {i:2d}  cv_jax {a:.7f}  lax {b:.7f}  relative difference {difference:.1e}")
+    return {"cv_jax": ours, "lax": plain, "relative_difference": apart}
+
+
+def _plain_conv(x, kernel, strides, padding):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+
+def _plain_max_pool(x, size):
+    return nn.max_pool(x, (size, size), (size, size))

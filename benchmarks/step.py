@@ -1,0 +1,212 @@
+"""The training step beside the same network in PyTorch, on the CPU.
+
+    python -m benchmarks.step --model=n94 --batch_size=500 --rounds=10 --steps=4
+    python -m benchmarks.step --model=n94 --batch_size=500,2000       # what an image costs in each
+    python -m benchmarks.step --model=n94 --check_loss                # against plain lax
+
+Every variant is a process with all cores to itself in turn: in each round each makes `steps` steps
+while the others sleep. Both sides take random uint8 images that are resident, normalise them in
+the step, and train by SGD with Nesterov momentum on the cross-entropy. A step's seconds are wall
+time of `steps` steps in a row, divided by their number; compilation is not in them.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.machine import ROOT, make_parser, paired_ratio, save
+
+OURS = ("cv_jax-float32", "cv_jax-bfloat16")
+TORCH_FLOAT32 = ("torch-float32", "torch-float32-channels_last")
+TORCH_BFLOAT16 = ("torch-bfloat16", "torch-bfloat16-channels_last")
+VARIANTS = (*OURS, *TORCH_FLOAT32, *TORCH_BFLOAT16)
+
+
+class Case(NamedTuple):
+    """One side of the comparison."""
+
+    variant: str
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.variant}/{self.batch_size}"
+
+
+class WorkerEnded(Exception):
+    """A worker ended without an answer."""
+
+
+class Worker:
+    """A process that makes the steps of one case; see benchmarks/worker.py."""
+
+    def __init__(self, case: Case, model: str) -> None:
+        self._case = case
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", case.variant, model, str(case.batch_size)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answer()
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def run(self, num_steps: int, limit: float = threading.TIMEOUT_MAX) -> dict | None:
+        """Makes the steps and returns the worker's answer; None after `limit` seconds."""
+        killed = threading.Event()
+        timer = threading.Timer(limit, lambda: (killed.set(), self._process.kill()))
+        timer.start()
+        try:
+            self._process.stdin.write(f"{num_steps}\n")
+            self._process.stdin.flush()
+            return self._answer()
+        except WorkerEnded:
+            if killed.is_set():
+                return None
+            raise
+        finally:
+            timer.cancel()
+
+    def _answer(self) -> dict:
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        self.stop()
+        raise WorkerEnded(f"The worker of {self._case} ended; its message stands above.")
+
+
+def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[Case, dict[str, Any]]:
+    """Warms every case up by a step, times those that are not far too slow; see `summarize`."""
+    answers: dict[Case, list[dict]] = {}
+    too_slow: dict[Case, dict[str, Any]] = {}
+    fastest = float("inf")  # seconds per image
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for case in cases:
+            worker = Worker(case, args.model)
+            stack.callback(worker.stop)
+            warm_up = worker.run(1, args.limit)
+            seconds = warm_up["seconds"] if warm_up else args.limit
+            fastest = min(fastest, seconds / case.batch_size)
+            if warm_up and seconds / case.batch_size <= args.cap * fastest:
+                workers[case], answers[case] = worker, []
+            else:
+                worker.stop()
+                too_slow[case] = {"warm_up_seconds": seconds, "given_up": warm_up is None}
+        for _ in range(args.rounds):
+            for case, worker in workers.items():
+                answers[case].append(worker.run(args.steps))
+    timed = {case: summarize(rows, args.steps, case) for case, rows in answers.items()}
+    return {case: (timed | too_slow)[case] for case in cases}
+
+
+def summarize(rows: Sequence[dict[str, float]], steps: int, case: Case) -> dict[str, Any]:
+    """What the rounds of one case come to: the seconds of a step in each, their median, and more.
+
+    A case that was too slow to be timed has warm_up_seconds instead, of its only step, and
+    whether it was given up before that step ended.
+    """
+    seconds = [row["seconds"] / steps for row in rows]
+    median = statistics.median(seconds)
+    return {
+        "seconds_per_step": median,
+        "images_per_second": case.batch_size / median,
+        "peak_bytes": max(row["peak_bytes"] for row in rows),
+        "loss": rows[-1]["loss"],
+        "rounds": seconds,
+    }
+
+
+def compare(results: dict[Case, dict[str, Any]]) -> dict[str, Any]:
+    """Paired ratios over the rounds.
+
+    Returns:
+        "speed": for each of our cases, the time of the best PyTorch float32 variant (the one of
+        least median) of the same batch size, divided by ours. "image_cost": for each of our cases
+        of a further batch size, seconds per image divided by those of the same variant's first.
+    """
+    timed = {case: result for case, result in results.items() if "rounds" in result}
+    ours = [case for case in timed if case.variant in OURS]
+    speed, image_cost = {}, {}
+    for case in ours:
+        rounds = timed[case]["rounds"]
+        rivals = [c for c in timed if c.variant in TORCH_FLOAT32 and c[1] == case.batch_size]
+        if rivals:
+            best = min(rivals, key=lambda c: timed[c]["seconds_per_step"])
+            ratio = paired_ratio(timed[best]["rounds"], rounds)
+            speed[str(case)] = {"against": str(best), **ratio}
+        first = next(c for c in ours if c.variant == case.variant)
+        if first != case:
+            per_image = [[s / c.batch_size for s in timed[c]["rounds"]] for c in (case, first)]
+            image_cost[str(case)] = {"against": str(first), **paired_ratio(*per_image)}
+    return {"speed": speed, "image_cost": image_cost}
+
+
+def report(results: dict[Case, dict[str, Any]], ratios: dict[str, Any]) -> str:
+    """A table of the cases, and a line for each ratio."""
+    lines = [f"{'case':<34} {'s/step':>8} {'images/s':>9} {'peak GB':>8} {'loss':>8}"]
+    for case, result in results.items():
+        if "rounds" in result:
+            lines.append(
+                f"{case!s:<34} {result['seconds_per_step']:8.4f} "
+                f"{result['images_per_second']:9.1f} {result['peak_bytes'] / 1e9:8.2f} "
+                f"{result['loss']:8.4f}"
+            )
+        else:
+            took = "took more than" if result["given_up"] else "took"
+            lines.append(f"{case!s:<34} the warm-up step {took} {result['warm_up_seconds']:.1f} s")
+    for kind, what in (("speed", "is {:.3f} times as fast"), ("image_cost", "costs {:.3f} times")):
+        for name, ratio in ratios[kind].items():
+            spread = f"{min(ratio['rounds']):.3f} to {max(ratio['rounds']):.3f}"
+            lines.append(f"{name} {what.format(ratio['median'])} as {ratio['against']} ({spread})")
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; `batch_size` and `variants` become lists."""
+    parser = make_parser(__doc__, rounds=10)
+    parser.add_argument("--model", choices=("n94", "resnet18"), default="n94")
+    parser.add_argument("--batch_size", default="500", help="images a step; several: A,B")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a variant in a round")
+    parser.add_argument("--variants", help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument("--cap", type=float, default=10, help="not timed: so many times slower")
+    parser.add_argument("--limit", type=float, default=300, help="seconds of a warm-up, at most")
+    parser.add_argument("--check_loss", action="store_true", help="compare losses with plain lax")
+    args = parser.parse_args(argv)
+    args.batch_size = [int(size) for size in args.batch_size.split(",")]
+    default = VARIANTS if len(args.batch_size) == 1 else OURS[:1]
+    args.variants = args.variants.split(",") if args.variants else list(default)
+    if unknown := set(args.variants) - set(VARIANTS):
+        parser.error(f"there is no variant {', '.join(sorted(unknown))}")
+    return args
+
+
+def main() -> None:
+    """Measures, prints, and writes the record where it is asked for."""
+    args = parse()
+    if args.check_loss:
+        from benchmarks.ours import check_loss
+
+        save("loss", args, check_loss(args.model, args.batch_size[0]))
+        return
+    cases = [Case(variant, size) for variant in args.variants for size in args.batch_size]
+    results = measure(cases, args)
+    ratios = compare(results)
+    print(report(results, ratios))
+    named = {str(case): result for case, result in results.items()}
+    save("step", args, {"cases": named, **ratios})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""PyTorch's side of benchmarks.step: the same networks, as a user of PyTorch would write them.
+
+For 32x32 images. Submodules have the names of the Flax modules; tests/test_benchmarks.py copies
+parameters over and compares logits, gradients and training steps.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.worker import LR, MEAN, MOMENTUM, NUM_TRAIN, STD, WEIGHT_DECAY, Steps, random_images
+
+
+class N94(nn.Module):
+    """cv_jax/models/n94.py; (b, 3, 32, 32) -> (b, num_classes)."""
+
+    def __init__(self, num_classes: int = 10, widths: Sequence[int] = (64, 256, 256)) -> None:
+        super().__init__()
+        self.whiten = nn.Conv2d(3, 24, 2)
+        self.whiten.weight.requires_grad_(False)
+        self.group1, self.group2, self.group3 = (
+            Group(before, width) for before, width in zip((24, *widths), widths, strict=False)
+        )
+        self.head = nn.Linear(widths[-1], num_classes, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.gelu(self.whiten(x))
+        x = self.group3(self.group2(self.group1(x)))
+        return self.head(x.amax((2, 3))) / self.head.in_features
+
+
+class Group(nn.Module):
+    """Two 3x3 convolutions, a pool between them."""
+
+    def __init__(self, before: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, padding=1, bias=False)
+        self.norm1 = _norm_without_scale(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = _norm_without_scale(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.max_pool2d(self.conv1(x), 2)
+        x = functional.gelu(self.norm1(x))
+        return functional.gelu(self.norm2(self.conv2(x)))
+
+
+def _norm_without_scale(width: int) -> nn.BatchNorm2d:
+    # PyTorch's momentum is the weight of the new batch, Flax's 0.6 that of the old average.
+    norm = nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad_(False)  # stays 1
+    return norm
+
+
+class ResNet18(nn.Module):
+    """cv_jax/models/resnet.py's resnet18 with the CIFAR stem."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(64)
+        before = 64
+        for i, width in enumerate((64, 128, 256, 512), start=1):
+            for j in (1, 2):
+                strides = 2 if i > 1 and j == 1 else 1
+                self.add_module(f"group{i}_block{j}", BasicBlock(before, width, strides))
+                before = width
+        self.head = nn.Linear(512, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.stem_norm(self.stem(x)))
+        for name, block in self.named_children():
+            if name.startswith("group"):
+                x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, before: int, width: int, strides: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, strides, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut = self.shortcut_norm = nn.Identity()
+        if strides != 1 or before != width:
+            self.shortcut = nn.Conv2d(before, width, 1, strides, bias=False)
+            self.shortcut_norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = functional.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return functional.relu(y + self.shortcut_norm(self.shortcut(x)))
+
+
+MODELS = {"n94": N94, "resnet18": ResNet18}
+
+
+def make_step(network: nn.Module, dtype: str, layout: torch.memory_format) -> Callable:
+    """Returns (image (b, 3, 32, 32) uint8, label (b,) int64) -> loss (), which trains `network`."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, LR, MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
+
+    def step(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        x = ((image.float() / 255 - mean) / std).contiguous(memory_format=layout)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = functional.cross_entropy(network(x), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def torch_steps(
+    model: str, batch_size: int, dtype: str, channels_last: bool, num_threads: int
+) -> Steps:
+    """Eager steps on batches of resident images, with autocast where the dtype is bfloat16."""
+    torch.set_num_threads(num_threads)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    image, label = map(torch.from_numpy, random_images(NUM_TRAIN))
+    image, label = image.permute(0, 3, 1, 2).contiguous(), label.long()
+    order = torch.randperm(NUM_TRAIN).split(batch_size)[: NUM_TRAIN // batch_size]
+    indices = itertools.cycle(order)
+    step = make_step(MODELS[model]().to(memory_format=layout), dtype, layout)
+
+    def steps(num_steps: int) -> float:
+        for index in itertools.islice(indices, num_steps):
+            loss = step(image[index], label[index])
+        return loss.item()
+
+    return steps
