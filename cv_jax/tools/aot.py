@@ -1,0 +1,389 @@
+"""Compiles a config's steps for TPUs that are not there, and says what they would cost.
+
+    pip install -r requirements-tpu.txt
+    python -m cv_jax.tools.aot --config=configs/cifar10.py --topology=v5e
+    python -m cv_jax.tools.aot --config=configs/cifar10.py --topology=v5e:2x4 --scaling
+    python -m cv_jax.tools.aot --config=configs/cifar10.py --topology=v6e --config.batch_size=4096
+
+XLA:TPU compiles the training step and the evaluation of one batch; nothing is executed. A topology
+is a chip (v4, v5e, v5p, v6e) and how many stand side by side; one, when that is not said. The
+config's dtype "auto" means what it means on a TPU, bfloat16.
+
+Facts of the compiled program, for each chip: bytes, memory, and FLOPs as the compiler counts them.
+All that is called estimated follows from a model, not from a measurement:
+
+    compute      the sum of the compiler's "estimated_cycles" over its schedule / clock
+    unestimated  bytes that instructions without such an estimate read and write / HBM bandwidth
+    collectives  bytes * 2 (n - 1) / n / ICI bandwidth for all-reduce, bytes * (n - 1) / n / ICI
+                 bandwidth for others: one ring, without latency, hidden behind nothing
+    step         the sum of the three; copies that run beside other work count nothing
+    utilisation  matrix products and convolutions (cv_jax/flops.py) / step / peak
+
+The first two are too low where the compiler guesses so, and nobody knows by how much without a
+TPU. --scaling also compiles one chip's share of the batch for one chip: the efficiency of n chips
+is its estimated step time over theirs.
+
+Exit codes: 0 done; 1 a program does not fit into the chip's memory; 2 something to mend.
+"""
+
+import argparse
+import copy
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from cv_jax.config import check, check_command_line
+from cv_jax.data import Dataset, Split, load_dataset
+from cv_jax.data.batches import make_batches
+from cv_jax.errors import UserError, nearest
+from cv_jax.evaluate import make_evaluate, padded_batches
+from cv_jax.flops import count_flops
+from cv_jax.keys import derive_keys
+from cv_jax.mesh import batch_sharding, check_batch_size, make_mesh, replicated
+from cv_jax.result import write_json
+from cv_jax.tasks import build_task
+from cv_jax.tools import hlo
+
+
+class Chip(NamedTuple):
+    """What a chip can do, all its cores together.
+
+    Attributes:
+        flops: peak of bfloat16 matrix products, FLOP/s.
+        hbm: bytes of memory.
+        bandwidth: of that memory, bytes/s.
+        ici: between neighbours, both directions together, bytes/s.
+        clock: cycles/s.
+        config_name: the compiler's name for "one device is one whole chip".
+    """
+
+    flops: float
+    hbm: int
+    bandwidth: float
+    ici: float
+    clock: float
+    config_name: str = "default"
+
+
+# Peak, memory and its bandwidth: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI: "How to Think
+# About TPUs", jax-ml.github.io/scaling-book/tpus, which has 1.5 GHz for v5e, too. A clock is the
+# peak over the FLOPs that the compiler expects in a cycle (2 * 128 * 128 for each MXU; v5e has 4,
+# v4 and v5p 8, v6e as many as 16 of this size), so that a perfect product has utilisation 1; a
+# 16384 x 4096 x 4096 product is estimated at 90 to 98 % of that.
+CHIPS = {
+    "v4": Chip(275e12, 32 << 30, 1.2e12, 9e10, 1.05e9, "megacore"),
+    "v5e": Chip(197e12, 16 << 30, 8.19e11, 9e10, 1.5e9),
+    "v5p": Chip(459e12, 95 << 30, 2.765e12, 1.8e11, 1.75e9, "megacore"),
+    "v6e": Chip(918e12, 32 << 30, 1.64e12, 1.8e11, 1.75e9),
+}
+
+
+def main() -> None:
+    """Reads the command line, compiles, prints and writes what there is to know."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--topology", required=True, help="v5e, v5e:2x4, v5p:2x2x1, ...")
+    parser.add_argument("--scaling", action="store_true", help="compare with one chip")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    arguments, rest = parser.parse_known_args()
+    try:
+        prepare_compiler()
+        report = examine(read_config([sys.argv[0], *rest]), arguments.topology, arguments.scaling)
+    except (UserError, flags.Error) as error:
+        print(f"aot: {error}", file=sys.stderr)
+        sys.exit(2)
+    except DoesNotFit as error:
+        print(f"aot: {error}", file=sys.stderr)
+        sys.exit(1)
+    if arguments.out:
+        write_json(arguments.out, report)
+    print(describe(report))
+
+
+class DoesNotFit(Exception):
+    """A program needs more memory than the chip has."""
+
+
+def prepare_compiler() -> None:
+    """Keeps JAX to the CPU and libtpu from looking for a TPU.
+
+    Raises:
+        UserError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is missing: pip install -r requirements-tpu.txt")
+    jax.config.update("jax_platforms", "cpu")
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",  # else it complains that it knows none
+        "TPU_ACCELERATOR_TYPE": "v4-8",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device to share
+    }
+
+
+def read_config(argv: list[str]) -> ml_collections.ConfigDict:
+    """Reads --config=FILE and --config.KEY=VALUE as train.py does; dtype "auto" becomes bfloat16.
+
+    Raises:
+        UserError, flags.Error: something is wrong with them.
+    """
+    check_command_line(argv)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
+    values(argv)
+    config = values["config"].value
+    check(config)
+    if config.dtype == "auto":
+        config.dtype = "bfloat16"  # "auto" looks at the machine that compiles
+    return config
+
+
+def find_devices(topology: str) -> tuple[str, list[jax.Device]]:
+    """Returns the chip's name and one device for each chip of a topology such as "v5e:2x4".
+
+    Raises:
+        UserError: there is no such chip or topology.
+    """
+    chip, _, shape = topology.partition(":")
+    if chip not in CHIPS:
+        raise UserError(
+            f"--topology={topology}: there is no chip {chip!r}.{nearest(chip, CHIPS)} "
+            f"There are: {', '.join(CHIPS)}."
+        )
+    sides = [int(side) if side.isdigit() else 0 for side in (shape or "1x1").split("x")]
+    if len(sides) not in (2, 3) or min(sides) < 1:
+        raise UserError(f"--topology={topology}: sides are numbers, such as {chip}:2x4.")
+    # A host has 2x2 chips where that divides the topology; the compiler does not care otherwise.
+    host = [2 if side % 2 == 0 else 1 for side in sides[:2]] + [1]
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{chip}:{shape or '1x1'}",
+            chips_per_host_bounds=host,
+            chip_config_name=CHIPS[chip].config_name,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+    return chip, list(found.devices)
+
+
+def examine(config: ml_collections.ConfigDict, topology: str, scaling: bool) -> dict[str, Any]:
+    """Compiles the steps of a config for a topology. Returns the content of the JSON file.
+
+    Raises:
+        UserError: the config or the topology cannot be used.
+        DoesNotFit: a program or its data is too large for the chip.
+    """
+    chip, devices = find_devices(topology)
+    check_batch_size(config.batch_size, Mesh(np.array(devices), ("data",)))
+    data = load_dataset(config.data)
+    report = {
+        "config": config.to_dict(),
+        "topology": topology,
+        "chip": chip,
+        "num_chips": len(devices),
+        **compile_steps(config, data, chip, devices),
+    }
+    if scaling:
+        share = copy.deepcopy(config)
+        share.batch_size //= len(devices)
+        share.eval_batch_size = -(-share.eval_batch_size // len(devices))
+        alone = compile_steps(share, data, chip, devices[:1])
+        report["one_chip"] = alone
+        report["estimated_scaling_efficiency"] = {
+            name: alone[name]["estimated"]["step_seconds"]
+            / report[name]["estimated"]["step_seconds"]
+            for name in ("train", "eval")
+        }
+    return report
+
+
+def compile_steps(
+    config: ml_collections.ConfigDict, data: Dataset, chip: str, devices: list[jax.Device]
+) -> dict[str, Any]:
+    """Compiles the training step and the evaluation of one batch; {"train": ..., "eval": ...}.
+
+    The step is the one of the training loop, which runs it on a batch that it gathers from the
+    resident (or streamed) examples; these count in the memory.
+    """
+    mesh = Mesh(np.array(devices), ("data",))
+    everywhere, divided = replicated(mesh), batch_sharding(mesh)
+    task = build_task(config, data.spec)
+    keys = derive_keys(config.seed)
+    batches = make_batches(config, data.train, keys.order, make_mesh())
+    resident = sum(leaf.nbytes for leaf in jax.tree.leaves(batches.feed(0, 1)))
+    state, key = _placed((jax.eval_shape(task.init, keys.init), keys.step), everywhere)
+
+    step = jax.jit(task.train_step, donate_argnums=0, out_shardings=everywhere)
+    batch = _placed(batches.shapes, divided)
+
+    size = min(config.eval_batch_size, data.spec.num_test)
+    size = -(-size // mesh.size) * mesh.size
+    one = padded_batches(Split(*(array[:1] for array in data.test)), size)
+    evaluate = make_evaluate(task.evals["final"], mesh)
+    evaluated = _placed(one, NamedSharding(mesh, PartitionSpec(None, "data")))
+    return {
+        "train": cost(step, (state, batch, key), resident, chip, mesh.size),
+        "eval": cost(evaluate, (state, evaluated), 0, chip, mesh.size),
+    }
+
+
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    """The shapes of a tree's arrays, laid out so."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def cost(program: Callable, args: tuple, resident: int, chip: str, n: int) -> dict[str, Any]:
+    """Compiles a jitted program; returns what one run of it costs each of `n` chips.
+
+    Args:
+        resident: bytes that lie in a chip's memory beside the program's own.
+
+    Raises:
+        DoesNotFit: the memory is too small for them together.
+    """
+    try:
+        compiled = program.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise DoesNotFit(f"{chip}: {str(error).splitlines()[0]}") from error
+        raise
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes + resident
+    if peak > CHIPS[chip].hbm:
+        sizes = [f"{size / 1e6:,.2f} MB" for size in (peak, CHIPS[chip].hbm)]
+        raise DoesNotFit(f"{chip}: {sizes[0]} of memory are needed, of {sizes[1]}.")
+    flops, counted = count_flops(program, *args) / n, compiled.cost_analysis()
+    return {
+        "flops": flops,
+        "compiler_flops": counted["flops"],
+        "bytes_accessed": counted["bytes accessed"],
+        "peak_memory_bytes": peak,
+        "hbm_bytes": CHIPS[chip].hbm,
+        **estimate(compiled.as_text(), CHIPS[chip], n, flops),
+    }
+
+
+def estimate(text: str, chip: Chip, n: int, flops: float) -> dict[str, Any]:
+    """Estimates a compiled program's time from its text, as the docstring above says.
+
+    Args:
+        text: the scheduled HLO of one chip's share.
+        n: chips that take part in a collective.
+        flops: of the matrix products and convolutions, on one chip.
+
+    Returns:
+        collectives: {kind: {"count", "bytes"}}; estimated: cycles, the seconds and utilisation;
+        costliest: the ten instructions with the most cycles; unestimated: bytes by opcode.
+    """
+    executed = list(hlo.executed(hlo.parse(text)))
+    collectives: dict[str, dict[str, int]] = {}
+    unestimated: dict[str, int] = {}
+    ici_bytes = 0.0
+    for instruction, times in executed:
+        if kind := instruction.collective:
+            total = collectives.setdefault(kind, {"count": 0, "bytes": 0})
+            total["count"] += times
+            total["bytes"] += times * instruction.result_bytes
+            rounds = 2 if kind == "all-reduce" else 1
+            ici_bytes += times * instruction.result_bytes * rounds * (n - 1) / n
+        elif instruction.unestimated:
+            size = times * (instruction.result_bytes + instruction.operand_bytes)
+            unestimated[instruction.opcode] = unestimated.get(instruction.opcode, 0) + size
+    cycles = sum(times * (instruction.cycles or 0) for instruction, times in executed)
+    seconds = {
+        "compute_seconds": cycles / chip.clock,
+        "unestimated_seconds": sum(unestimated.values()) / chip.bandwidth,
+        "collective_seconds": ici_bytes / chip.ici,
+    }
+    step = sum(seconds.values())
+    lines = hlo.source_lines(text)
+    by_cycles = sorted(executed, key=lambda item: item[1] * (item[0].cycles or 0), reverse=True)
+    return {
+        "collectives": collectives,
+        "unestimated_bytes": unestimated,
+        "estimated": {
+            "cycles": cycles,
+            **seconds,
+            "step_seconds": step,
+            "utilisation": flops / step / chip.flops,
+        },
+        "costliest": [
+            {
+                "estimated_cycles": times * (instruction.cycles or 0),
+                "name": instruction.name,
+                "origin": hlo.origin(instruction, lines),
+            }
+            for instruction, times in by_cycles[:10]
+        ],
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report for a person; numbers are those of one chip."""
+    count, config = report["num_chips"], report["config"]
+    lines = [
+        f"{count} x {report['chip']}, batch {config['batch_size']}, {config['dtype']}; "
+        "all numbers are those of one chip",
+        *_describe_program("training step", report["train"]),
+        *_describe_program(f"evaluation of a batch, tta {config['tta']}", report["eval"]),
+    ]
+    if "one_chip" in report:
+        for name, efficiency in report["estimated_scaling_efficiency"].items():
+            alone = report["one_chip"][name]["estimated"]["step_seconds"]
+            lines.append(
+                f"{name}: estimated scaling efficiency {efficiency:.1%} on {count} chips "
+                f"({1e3 * alone:.3f} ms on one chip at 1/{count} of the batch)"
+            )
+    return "\n".join(lines)
+
+
+def _describe_program(title: str, program: dict[str, Any]) -> list[str]:
+    seconds = program["estimated"]
+    lines = [
+        "",
+        title,
+        f"  FLOPs of products and convolutions  {program['flops']:.3e} "
+        f"(the compiler counts {program['compiler_flops']:.3e} in all)",
+        f"  bytes accessed                      {program['bytes_accessed']:.3e}",
+        f"  peak memory                         {program['peak_memory_bytes'] / 1e9:.2f} GB "
+        f"of {program['hbm_bytes'] / 1e9:.2f} GB",
+    ]
+    for kind, total in program["collectives"].items():
+        lines.append(f"  {kind:<34}  {total['bytes']:,} bytes in {total['count']}")
+    for opcode, size in program["unestimated_bytes"].items():
+        if size > 0.001 * program["bytes_accessed"]:
+            lines.append(f"  no estimate of {opcode:<19}  {size:.3e} bytes")
+    lines += [
+        f"  estimated cycles                    {seconds['cycles'] / 1e6:.2f} M",
+        f"  estimated step                      {1e3 * seconds['step_seconds']:.3f} ms = "
+        f"compute {1e3 * seconds['compute_seconds']:.3f} "
+        f"+ unestimated {1e3 * seconds['unestimated_seconds']:.3f} "
+        f"+ collectives {1e3 * seconds['collective_seconds']:.3f}",
+        f"  estimated utilisation               {seconds['utilisation']:.1%}",
+        "  costliest, in M estimated cycles:",
+    ]
+    for item in program["costliest"]:
+        lines.append(f"    {item['estimated_cycles'] / 1e6:6.3f}  {item['name']}  {item['origin']}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
