@@ -128,13 +128,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(train_py, tmp_path):
 
 
 def test_ctrl_c_outside_of_the_loop_says_how_to_go_on(monkeypatch, capsys):
-    def interrupted(config, workdir):
+    def interrupted(config, workdir, profile_steps):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "run", interrupted)
     monkeypatch.setattr(train, "prepare_jax", lambda: None)
     monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=None))
     monkeypatch.setattr(train, "_WORKDIR", SimpleNamespace(value="runs/x"))
+    monkeypatch.setattr(train, "_PROFILE_STEPS", SimpleNamespace(value=0))
     with pytest.raises(SystemExit) as stopped:
         train.main([])
     assert stopped.value.code == 130
