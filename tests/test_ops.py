@@ -1,5 +1,10 @@
 """Kernels against plain lax: values and gradients, over shapes that nobody chose by hand."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from cv_jax.ops import conv, max_pool
-from cv_jax.ops.convolution import _GROUP_BYTES, _group_size
+from cv_jax.ops import conv, max_pool, winograd
+from cv_jax.ops.groups import group_size, map_groups, sum_groups
 
+ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
 
 
@@ -66,22 +74,99 @@ def test_groups_of_images_add_up(monkeypatch):
     assert "f32[3,2,5,5,2]" in text  # three groups of two
 
 
-@pytest.mark.parametrize(("b", "fits", "size"), [(12, 5, 4), (7, 5, 1), (4, 100, 4), (4, 0, 1)])
-def test_a_group_divides_the_batch(b, fits, size):
-    assert _group_size(b, _GROUP_BYTES // fits if fits else 1 << 30) == size
+@pytest.mark.parametrize(("b", "most", "size"), [(12, 5, 4), (7, 5, 1), (4, 100, 4), (4, 0, 1)])
+def test_a_group_divides_the_batch(b, most, size):
+    assert group_size(b, most) == size
 
 
-def test_under_vmap_and_scan():
-    x, weight = _random((3, 2, 4, 4, 2), "float32"), _random((3, 3, 3, 2, 2), "float32", seed=1)
-    padding = ((1, 1), (1, 1))
+@pytest.mark.parametrize("most", [1, 4, 100])
+def test_groups_give_what_the_whole_batch_does(most):
+    x, g = _random((12, 3), "float32"), _random((12, 2), "float32", seed=1)
+    assert map_groups(lambda x: x * 2, x, most).shape == x.shape
+    np.testing.assert_array_equal(map_groups(lambda x: x * 2, x, most), x * 2)
+    np.testing.assert_allclose(sum_groups(lambda x, g: x.T @ g, x, g, most), x.T @ g, rtol=1e-5)
 
-    def gradient(convolve, x, weight):
-        return jax.grad(lambda k: (convolve(x, k, (1, 1), padding) ** 2).sum())(weight)
 
-    want = jax.vmap(lambda x, k: gradient(_plain, x, k))(x, weight)
-    _assert_close(jax.vmap(lambda x, k: gradient(conv, x, k))(x, weight), want, "float32")
-    _, scanned = lax.scan(lambda _, xk: (0, gradient(conv, *xk)), 0, (x, weight))
-    _assert_close(scanned, want, "float32")
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 7),
+    size=st.tuples(st.integers(3, 16), st.integers(3, 16)),
+    channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    padding=st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4))] * 2),
+)
+def test_winograd(batch, size, channels, padding):
+    x = _random((batch, *size, channels[0]), "float32")
+    kernel = _random((3, 3, *channels), "float32", seed=1)
+    want, vjp = jax.vjp(lambda x, k: _plain(x, k, (1, 1), padding), x, kernel)
+    g = _random(want.shape, "float32", seed=2)
+    got = jax.jit(lambda x, k, g: _winograd(x, k, g, padding))(x, kernel, g)
+    for a, b in zip(got, (want, *vjp(g)), strict=True):
+        _assert_close(a, b, "float32")
+
+
+def _winograd(x, kernel, g, padding):
+    """y and both gradients, whether it pays or not."""
+    back = tuple((2 - before, 2 - after) for before, after in padding)
+    return (
+        winograd.convolution(x, kernel, padding),
+        winograd.convolution(g, kernel[::-1, ::-1].swapaxes(2, 3), back),
+        winograd.filter_gradient(x, g, padding),
+    )
+
+
+# One that Winograd computes, another by groups of images, and the last by plain lax's forward.
+CASES = {"winograd": (16, 7, 64, 64, 3), "groups": (16, 15, 24, 40, 3), "plain": (8, 4, 2, 3, 2)}
+
+
+def _case(name):
+    b, side, c, o, taps = CASES[name]
+    x, kernel = _random((b, side, side, c), "float32"), _random((taps, taps, c, o), "float32", 1)
+    assert winograd.pays(x.shape, kernel.shape, (1, 1), x.dtype) == (name == "winograd")
+    return x, kernel
+
+
+def _gradients(convolve, x, kernel):
+    return jax.grad(lambda x, k: (convolve(x, k, (1, 1), ((1, 1), (1, 1))) ** 2).sum(), (0, 1))(
+        x, kernel
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_under_vmap_and_scan(name):
+    x, kernel = _case(name)
+    x, kernel = jnp.stack([x, 2 * x[::-1]]), jnp.stack([kernel, kernel[::-1]])
+    want = jax.vmap(lambda x, k: _gradients(_plain, x, k))(x, kernel)
+    batched = jax.vmap(lambda x, k: _gradients(conv, x, k))(x, kernel)
+    _, scanned = lax.scan(lambda _, xk: (0, _gradients(conv, *xk)), 0, (x, kernel))
+    for got in (batched, scanned):
+        jax.tree.map(lambda a, b: _assert_close(a, b, "float32"), got, want)
+
+
+def test_sharded_over_the_batch():
+    four_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from tests.test_ops import check_sharded; check_sharded()"],
+        env={**os.environ, **four_devices},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(CASES)
+
+
+def check_sharded():
+    mesh = jax.make_mesh((4,), ("data",))
+    over_batch, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
+    shardings = (over_batch, everywhere)
+    for name in CASES:
+        x, kernel = _case(name)
+        step = jax.jit(
+            lambda x, k: _gradients(conv, x, k), in_shardings=shardings, out_shardings=shardings
+        )
+        for got, want in zip(step(x, kernel), _gradients(_plain, x, kernel), strict=True):
+            _assert_close(got, want, "float32")
+        print(name)
 
 
 @pytest.mark.parametrize(("h", "w", "size"), [(4, 6, 2), (5, 7, 2), (9, 3, 3)])

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cv_jax.ops import winograd
+from cv_jax.ops.groups import sum_groups
+
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 # Bytes of the shifted views of one group of images. More than a core's L2 cache holds: the views
@@ -34,7 +37,11 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pad
     Returns:
         (b, h', w', o).
     """
-    return _plain(x, kernel, strides, padding)
+    plain = partial(_plain, strides=strides, padding=padding)
+    if not winograd.pays(x.shape, kernel.shape, strides, x.dtype):
+        return plain(x, kernel)
+    fast = partial(winograd.convolution, padding=padding)
+    return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
 
 
 def _plain(x, kernel, strides, padding):
@@ -44,7 +51,7 @@ def _plain(x, kernel, strides, padding):
 
 
 def _forward(x, kernel, strides, padding):
-    return _plain(x, kernel, strides, padding), (x, kernel)
+    return conv(x, kernel, strides, padding), (x, kernel)
 
 
 def _backward(strides, padding, saved, g):
@@ -81,6 +88,8 @@ def input_gradient(
         spread = (g.shape[1 + axis] - 1) * s + 1  # g with s - 1 zeros between its rows
         pads.append((k - 1 - before, size[axis] + before - spread))
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)  # kh kw o c
+    if winograd.pays(g.shape, flipped.shape, strides, g.dtype):
+        return winograd.convolution(g, flipped, tuple(pads))
     # XLA would fold what pads g, such as pooling's gradient, into the convolution's own padding,
     # and lose its fast kernel to that.
     g = lax.optimization_barrier(g)
@@ -105,10 +114,11 @@ def filter_gradient(
 
     For a group of images, the kh kw shifted views of x side by side, times g, is one product.
     """
-    b, _, _, c = x.shape
+    c = x.shape[3]
     oh, ow, o = g.shape[1:]
     kh, kw = size
-    group = _group_size(b, oh * ow * kh * kw * c * x.dtype.itemsize)
+    if winograd.pays(x.shape, (kh, kw, c, o), strides, x.dtype):
+        return winograd.filter_gradient(x, g, padding)
 
     def product(x, g):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -126,16 +136,5 @@ def filter_gradient(
             preferred_element_type=jnp.float32,
         )
 
-    if group == b:
-        total = product(x, g)
-    else:
-        groups = [a.reshape(b // group, group, *a.shape[1:]) for a in (x, g)]
-        zeros = jnp.zeros((kh * kw * c, o), jnp.float32)
-        total, _ = lax.scan(lambda acc, xg: (acc + product(*xg), None), zeros, tuple(groups))
-    return total.reshape(kh, kw, c, o).astype(x.dtype)
-
-
-def _group_size(b: int, bytes_per_image: int) -> int:
-    """The largest divisor of b for which a group fits into the cache, at least 1."""
-    fits = max(1, _GROUP_BYTES // bytes_per_image)
-    return next(d for d in range(min(b, fits), 0, -1) if b % d == 0)
+    most = _GROUP_BYTES // (oh * ow * kh * kw * c * x.dtype.itemsize)
+    return sum_groups(product, x, g, most).reshape(kh, kw, c, o).astype(x.dtype)
