@@ -92,7 +92,7 @@ def test_groups_give_what_the_whole_batch_does(most):
     batch=st.integers(1, 7),
     size=st.tuples(st.integers(3, 16), st.integers(3, 16)),
     channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    padding=st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4))] * 2),
+    padding=st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 2))] * 2),
 )
 def test_winograd(batch, size, channels, padding):
     x = _random((batch, *size, channels[0]), "float32")
@@ -121,7 +121,8 @@ CASES = {"winograd": (16, 7, 64, 64, 3), "groups": (16, 15, 24, 40, 3), "plain":
 def _case(name):
     b, side, c, o, taps = CASES[name]
     x, kernel = _random((b, side, side, c), "float32"), _random((taps, taps, c, o), "float32", 1)
-    assert winograd.pays(x.shape, kernel.shape, (1, 1), x.dtype) == (name == "winograd")
+    by_winograd = winograd.pays(x.shape, kernel.shape, (1, 1), ((1, 1), (1, 1)), x.dtype)
+    assert by_winograd == (name == "winograd")
     return x, kernel
 
 

@@ -38,7 +38,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pad
         (b, h', w', o).
     """
     plain = partial(_plain, strides=strides, padding=padding)
-    if not winograd.pays(x.shape, kernel.shape, strides, x.dtype):
+    if not winograd.pays(x.shape, kernel.shape, strides, padding, x.dtype):
         return plain(x, kernel)
     fast = partial(winograd.convolution, padding=padding)
     return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
@@ -88,7 +88,7 @@ def input_gradient(
         spread = (g.shape[1 + axis] - 1) * s + 1  # g with s - 1 zeros between its rows
         pads.append((k - 1 - before, size[axis] + before - spread))
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)  # kh kw o c
-    if winograd.pays(g.shape, flipped.shape, strides, g.dtype):
+    if winograd.pays(g.shape, flipped.shape, strides, pads, g.dtype):
         return winograd.convolution(g, flipped, tuple(pads))
     # XLA would fold what pads g, such as pooling's gradient, into the convolution's own padding,
     # and lose its fast kernel to that.
@@ -117,7 +117,7 @@ def filter_gradient(
     c = x.shape[3]
     oh, ow, o = g.shape[1:]
     kh, kw = size
-    if winograd.pays(x.shape, (kh, kw, c, o), strides, x.dtype):
+    if winograd.pays(x.shape, (kh, kw, c, o), strides, padding, x.dtype):
         return winograd.filter_gradient(x, g, padding)
 
     def product(x, g):

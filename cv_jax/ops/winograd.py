@@ -38,6 +38,7 @@ def pays(
     shape: tuple[int, ...],
     kernel_shape: tuple[int, ...],
     strides: tuple[int, int],
+    padding: Padding,
     dtype: jnp.dtype,
 ) -> bool:
     """Whether a convolution of x of `shape` (b, h, w, c) is one for these functions."""
@@ -45,6 +46,7 @@ def pays(
     m = _tile_side(h, w)
     return (
         (*kernel_shape[:2], *strides) == (3, 3, 1, 1)
+        and min(min(pads) for pads in padding) >= 0  # cropping, as some input gradients do
         and dtype == jnp.float32
         and min(c, kernel_shape[3]) >= _LEAST_CHANNELS
         and 2 < min(h, w) <= max(h, w) <= _LARGEST_SIDE
@@ -100,11 +102,10 @@ def _input_tiles(x: jax.Array, m: int, size: tuple[int, int], padding: Padding) 
     """B^T x B of the overlapping tiles of x: ((m + 2)^2, tiles, c)."""
     counts = [-(-s // m) for s in size]
     pads = [
-        (before, m * count + 2 - side - before, 0)
+        (before, m * count + 2 - side - before)
         for count, side, (before, _) in zip(counts, x.shape[1:3], padding, strict=True)
     ]
-    # lax.pad takes what is less than no padding, too: the input gradient's where x's exceeds 2.
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     rows, columns = (m * (count - 1) + 1 for count in counts)
     taps = [x[:, i : i + rows : m, j : j + columns : m] for i in range(m + 2) for j in range(m + 2)]
     # Computed once and kept: inside of the product, XLA would gather every value again and again.
