@@ -14,8 +14,9 @@ def count_flops(function: Callable, *args: Any) -> int:
 
     As the field counts: elementwise work is left out, taps that fall on padding are counted. The
     zeros that the gradient of a strided convolution puts between values are not, so that such a
-    gradient costs what its forward pass does. A branch costs as much as the dearest one; a scan its
-    body times its length; a while loop, whose length nobody knows, its body once; a shard_map one
+    gradient costs what its forward pass does. Of what has a lowering for each platform, the default
+    one counts, on every platform. Other branches cost as much as the dearest one; a scan its body
+    times its length; a while loop, whose length nobody knows, its body once; a shard_map one
     device's share. Work that rematerialisation repeats counts again.
 
     Args:
@@ -40,7 +41,8 @@ def _equation_flops(equation: JaxprEqn) -> int:
     inner = [_jaxpr_flops(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
     match equation.primitive.name:
         case "cond":
-            return max(inner)
+            platforms = equation.params.get("branches_platforms") or ()
+            return inner[platforms.index(None)] if None in platforms else max(inner)
         case "scan":
             return sum(inner) * equation.params["length"]
     return sum(inner)

@@ -21,8 +21,8 @@ class LeNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         check_image_size(x, "lenet", least=16)
         x = x.astype(self.dtype)
-        group1 = max_pool(nn.relu(conv(x, 6, 5, use_bias=True, name="conv1")), 2)  # b 14 14 6
-        group2 = max_pool(nn.relu(conv(group1, 16, 5, use_bias=True, name="conv2")), 2)  # b 5 5 16
+        group1 = nn.relu(max_pool(conv(x, 6, 5, use_bias=True, name="conv1"), 2))  # b 14 14 6
+        group2 = nn.relu(max_pool(conv(group1, 16, 5, use_bias=True, name="conv2"), 2))  # b 5 5 16
         x = group2.reshape(group2.shape[0], -1)  # b 400
         x = nn.relu(dense(x, 120, name="dense1"))
         pooled = nn.relu(dense(x, 84, name="dense2")).astype(jnp.float32)

@@ -8,13 +8,14 @@ the filter's is a sum over small groups of images, each one matrix product that 
 (5 times faster than XLA's own where that is at its best). Elsewhere lax differentiates.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cv_jax.ops import winograd
+from cv_jax.ops import rows, winograd
 from cv_jax.ops.groups import sum_groups
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -38,10 +39,9 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pad
         (b, h', w', o).
     """
     plain = partial(_plain, strides=strides, padding=padding)
-    if not winograd.pays(x.shape, kernel.shape, strides, padding, x.dtype):
-        return plain(x, kernel)
-    fast = partial(winograd.convolution, padding=padding)
-    return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
+    return lax.platform_dependent(
+        x, kernel, cpu=partial(_cpu_convolution, strides=strides, padding=padding), default=plain
+    )
 
 
 def _plain(x, kernel, strides, padding):
@@ -67,7 +67,18 @@ def _plain_gradients(x, kernel, g, strides, padding):
     return jax.vjp(lambda x, kernel: _plain(x, kernel, strides, padding), x, kernel)[1](g)
 
 
+def _cpu_convolution(x, kernel, strides, padding):
+    if winograd.pays(x.shape, kernel.shape, strides, padding):
+        return winograd.convolution(x, kernel, padding)
+    if rows.pays(x.shape, kernel.shape, strides):
+        return rows.convolution(x, kernel, padding)
+    return _plain(x, kernel, strides, padding)
+
+
 def _cpu_gradients(x, kernel, g, strides, padding):
+    # What makes g, such as pooling's gradient, would be computed again for every use; and what pads
+    # it would be folded into the convolution's own padding, which costs XLA's fast kernel.
+    g = lax.optimization_barrier(g)
     return (
         input_gradient(kernel, g, x.shape[1:3], strides, padding),
         filter_gradient(x, g, kernel.shape[:2], strides, padding),
@@ -82,25 +93,16 @@ def input_gradient(
     padding: Padding,
 ) -> jax.Array:
     """The gradient with respect to x of size (h, w), (b, h, w, c), of an output gradient g."""
-    pads = []
-    for axis in range(2):
-        k, s, before = kernel.shape[axis], strides[axis], padding[axis][0]
-        spread = (g.shape[1 + axis] - 1) * s + 1  # g with s - 1 zeros between its rows
-        pads.append((k - 1 - before, size[axis] + before - spread))
+    # The outputs that strides leave out have the gradient 0.
+    g = lax.pad(g, _zero(g), [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)  # kh kw o c
-    if winograd.pays(g.shape, flipped.shape, strides, pads, g.dtype):
-        return winograd.convolution(g, flipped, tuple(pads))
-    # XLA would fold what pads g, such as pooling's gradient, into the convolution's own padding,
-    # and lose its fast kernel to that.
-    g = lax.optimization_barrier(g)
-    return lax.conv_general_dilated(
-        g,
-        flipped,
-        (1, 1),
-        pads,
-        lhs_dilation=strides,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    pads = tuple(
+        (k - 1 - before, side + before - spread)
+        for k, (before, _), side, spread in zip(
+            kernel.shape[:2], padding, size, g.shape[1:3], strict=True
+        )
     )
+    return _cpu_convolution(g, flipped, (1, 1), pads)
 
 
 def filter_gradient(
@@ -114,27 +116,27 @@ def filter_gradient(
 
     For a group of images, the kh kw shifted views of x side by side, times g, is one product.
     """
-    c = x.shape[3]
-    oh, ow, o = g.shape[1:]
-    kh, kw = size
-    if winograd.pays(x.shape, (kh, kw, c, o), strides, padding, x.dtype):
+    (kh, kw), (c, o) = size, (x.shape[3], g.shape[3])
+    if winograd.pays(x.shape, (kh, kw, c, o), strides, padding):
         return winograd.filter_gradient(x, g, padding)
+    if rows.pays(x.shape, (kh, kw, c, o), strides):
+        return rows.filter_gradient(x, g, size, padding)
+    height, width = ((n - 1) * s + 1 for n, s in zip(g.shape[1:3], strides, strict=True))
 
     def product(x, g):
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        rows, columns = (oh - 1) * strides[0] + 1, (ow - 1) * strides[1] + 1
-        views = [
-            x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
-            for i in range(kh)
-            for j in range(kw)
-        ]
-        views = jnp.concatenate(views, axis=-1).reshape(-1, kh * kw * c)
+        x = lax.pad(x, _zero(x), [(0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)])
+        x = jnp.concatenate([x[:, :, j : j + width : strides[1]] for j in range(kw)], axis=3)
+        x = jnp.concatenate([x[:, i : i + height : strides[0]] for i in range(kh)], axis=3)
         return lax.dot_general(
-            views,
+            x.reshape(-1, kh * kw * c),
             g.reshape(-1, o),
             (((0,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
 
-    most = _GROUP_BYTES // (oh * ow * kh * kw * c * x.dtype.itemsize)
+    most = _GROUP_BYTES // (math.prod(g.shape[1:3]) * kh * kw * c * x.dtype.itemsize)
     return sum_groups(product, x, g, most).reshape(kh, kw, c, o).astype(x.dtype)
+
+
+def _zero(x):
+    return jnp.zeros((), x.dtype)

@@ -7,31 +7,41 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def group_size(b: int, most: int) -> int:
-    """The largest divisor of b that is at most `most`, at least 1."""
-    return next(d for d in range(min(b, max(1, most)), 0, -1) if b % d == 0)
+def group_sizes(b: int, most: int) -> tuple[int, int]:
+    """(size, rest): b images are groups of `size`, at most `most` (at least 1), and a rest.
+
+    The largest divisor of b, without a rest, if it is no less than a quarter of what it may be.
+    """
+    most = min(b, max(1, most))
+    divisor = next(d for d in range(most, 0, -1) if b % d == 0)
+    return (divisor, 0) if 4 * divisor >= most else (most, b % most)
 
 
 def map_groups(f: Callable, x: jax.Array, most: int) -> jax.Array:
     """f(x) for an f that treats every image (axis 0) alike, at most `most` images at once."""
-    b = len(x)
-    size = group_size(b, most)
-    if size == b:
+    size, rest = group_sizes(len(x), most)
+    if size == len(x):
         return f(x)
-    y = lax.map(f, _split(x, size))
-    return y.reshape(b, *y.shape[2:])
+    groups, last = _split(x, size, rest)
+    y = lax.map(f, groups)
+    y = y.reshape(-1, *y.shape[2:])
+    return jnp.concatenate([y, f(last)]) if rest else y
 
 
 def sum_groups(f: Callable, x: jax.Array, g: jax.Array, most: int) -> jax.Array:
     """f(x, g) for an f that is a sum over images (axis 0), at most `most` images at once."""
-    size = group_size(len(x), most)
+    size, rest = group_sizes(len(x), most)
     if size == len(x):
         return f(x, g)
-    groups = (_split(x, size), _split(g, size))
-    total = jax.eval_shape(f, *(a[0] for a in groups))
-    zeros = jnp.zeros(total.shape, total.dtype)
-    return lax.scan(lambda total, xg: (total + f(*xg), None), zeros, groups)[0]
+    (groups, last), (g_groups, g_last) = (_split(a, size, rest) for a in (x, g))
+    if rest:
+        start = f(last, g_last)
+    else:
+        total = jax.eval_shape(f, groups[0], g_groups[0])
+        start = jnp.zeros(total.shape, total.dtype)
+    return lax.scan(lambda total, xg: (total + f(*xg), None), start, (groups, g_groups))[0]
 
 
-def _split(x: jax.Array, size: int) -> jax.Array:
-    return x.reshape(-1, size, *x.shape[1:])
+def _split(x: jax.Array, size: int, rest: int) -> tuple[jax.Array, jax.Array]:
+    count = len(x) - rest
+    return x[:count].reshape(-1, size, *x.shape[1:]), x[count:]

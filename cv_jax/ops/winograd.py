@@ -1,17 +1,19 @@
-"""Winograd's 3x3 convolution: fewer products, for maps of few pixels and many channels.
+"""Winograd's 3x3 convolution: fewer products, for all but the smallest numbers of channels.
 
 A tile of m x m outputs takes (m + 2)^2 products a channel instead of 9 m^2 (3.2 times fewer for
-m = 3, 4 times for m = 4), and so do both gradients:
+m = 3, 4 times for m = 4), and so do both gradients; the input's is a convolution as well.
 
     y = A^T [(G k G^T) * (B^T x B)] A      of m + 2 by m + 2 inputs x and the 3x3 filter k
     dk = G^T [(A dy A^T) * (B^T x B)] G    summed over tiles
 
 (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks",
-https://arxiv.org/abs/1509.09308). The tiles of a group of images make (m + 2)^2 matrix products
-over the channels; the transforms are matrix products as well, by the Kronecker square of each
-matrix. The result is rounded by some 1e-6 of the largest value, where plain lax has 1e-7.
+https://arxiv.org/abs/1509.09308). Over the tiles of a group of images, * is a matrix product over
+the channels for each of the (m + 2)^2 places. A and B are applied along the rows, then along the
+columns; what has been applied along both is a list, one array for each column of places. It is
+all computed in float32, rounded by some 1e-6 of the largest value, where plain lax has 1e-7.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -24,11 +26,10 @@ from cv_jax.ops.groups import map_groups, sum_groups
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-# What the transforms cost, many channels pay back. Measured on the layers of n94 and ResNet-18.
-_LEAST_CHANNELS = 64
-_LARGEST_SIDE = 16
+# What the transforms cost, the products pay back from here on. Measured from 16 to 512 channels.
+_LEAST_CHANNELS = 16
 _LEAST_TILES = 64  # in a batch, which are the rows of each product
-_GROUP_BYTES = 1 << 23  # of the transformed tiles, input's and output's, of a group of images
+_GROUP_BYTES = 1 << 24  # of the transformed tiles, input's and output's, of a group of images
 
 # Where the polynomials are evaluated, besides at infinity: these keep the rounding small.
 _POINTS = {3: (0, 1, -1, 0.5), 4: (0, 1, -1, 2, -0.5)}
@@ -39,101 +40,139 @@ def pays(
     kernel_shape: tuple[int, ...],
     strides: tuple[int, int],
     padding: Padding,
-    dtype: jnp.dtype,
 ) -> bool:
     """Whether a convolution of x of `shape` (b, h, w, c) is one for these functions."""
     b, h, w, c = shape
-    m = _tile_side(h, w)
+    size = _output_size(h, w, padding)
+    tiling = _tiling(*size)
     return (
         (*kernel_shape[:2], *strides) == (3, 3, 1, 1)
         and min(min(pads) for pads in padding) >= 0  # cropping, as some input gradients do
-        and dtype == jnp.float32
         and min(c, kernel_shape[3]) >= _LEAST_CHANNELS
-        and 2 < min(h, w) <= max(h, w) <= _LARGEST_SIDE
-        and b * -(-h // m) * -(-w // m) >= _LEAST_TILES
+        and min(size) > 2
+        and b * tiling.rows * tiling.columns >= _LEAST_TILES
     )
 
 
 def convolution(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     """x (b, h, w, c) with a kernel (3, 3, c, o): (b, h', w', o), h' = h + above + below - 2."""
-    _, h, w, c = x.shape
-    o = kernel.shape[3]
-    size = h + sum(padding[0]) - 2, w + sum(padding[1]) - 2
-    m = _tile_side(*size)
-    matrix = _matrices(m)
-    weight = (matrix.kernel @ kernel.reshape(9, c * o)).reshape(-1, c, o)
+    c, o = kernel.shape[2:]
+    h, w = _output_size(*x.shape[1:3], padding)
+    tiling = _tiling(h, w)
+    weights = _matrices(tiling.m).kernel @ kernel.astype(jnp.float32).reshape(9, c * o)
+    weights = [weight.reshape(-1, c, o) for weight in jnp.split(weights, tiling.m + 2)]
 
     def convolve(x):
-        y = lax.dot_general(_input_tiles(x, m, size, padding), weight, (((2,), (1,)), ((0,), (0,))))
-        y = matrix.output @ y.reshape(len(weight), -1)
-        return _join(y, m, size, o)
+        tiles = _input_tiles(x, tiling, padding)
+        products = [
+            lax.dot_general(tile, weight, (((2,), (1,)), ((0,), (0,))))
+            for tile, weight in zip(tiles, weights, strict=True)
+        ]
+        return _join(products, tiling)[:, :h, :w].astype(x.dtype)
 
-    return map_groups(convolve, x, _most_images(m, size, c + o))
+    return map_groups(convolve, x, tiling.most_images(c + o))
 
 
 def filter_gradient(x: jax.Array, g: jax.Array, padding: Padding) -> jax.Array:
     """The gradient (3, 3, c, o) of the kernel, of x (b, h, w, c) and an output gradient g."""
     c, o = x.shape[3], g.shape[3]
-    size = g.shape[1:3]
-    m = _tile_side(*size)
-    matrix = _matrices(m)
+    tiling = _tiling(*g.shape[1:3])
 
     def product(x, g):
-        tiles = (matrix.output.T @ _split(g, m)).reshape((m + 2) ** 2, -1, o)
-        return lax.dot_general(
-            _input_tiles(x, m, size, padding), tiles, (((1,), (1,)), ((0,), (0,)))
-        )
+        products = [
+            lax.dot_general(tile, g_tile, (((1,), (1,)), ((0,), (0,))))
+            for tile, g_tile in zip(
+                _input_tiles(x, tiling, padding), _split(g, tiling), strict=True
+            )
+        ]
+        return jnp.stack(products)
 
-    total = sum_groups(product, x, g, _most_images(m, size, c + o))
-    return (matrix.kernel.T @ total.reshape(len(total), -1)).reshape(3, 3, c, o)
-
-
-def _tile_side(h: int, w: int) -> int:
-    """m: 3 where that leaves nothing over, 4 otherwise."""
-    return 4 if h % 3 or w % 3 else 3
-
-
-def _most_images(m: int, size: tuple[int, int], channels: int) -> int:
-    tiles = -(-size[0] // m) * -(-size[1] // m)
-    return _GROUP_BYTES // (4 * tiles * (m + 2) ** 2 * channels)
+    total = sum_groups(product, x, g, tiling.most_images(c + o))
+    total = total.reshape(-1, c * o)
+    return (_matrices(tiling.m).kernel.T @ total).reshape(3, 3, c, o).astype(x.dtype)
 
 
-def _input_tiles(x: jax.Array, m: int, size: tuple[int, int], padding: Padding) -> jax.Array:
-    """B^T x B of the overlapping tiles of x: ((m + 2)^2, tiles, c)."""
-    counts = [-(-s // m) for s in size]
+class _Tiling(NamedTuple):
+    """How an image is covered: with rows x columns of tiles, each of m x m outputs."""
+
+    m: int
+    rows: int
+    columns: int
+
+    def most_images(self, channels: int) -> int:
+        """How many images a group may have."""
+        places = self.rows * self.columns * (self.m + 2) ** 2
+        return _GROUP_BYTES // (4 * places * channels)
+
+
+def _output_size(h: int, w: int, padding: Padding) -> tuple[int, int]:
+    (above, below), (left, right) = padding
+    return h + above + below - 2, w + left + right - 2
+
+
+def _tiling(h: int, w: int) -> _Tiling:
+    """The one of fewest products for h x w outputs."""
+    tilings = [_Tiling(m, -(-h // m), -(-w // m)) for m in _POINTS]
+    return min(tilings, key=lambda t: t.rows * t.columns * (t.m + 2) ** 2)
+
+
+def _input_tiles(x: jax.Array, tiling: _Tiling, padding: Padding) -> list[jax.Array]:
+    """B^T x B of the overlapping tiles of x, (n, h, w, c): m + 2 arrays (m + 2, tiles, c)."""
+    m, rows, columns = tiling
+    c = x.shape[3]
     pads = [
         (before, m * count + 2 - side - before)
-        for count, side, (before, _) in zip(counts, x.shape[1:3], padding, strict=True)
+        for count, side, (before, _) in zip((rows, columns), x.shape[1:3], padding, strict=True)
     ]
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows, columns = (m * (count - 1) + 1 for count in counts)
-    taps = [x[:, i : i + rows : m, j : j + columns : m] for i in range(m + 2) for j in range(m + 2)]
-    # Computed once and kept: inside of the product, XLA would gather every value again and again.
-    tiles = lax.optimization_barrier(jnp.stack(taps).reshape(len(taps), -1))
-    return (_matrices(m).input @ tiles).reshape(len(taps), -1, x.shape[3])
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
+    taps = [x[:, i : i + m * rows - m + 1 : m] for i in range(m + 2)]
+    x = _combine(_matrices(m).input, taps)
+    taps = [x[:, :, :, j : j + m * columns - m + 1 : m] for j in range(m + 2)]
+    return [tile.reshape(m + 2, -1, c) for tile in _sums(_matrices(m).input, taps)]
 
 
-def _split(g: jax.Array, m: int) -> jax.Array:
-    """(n, h, w, o) -> (m^2, tiles * o), zeros where tiles reach over the edge."""
+def _split(g: jax.Array, tiling: _Tiling) -> list[jax.Array]:
+    """A g A^T of the tiles of g, (n, h, w, o), zero over the edge: m + 2 of (m + 2, tiles, o)."""
+    m, rows, columns = tiling
     n, h, w, o = g.shape
-    g = jnp.pad(g, ((0, 0), (0, -h % m), (0, -w % m), (0, 0)))
-    g = g.reshape(n, -(-h // m), m, -(-w // m), m, o)
-    return lax.optimization_barrier(g.transpose(2, 4, 0, 1, 3, 5).reshape(m * m, -1))
+    g = g.astype(jnp.float32)
+    g = jnp.pad(g, ((0, 0), (0, m * rows - h), (0, m * columns - w), (0, 0)))
+    g = g.reshape(n, rows, m, m * columns, o)
+    g = _combine(_matrices(m).output.T, [g[:, :, i] for i in range(m)])
+    g = g.reshape(m + 2, n, rows, columns, m, o)
+    sums = _sums(_matrices(m).output.T, [g[..., j, :] for j in range(m)])
+    return [tile.reshape(m + 2, -1, o) for tile in sums]
 
 
-def _join(y: jax.Array, m: int, size: tuple[int, int], o: int) -> jax.Array:
-    """The inverse of `_split`: (m^2, tiles * o) -> (n, h, w, o)."""
-    h, w = size
-    y = y.reshape(m, m, -1, -(-h // m), -(-w // m), o).transpose(2, 3, 0, 4, 1, 5)
-    return y.reshape(len(y), m * y.shape[1], m * y.shape[3], o)[:, :h, :w]
+def _join(products: list[jax.Array], tiling: _Tiling) -> jax.Array:
+    """A^T y A of the products y, m + 2 of (m + 2, tiles, o): (n, m rows, m columns, o)."""
+    m, rows, columns = tiling
+    o = products[0].shape[2]
+    y = _combine(_matrices(m).output, products, axis=2)
+    y = y.reshape(m + 2, -1, rows, m * columns, o)
+    y = jnp.stack(_sums(_matrices(m).output, list(y)), axis=2)
+    return y.reshape(-1, m * rows, m * columns, o)
+
+
+def _sums(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The product of a matrix with the column of `arrays`, without the zeros of the matrix."""
+    return [
+        sum(np.float32(value) * array for value, array in zip(row, arrays, strict=True) if value)
+        for row in matrix
+    ]
+
+
+def _combine(matrix: np.ndarray, arrays: Sequence[jax.Array], axis: int = 0) -> jax.Array:
+    """`_sums`, stacked. Kept in memory: XLA would compute each again for every use."""
+    return lax.optimization_barrier(jnp.stack(_sums(matrix, arrays), axis))
 
 
 class _Matrices(NamedTuple):
-    """Kronecker squares of the transforms of a tile of m x m outputs, float32."""
+    """The transforms of a tile of m x m outputs."""
 
-    input: np.ndarray  # B^T, ((m + 2)^2, (m + 2)^2)
-    kernel: np.ndarray  # G, ((m + 2)^2, 9)
-    output: np.ndarray  # A^T, (m^2, (m + 2)^2)
+    input: np.ndarray  # B^T, (m + 2, m + 2)
+    kernel: np.ndarray  # G along rows and columns: (places, column by column; 9) float32
+    output: np.ndarray  # A^T, (m, m + 2)
 
 
 @cache
@@ -150,6 +189,8 @@ def _matrices(m: int) -> _Matrices:
         return np.concatenate([powers, infinity])
 
     b = np.linalg.inv(evaluation(m + 2)).T
+    b[np.abs(b) < 1e-9] = 0  # what rounding has left of a zero
     scale = np.abs(b).max(axis=1, keepdims=True)  # moved to G, so that tiles keep x's magnitude
-    squares = [np.kron(a, a) for a in (b / scale, evaluation(3) * scale, evaluation(m).T)]
-    return _Matrices(*(square.astype(np.float32) for square in squares))
+    g = evaluation(3) * scale
+    kernel = np.einsum("ra,cb->crab", g, g).reshape(-1, 9).astype(np.float32)
+    return _Matrices(b / scale, kernel, evaluation(m).T)
