@@ -5,6 +5,7 @@ put in once, here. Parameters are float32; a layer computes in the dtype of its 
 """
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -27,15 +28,16 @@ def conv(
     *,
     name: str,
     strides: int = 1,
-    padding: int = 0,
+    padding: int | Sequence[tuple[int, int]] = 0,
     use_bias: bool = False,
     frozen: bool = False,
     kernel_init: nn.initializers.Initializer = uniform_fan_in,
 ) -> jax.Array:
     """Convolves with `features` square filters; (b, h, w, c) -> (b, h', w', features).
 
-    h' = (h + 2 * padding - size) // strides + 1. A bias starts as U(-1/sqrt(fan_in),
-    1/sqrt(fan_in)). `frozen` keeps the kernel (not the bias) from receiving a gradient.
+    h' = (h + 2 * padding - size) // strides + 1; padding may also be ((above, below), (left,
+    right)). A bias starts as U(-1/sqrt(fan_in), 1/sqrt(fan_in)). `frozen` keeps the kernel (not
+    the bias) from receiving a gradient.
     """
     fan_in = size * size * x.shape[-1]
     return nn.Conv(

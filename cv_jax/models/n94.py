@@ -70,8 +70,11 @@ class Group(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = conv(x, self.width, 3, padding=1, kernel_init=identity_init, name="conv1")
-        x = max_pool(x, 2) if min(x.shape[1:3]) >= 2 else x
+        pools = min(x.shape[1:3]) >= 2
+        # What the pool would leave out, an odd last row and column, is not computed: 11 % of all.
+        padding = [(1, 1 - side % 2 if pools else 1) for side in x.shape[1:3]]
+        x = conv(x, self.width, 3, padding=padding, kernel_init=identity_init, name="conv1")
+        x = max_pool(x, 2) if pools else x
         x = gelu(_norm(x, train, "norm1"))
         x = conv(x, self.width, 3, padding=1, kernel_init=identity_init, name="conv2")
         return gelu(_norm(x, train, "norm2"))
