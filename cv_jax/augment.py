@@ -93,16 +93,41 @@ def crop(padding: int, mode: str = "reflect") -> Augment:
     _require_mode(mode)
 
     def op(key, batch):
-        shift = _integers(key, (len(batch["image"]), 2), 2 * padding + 1) - padding
-
-        def move(image, shift):
-            h, w, _ = image.shape
-            rows, cols = shift[0] + jnp.arange(h), shift[1] + jnp.arange(w)
-            return _pixels(image, rows[:, None], cols[None], mode)
-
-        return {**batch, "image": jax.vmap(move)(batch["image"], shift)}
+        corner = _integers(key, (len(batch["image"]), 2), 2 * padding + 1)
+        ways = {
+            "cpu": functools.partial(_crop_by_gather, padding=padding, mode=mode),
+            "default": functools.partial(_crop_by_choice, padding=padding, mode=mode),
+        }
+        image = jax.lax.platform_dependent(batch["image"], corner, **ways)
+        return {**batch, "image": image}
 
     return op
+
+
+def _crop_by_gather(image, corner, padding, mode):
+    """The crops of the padded images (b, h, w, c) whose upper left pixel is `corner` (b, 2)."""
+
+    def crop_one(image, corner):
+        h, w, _ = image.shape
+        rows, cols = (corner[i] - padding + jnp.arange(side) for i, side in enumerate((h, w)))
+        return _pixels(image, rows[:, None], cols[None], mode)
+
+    return jax.vmap(crop_one)(image, corner)
+
+
+def _crop_by_choice(image, corner, padding, mode):
+    """The same, from all crops that there are, for a TPU: by its compiler's account a gather of
+    pixels costs n94 6 % of its step."""
+    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(image, pads, **({"mode": "reflect"} if mode == "reflect" else {}))
+    for axis, start in ((1, corner[:, 0]), (2, corner[:, 1])):
+        size, start = image.shape[axis], start[:, None, None, None]
+        chosen = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+        for i in range(1, 2 * padding + 1):
+            view = jax.lax.slice_in_dim(padded, i, i + size, axis=axis)
+            chosen = jnp.where(start == i, view, chosen)
+        padded = chosen
+    return padded
 
 
 def affine(

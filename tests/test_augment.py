@@ -225,6 +225,15 @@ def test_crop_is_a_window_of_the_padded_image(h, w, c, padding, mode, pad):
         assert any(np.array_equal(padded[y : y + h, x : x + w], after) for y, x in offsets)
 
 
+@pytest.mark.parametrize("mode", ["reflect", "zero"])
+def test_both_ways_to_crop_give_the_same(mode):
+    image = make_batch(9, 4, 5, 2)["image"]
+    corner = jnp.array([(y, x) for y in range(3) for x in range(3)])
+    ways = (augment._crop_by_gather, augment._crop_by_choice)
+    gathered, chosen = (jax.jit(way, static_argnums=(2, 3))(image, corner, 1, mode) for way in ways)
+    np.testing.assert_array_equal(gathered, chosen)
+
+
 def test_crop_offsets_are_equally_frequent():
     shifts = images("crop(1)", make_batch(image=ramps(4500, 5, 5)))[:, 2, 2].astype(int)
     _, counts = np.unique(shifts, axis=0, return_counts=True)
