@@ -17,7 +17,6 @@ SIGTERM.
 import sys
 from pathlib import Path
 
-import jax
 import ml_collections
 import numpy as np
 from absl import app, flags
@@ -49,7 +48,7 @@ from cv_jax.loop import (
 from cv_jax.mesh import check_batch_size, make_mesh, replicated
 from cv_jax.profile import Profiler
 from cv_jax.result import finished_result, print_result, write_environment, write_result
-from cv_jax.startup import prepare_jax
+from cv_jax.startup import jit_once, prepare_jax
 from cv_jax.tasks import build_task
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -78,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
 
     changes = adopt_workdir(workdir, config)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    init = jax.jit(task.init, out_shardings=replicated(mesh))
+    init = jit_once(task.init, out_shardings=replicated(mesh))
     restored = checkpoints.restore_latest(like=init.eval_shape(keys.init))
     state, seconds = restored or (init(keys.init), {})
     clock.add(seconds)

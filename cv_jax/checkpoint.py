@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from cv_jax.errors import UserError
+from cv_jax.startup import jit_once
 
 
 class Checkpoints:
@@ -122,6 +123,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _all_finite(params: Any) -> bool:
+@jit_once
+def _all_finite(params: Any) -> jax.Array:
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
-    return bool(jnp.stack(finite).all())
+    return jnp.stack(finite).all()

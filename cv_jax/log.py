@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from cv_jax.data import DataSpec
@@ -61,7 +60,7 @@ class Log:
         self._started = time.perf_counter()
         self._workdir = workdir
         self._jsonl = _open_jsonl(workdir / "metrics.jsonl", start_step)
-        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
+        self._board = _open_board(workdir, start_step)
         self._bar = tqdm(
             total=intervals.total,
             initial=start_step,
@@ -236,6 +235,19 @@ def _format_row(row: dict[str, float], steps_per_epoch: int, elapsed: float) -> 
         f" {cell('val loss', 9, '.4f')} {cell('val accuracy', 8, '.2%')}"
         f" {cell('images_per_second', 9, ',.0f')} {tqdm.format_interval(elapsed):>8}"
     )
+
+
+def _open_board(workdir: Path, start_step: int) -> Any:
+    """tensorboardX's SummaryWriter, without PyTorch: importing that, where it is, takes 1.2 s."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # what tensorboardX takes for "not installed"
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
 
 
 def _open_jsonl(path: Path, start_step: int) -> Any:

