@@ -1,5 +1,6 @@
 """cv_jax's side of the benchmarks: the program of train.py, and the same on plain lax."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -93,12 +94,17 @@ def check_loss(model: str, batch_size: int, num_steps: int = 20) -> dict[str, li
         return values
 
     ours = losses()
-    with mock.patch.multiple("cv_jax.ops", conv=_plain_conv, max_pool=_plain_max_pool):
+    with plain_lax():
         plain = losses()
     apart = np.abs(np.divide(ours, plain) - 1).tolist()
     for i, (a, b, difference) in enumerate(zip(ours, plain, apart, strict=True), start=1):
         print(f"step {i:2d}  cv_jax {a:.7f}  lax {b:.7f}  relative difference {difference:.1e}")
     return {"cv_jax": ours, "lax": plain, "relative_difference": apart}
+
+
+def plain_lax() -> contextlib.AbstractContextManager:
+    """While it is entered, models are traced with lax's own operations instead of cv_jax.ops."""
+    return mock.patch.multiple("cv_jax.ops", conv=_plain_conv, max_pool=_plain_max_pool)
 
 
 def _plain_conv(x, kernel, strides, padding):

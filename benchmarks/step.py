@@ -5,9 +5,10 @@
     python -m benchmarks.step --model=n94 --check_loss                # against plain lax
 
 Every variant is a process with all cores to itself in turn: in each round each makes `steps` steps
-while the others sleep. Both sides take random uint8 images that are resident, normalise them in
-the step, and train by SGD with Nesterov momentum on the cross-entropy. A step's seconds are wall
-time of `steps` steps in a row, divided by their number; compilation is not in them.
+while the others sleep, after one that is not counted. Both sides take random uint8 images that are
+resident, normalise them in the step, and train by SGD with Nesterov momentum on the cross-entropy.
+A step's seconds are wall time of `steps` steps in a row, divided by their number; compilation is
+not in them.
 """
 
 import argparse
@@ -87,7 +88,7 @@ class Worker:
 
 
 def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[Case, dict[str, Any]]:
-    """Warms every case up by a step, times those that are not far too slow; see `summarize`."""
+    """Warms every case up, times those that are not far too slow; see `summarize`."""
     answers: dict[Case, list[dict]] = {}
     too_slow: dict[Case, dict[str, Any]] = {}
     fastest = float("inf")  # seconds per image
@@ -114,7 +115,7 @@ def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[Case, dict[
 def summarize(rows: Sequence[dict[str, float]], steps: int, case: Case) -> dict[str, Any]:
     """What the rounds of one case come to: the seconds of a step in each, their median, and more.
 
-    A case that was too slow to be timed has warm_up_seconds instead, of its only step, and
+    A case that was too slow to be timed has warm_up_seconds instead, of its last step, and
     whether it was given up before that step ended.
     """
     seconds = [row["seconds"] / steps for row in rows]
@@ -129,28 +130,39 @@ def summarize(rows: Sequence[dict[str, float]], steps: int, case: Case) -> dict[
 
 
 def compare(results: dict[Case, dict[str, Any]]) -> dict[str, Any]:
-    """Paired ratios over the rounds.
+    """Paired ratios over the rounds; the best of several cases is the one of least median.
 
     Returns:
-        "speed": for each of our cases, the time of the best PyTorch float32 variant (the one of
-        least median) of the same batch size, divided by ours. "image_cost": for each of our cases
-        of a further batch size, seconds per image divided by those of the same variant's first.
+        "speed": for each of our cases, the time of the best PyTorch float32 variant of the same
+            batch size, divided by ours; "best_speed": the same for the best of ours against the
+            best of PyTorch's, whatever the dtypes. "image_cost": for each of our cases of a
+            further batch size, seconds per image divided by those of the same variant's first.
     """
     timed = {case: result for case, result in results.items() if "rounds" in result}
     ours = [case for case in timed if case.variant in OURS]
-    speed, image_cost = {}, {}
+
+    def best(cases):
+        return min(cases, key=lambda case: timed[case]["seconds_per_step"])
+
+    def speed(case, rivals):
+        rival = best(rivals)
+        ratio = paired_ratio(timed[rival]["rounds"], timed[case]["rounds"])
+        return {"against": str(rival), **ratio}
+
+    ratios: dict[str, dict] = {"speed": {}, "best_speed": {}, "image_cost": {}}
+    for size in dict.fromkeys(case.batch_size for case in ours):
+        mine = [case for case in ours if case.batch_size == size]
+        theirs = [case for case in timed if case.batch_size == size and case not in ours]
+        if rivals := [case for case in theirs if case.variant in TORCH_FLOAT32]:
+            ratios["speed"] |= {str(case): speed(case, rivals) for case in mine}
+        if any(case.variant in TORCH_BFLOAT16 for case in theirs):
+            ratios["best_speed"][str(best(mine))] = speed(best(mine), theirs)
     for case in ours:
-        rounds = timed[case]["rounds"]
-        rivals = [c for c in timed if c.variant in TORCH_FLOAT32 and c[1] == case.batch_size]
-        if rivals:
-            best = min(rivals, key=lambda c: timed[c]["seconds_per_step"])
-            ratio = paired_ratio(timed[best]["rounds"], rounds)
-            speed[str(case)] = {"against": str(best), **ratio}
         first = next(c for c in ours if c.variant == case.variant)
         if first != case:
             per_image = [[s / c.batch_size for s in timed[c]["rounds"]] for c in (case, first)]
-            image_cost[str(case)] = {"against": str(first), **paired_ratio(*per_image)}
-    return {"speed": speed, "image_cost": image_cost}
+            ratios["image_cost"][str(case)] = {"against": str(first), **paired_ratio(*per_image)}
+    return ratios
 
 
 def report(results: dict[Case, dict[str, Any]], ratios: dict[str, Any]) -> str:
@@ -166,7 +178,12 @@ def report(results: dict[Case, dict[str, Any]], ratios: dict[str, Any]) -> str:
         else:
             took = "took more than" if result["given_up"] else "took"
             lines.append(f"{case!s:<34} the warm-up step {took} {result['warm_up_seconds']:.1f} s")
-    for kind, what in (("speed", "is {:.3f} times as fast"), ("image_cost", "costs {:.3f} times")):
+    texts = {
+        "speed": "is {:.3f} times as fast",
+        "best_speed": "is {:.3f} times as fast",
+        "image_cost": "costs {:.3f} times",
+    }
+    for kind, what in texts.items():
         for name, ratio in ratios[kind].items():
             spread = f"{min(ratio['rounds']):.3f} to {max(ratio['rounds']):.3f}"
             lines.append(f"{name} {what.format(ratio['median'])} as {ratio['against']} ({spread})")
