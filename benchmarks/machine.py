@@ -43,7 +43,7 @@ def record(name: str, settings: dict[str, Any], results: dict[str, Any]) -> dict
     commit, dirty = git_commit()
     return {
         "benchmark": name,
-        "command": sys.argv,
+        "command": ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]],
         "settings": settings,
         "n": settings["rounds"],
         "machine": {

@@ -215,6 +215,7 @@ def main() -> None:
     if args.check_loss:
         from benchmarks.ours import check_loss
 
+        args.rounds = 1
         save("loss", args, check_loss(args.model, args.batch_size[0]))
         return
     cases = [Case(variant, size) for variant in args.variants for size in args.batch_size]
