@@ -135,7 +135,7 @@ def _winograd(x, kernel, g, padding):
 
 # One for each way on the CPU; "groups" and "plain" differ in how many images a group may have.
 CASES = {
-    "winograd": (16, 7, 64, 64, 3),
+    "winograd": (64, 7, 64, 64, 3),
     "rows": (8, 9, 2, 3, 4),
     "groups": (16, 15, 24, 40, 5),
     "plain": (8, 4, 2, 20, 2),

@@ -29,6 +29,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 # What the transforms cost, the products pay back from here on. Measured from 16 to 512 channels.
 _LEAST_CHANNELS = 16
 _LEAST_TILES = 64  # in a batch, which are the rows of each product
+_LEAST_PRODUCTS = 1e8  # of plain lax, 1 to 2 ms: for less, a quarter of a second more to compile
 _GROUP_BYTES = 1 << 24  # of the transformed tiles, input's and output's, of a group of images
 
 # Where the polynomials are evaluated, besides at infinity: these keep the rounding small.
@@ -43,13 +44,15 @@ def pays(
 ) -> bool:
     """Whether a convolution of x of `shape` (b, h, w, c) is one for these functions."""
     b, h, w, c = shape
+    o = kernel_shape[3]
     size = _output_size(h, w, padding)
     tiling = _tiling(*size)
     return (
         (*kernel_shape[:2], *strides) == (3, 3, 1, 1)
         and min(min(pads) for pads in padding) >= 0  # cropping, as some input gradients do
-        and min(c, kernel_shape[3]) >= _LEAST_CHANNELS
+        and min(c, o) >= _LEAST_CHANNELS
         and min(size) > 2
+        and b * size[0] * size[1] * 9 * c * o >= _LEAST_PRODUCTS
         and b * tiling.rows * tiling.columns >= _LEAST_TILES
     )
 
