@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from cv_jax.config import base_config
 from cv_jax.errors import UserError
 from cv_jax.log import Log, draw_confusion, image_grid
 from cv_jax.loop import Chunk, Intervals
-from tests.conftest import random_dataset
+from tests.conftest import ROOT, random_dataset
 
 
 @pytest.fixture
@@ -115,3 +118,17 @@ def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
     events = _events(tmp_path)
     assert events["final_test/accuracy", 14].simple_value == 1.0
     assert events["confusion/test", 14].image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise AssertionError('imported')")
+    code = "import sys, pathlib, cv_jax.log as log; log._open_board(pathlib.Path(sys.argv[1]), 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run").glob("events.*"))
