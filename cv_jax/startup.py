@@ -1,4 +1,4 @@
-"""What has to happen before the first array: the compilation cache, and quiet libraries."""
+"""A quick and quiet start: the compilation cache, quiet libraries, and what runs only once."""
 
 import os
 from functools import partial

@@ -21,6 +21,7 @@ class LeNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         check_image_size(x, "lenet", least=16)
         x = x.astype(self.dtype)
+        # ReLU after the pool is the same as before it, on a quarter of the values.
         group1 = nn.relu(max_pool(conv(x, 6, 5, use_bias=True, name="conv1"), 2))  # b 14 14 6
         group2 = nn.relu(max_pool(conv(group1, 16, 5, use_bias=True, name="conv2"), 2))  # b 5 5 16
         x = group2.reshape(group2.shape[0], -1)  # b 400

@@ -19,8 +19,7 @@ from jax import lax
 
 from cv_jax.ops import rows, winograd
 from cv_jax.ops.groups import sum_groups
-
-Padding = tuple[tuple[int, int], tuple[int, int]]
+from cv_jax.ops.padding import Padding, pad
 
 # Bytes of the shifted views of one group of images. More than a core's L2 cache holds: the views
 # are read once, and a product of more rows is a faster one. Measured from 0.5 to 8 MB on n94.
@@ -95,8 +94,7 @@ def input_gradient(
     padding: Padding,
 ) -> jax.Array:
     """The gradient with respect to x of size (h, w), (b, h, w, c), of an output gradient g."""
-    # The outputs that strides leave out have the gradient 0.
-    g = lax.pad(g, _zero(g), [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
+    g = pad(g, ((0, 0), (0, 0)), inside=strides)  # outputs that strides leave out have gradient 0
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)  # kh kw o c
     pads = tuple(
         (k - 1 - before, side + before - spread)
@@ -126,7 +124,7 @@ def filter_gradient(
     height, width = ((n - 1) * s + 1 for n, s in zip(g.shape[1:3], strides, strict=True))
 
     def product(x, g):
-        x = lax.pad(x, _zero(x), [(0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)])
+        x = pad(x, padding)
         x = jnp.concatenate([x[:, :, j : j + width : strides[1]] for j in range(kw)], axis=3)
         x = jnp.concatenate([x[:, i : i + height : strides[0]] for i in range(kh)], axis=3)
         return lax.dot_general(
@@ -138,7 +136,3 @@ def filter_gradient(
 
     most = _GROUP_BYTES // (math.prod(g.shape[1:3]) * kh * kw * c * x.dtype.itemsize)
     return sum_groups(product, x, g, most).reshape(kh, kw, c, o).astype(x.dtype)
-
-
-def _zero(x):
-    return jnp.zeros((), x.dtype)

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cv_jax.ops.groups import map_groups, sum_groups
-
-Padding = tuple[tuple[int, int], tuple[int, int]]
+from cv_jax.ops.padding import Padding, pad
 
 # Measured from 3 to 32 channels; with more, XLA's own kernel is the faster one.
 _MOST_CHANNELS = 16
@@ -48,7 +47,7 @@ def filter_gradient(
 
     def product(x, g):
         columns = _columns(x, kw, padding)
-        g = lax.optimization_barrier(jnp.pad(g, ((0, 0), (kh - 1, kh - 1), (0, 0), (0, 0))))
+        g = lax.optimization_barrier(pad(g, ((kh - 1, kh - 1), (0, 0))))
         starts = [kh - 1 - i for i in range(kh)]
         shifted = [g[:, start : start + columns.shape[1]] for start in starts]
         products = lax.optimization_barrier(jnp.concatenate(shifted, axis=3))
@@ -73,7 +72,7 @@ def _most_images(x_shape, kernel_shape, padding) -> int:
 
 def _columns(x: jax.Array, kw: int, padding: Padding) -> jax.Array:
     """(b, rows, w', kw c), kept in memory: XLA would lay them out again for every use."""
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *[(*p, 0) for p in padding], (0, 0, 0)])
+    x = pad(x, padding)
     columns = x.shape[2] - kw + 1
     return lax.optimization_barrier(
         jnp.concatenate([x[:, :, j : j + columns] for j in range(kw)], axis=3)

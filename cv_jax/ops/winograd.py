@@ -23,8 +23,7 @@ import numpy as np
 from jax import lax
 
 from cv_jax.ops.groups import map_groups, sum_groups
-
-Padding = tuple[tuple[int, int], tuple[int, int]]
+from cv_jax.ops.padding import Padding, pad
 
 # What the transforms cost, the products pay back from here on. Measured from 16 to 512 channels.
 _LEAST_CHANNELS = 16
@@ -123,11 +122,11 @@ def _input_tiles(x: jax.Array, tiling: _Tiling, padding: Padding) -> list[jax.Ar
     """B^T x B of the overlapping tiles of x, (n, h, w, c): m + 2 arrays (m + 2, tiles, c)."""
     m, rows, columns = tiling
     c = x.shape[3]
-    pads = [
+    pads = tuple(
         (before, m * count + 2 - side - before)
         for count, side, (before, _) in zip((rows, columns), x.shape[1:3], padding, strict=True)
-    ]
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
+    )
+    x = pad(x.astype(jnp.float32), pads)
     taps = [x[:, i : i + m * rows - m + 1 : m] for i in range(m + 2)]
     x = _combine(_matrices(m).input, taps)
     taps = [x[:, :, :, j : j + m * columns - m + 1 : m] for j in range(m + 2)]
@@ -138,8 +137,7 @@ def _split(g: jax.Array, tiling: _Tiling) -> list[jax.Array]:
     """A g A^T of the tiles of g, (n, h, w, o), zero over the edge: m + 2 of (m + 2, tiles, o)."""
     m, rows, columns = tiling
     n, h, w, o = g.shape
-    g = g.astype(jnp.float32)
-    g = jnp.pad(g, ((0, 0), (0, m * rows - h), (0, m * columns - w), (0, 0)))
+    g = pad(g.astype(jnp.float32), ((0, m * rows - h), (0, m * columns - w)))
     g = g.reshape(n, rows, m, m * columns, o)
     g = _combine(_matrices(m).output.T, [g[:, :, i] for i in range(m)])
     g = g.reshape(m + 2, n, rows, columns, m, o)

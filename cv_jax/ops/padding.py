@@ -1,0 +1,16 @@
+"""Zeros around images, as every convolution wants them."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, right))
+
+
+def pad(x: jax.Array, padding: Padding, inside: tuple[int, int] = (1, 1)) -> jax.Array:
+    """x (b, h, w, c) with zeros around it, cropped where they are negative.
+
+    Its rows and columns come to stand `inside` apart, with zeros between them.
+    """
+    spec = [(*pads, apart - 1) for pads, apart in zip(padding, inside, strict=True)]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *spec, (0, 0, 0)])
