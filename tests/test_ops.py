@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cv_jax.ops import conv, max_pool, rows, winograd
+from cv_jax.ops import blocks, conv, max_pool, rows, winograd
 from cv_jax.ops.groups import group_sizes, map_groups, sum_groups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +65,28 @@ def test_convolution_and_its_gradients(sizes, kernel, strides, padding, dtype):
         gradients = vjp(g)
     _assert_close(y, want, dtype)
     for got, plain in zip(gradients, want_vjp(g), strict=True):
+        assert got.dtype == plain.dtype
+        _assert_close(got, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "padding"),
+    [
+        ((2, 2), (3, 3), (1, 1), SAME),
+        ((1, 1), (3, 3), (1, 1), SAME),
+        ((4, 2), (3, 3), (2, 1), ((1, 1), (0, 2))),
+        ((2, 3), (4, 5), (3, 2), ((2, 4), (3, 1))),
+    ],
+)
+def test_convolution_of_fewer_pixels_than_taps(size, kernel, strides, padding, dtype):
+    assert blocks.pays((3, *size, 20), (*kernel, 20, 18))
+    x, weight = _random((3, *size, 20), dtype), _random((*kernel, 20, 18), dtype, seed=1)
+    want, want_vjp = jax.vjp(lambda x, k: _plain(x, k, strides, padding), x, weight)
+    y, vjp = jax.vjp(lambda x, k: conv(x, k, strides, padding), x, weight)
+    _assert_close(y, want, dtype)
+    g = _random(want.shape, dtype, seed=2)
+    for got, plain in zip(vjp(g), want_vjp(g), strict=True):
         assert got.dtype == plain.dtype
         _assert_close(got, plain, dtype)
 

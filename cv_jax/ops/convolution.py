@@ -4,10 +4,11 @@ XLA's CPU compiler hands a convolution to its fast kernel only in the layout of 
 (b h w c with h w i o), and outside of the entry computation, as in a loop over steps, it does not
 bring others into that layout: a gradient there ran 100 times slower than the forward pass. So on
 the CPU all is written out here. A 3x3 convolution goes to winograd.py, one of few channels to
-rows.py, both with their gradients. For the others, the input's gradient is a convolution in the
-forward layout; the filter's is a sum over small groups of images, each one matrix product that
-stays in cache (5 times faster than XLA's own where that is at its best). Elsewhere lax
-differentiates: by the TPU compiler's account nothing that was tried beats it there.
+rows.py, one of few pixels to blocks.py, each with its gradients. For the others, the input's
+gradient is a convolution in the forward layout; the filter's is a sum over small groups of images,
+each one matrix product that stays in cache (5 times faster than XLA's own where that is at its
+best). Elsewhere lax differentiates: by the TPU compiler's account nothing that was tried beats it
+there.
 """
 
 import math
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cv_jax.ops import rows, winograd
+from cv_jax.ops import blocks, rows, winograd
 from cv_jax.ops.groups import sum_groups
 from cv_jax.ops.padding import Padding, pad
 
@@ -69,6 +70,8 @@ def _plain_gradients(x, kernel, g, strides, padding):
 
 
 def _cpu_convolution(x, kernel, strides, padding):
+    if blocks.pays(x.shape, kernel.shape):
+        return blocks.convolution(x, kernel, strides, padding)
     if winograd.pays(x.shape, kernel.shape, strides, padding):
         return winograd.convolution(x, kernel, padding)
     if rows.pays(x.shape, kernel.shape, strides):
@@ -117,6 +120,8 @@ def filter_gradient(
     For a group of images, the kh kw shifted views of x side by side, times g, is one product.
     """
     (kh, kw), (c, o) = size, (x.shape[3], g.shape[3])
+    if blocks.pays(x.shape, (kh, kw, c, o)):
+        return blocks.filter_gradient(x, g, size, strides, padding)
     if winograd.pays(x.shape, (kh, kw, c, o), strides, padding):
         return winograd.filter_gradient(x, g, padding)
     if rows.pays(x.shape, (kh, kw, c, o), strides):
