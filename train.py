@@ -34,7 +34,7 @@ from cv_jax.data import load_dataset
 from cv_jax.data.batches import make_batches
 from cv_jax.errors import UserError
 from cv_jax.evaluate import Evaluator, means
-from cv_jax.flops import count_flops
+from cv_jax.flops import step_flops, training_flops
 from cv_jax.keys import derive_keys
 from cv_jax.log import Log
 from cv_jax.loop import (
@@ -70,7 +70,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     clock = Clock()
     with clock("data"):
         data = load_dataset(config.data)
-    task = build_task(config, data.spec)
+    with clock("init"):
+        task = build_task(config, data.spec)
     keys = derive_keys(config.seed)
     intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)
     batches = make_batches(config, data.train, keys.order, mesh)
@@ -79,7 +80,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     init = jit_once(task.init, out_shardings=replicated(mesh))
     restored = checkpoints.restore_latest(like=init.eval_shape(keys.init))
-    state, seconds = restored or (init(keys.init), {})
+    with clock("compile"):
+        state, seconds = restored or (init(keys.init), {})
     clock.add(seconds)
     if result := finished_result(workdir, int(state.step), intervals.total):
         print(f"{workdir}: this run is complete.")
@@ -90,11 +92,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     evaluate = Evaluator(task.evals, data, config.eval_batch_size, mesh, clock)
     log = Log(workdir, config, data.spec, int(state.step), intervals)
 
-    def step_flops() -> int:
-        return count_flops(task.train_step, state, batches.shapes, keys.step)
+    def last_step_flops() -> int:
+        return step_flops(task, state, batches.shapes, keys.step, int(state.step) - 1)
 
     num_left = intervals.total - int(state.step)
-    profiler = Profiler(profile_steps, num_left, workdir, config.dtype, step_flops, log, clock)
+    profiler = Profiler(profile_steps, num_left, workdir, config.dtype, last_step_flops, log, clock)
     with checkpoints, log, profiler:
         log.begin(changes, task.notes)
         log.preview(task.preview, batches, keys.step)
@@ -115,7 +117,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                     raise Stopped(stop.signum, chunk.end)
         sums = {split: evaluate("final", state, split) for split in ("val", "test")}
         log.finals(intervals.total, sums, data.spec.class_names)
-    flops = step_flops() / config.batch_size
+    flops = {
+        "training": training_flops(task, state, batches.shapes, keys.step, intervals.total),
+        "evaluation": sum(evaluate.flops("final", state, split) for split in sums),
+    }
     return write_result(workdir, config, data.spec, intervals.total, sums, flops, clock.read())
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cv_jax.data import Dataset, Split
 from cv_jax.errors import UserError, nearest
+from cv_jax.flops import count_flops
 from cv_jax.loop import Clock
 from cv_jax.mesh import batch_sharding
 
@@ -110,10 +111,10 @@ class Evaluator:
     def __init__(
         self, evals: dict[str, Callable], data: Dataset, batch_size: int, mesh: Mesh, clock: Clock
     ):
-        self._evals = {name: make_evaluate(eval_fn, mesh) for name, eval_fn in evals.items()}
+        self._evals = evals
         self._data = data
         self._batch_size = batch_size
-        self._num_devices = mesh.size
+        self._mesh = mesh
         self._sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
         self._clock = clock
         self._batches: dict[str, dict] = {}
@@ -127,15 +128,25 @@ class Evaluator:
         with self._clock("eval"):
             if split not in self._batches:
                 batch_size = min(self._batch_size, len(arrays.label))
-                batch_size = -(-batch_size // self._num_devices) * self._num_devices
+                batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
                 laid_out = padded_batches(arrays, batch_size)
                 self._batches[split] = jax.device_put(laid_out, self._sharding)
             batches = self._batches[split]
             if (name, split) not in self._programs:
                 with self._clock("compile"):
-                    lowered = self._evals[name].lower(state, batches)
-                    self._programs[name, split] = lowered.compile()
+                    evaluate = make_evaluate(self._evals[name], self._mesh)
+                    self._programs[name, split] = evaluate.lower(state, batches).compile()
             return jax.device_get(self._programs[name, split](state, batches))
+
+    def flops(self, name: str, state: Any, split: str) -> int:
+        """FLOPs of an evaluation that was made: those of a batch, for each example once."""
+        count = len(getattr(self._data, split).label)
+        if not count:
+            return 0
+        batches = self._batches[split]
+        _, size = batches["label"].shape
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
+        return count_flops(self._evals[name], state, batch) * count // size
 
 
 def means(metrics: dict) -> dict:

@@ -8,6 +8,9 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters import partial_eval
 
+from cv_jax.tasks import Task
+from cv_jax.update import TrainState
+
 
 def count_flops(function: Callable, *args: Any) -> int:
     """FLOPs of the matrix products and convolutions of `function(*args)`: 2 per multiply-add.
@@ -26,6 +29,24 @@ def count_flops(function: Callable, *args: Any) -> int:
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _jaxpr_flops(used)
+
+
+def step_flops(task: Task, state: TrainState, batch: dict, key: jax.Array, step: int) -> int:
+    """`count_flops` of a task's training step number `step`."""
+
+    def train_step(state, batch, key):
+        return task.train_step(state.replace(step=step), batch, key)
+
+    return count_flops(train_step, state, batch, key)
+
+
+def training_flops(task: Task, state: TrainState, batch: dict, key: jax.Array, steps: int) -> int:
+    """FLOPs of a training of so many steps: those of each stage's step, times its length."""
+    ends = [*task.stages[1:], steps]
+    return sum(
+        (end - start) * step_flops(task, state, batch, key, start)
+        for start, end in zip(task.stages, ends, strict=True)
+    )
 
 
 def _jaxpr_flops(jaxpr: Jaxpr) -> int:

@@ -18,6 +18,7 @@ from cv_jax.config import write_atomically
 from cv_jax.data import DataSpec
 from cv_jax.errors import UserError
 from cv_jax.evaluate import means
+from cv_jax.loop import CLOCKS
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
@@ -121,7 +122,7 @@ def write_result(
     spec: DataSpec,
     steps: int,
     sums: dict[str, dict],
-    flops_per_example: float,
+    flops: dict[str, int],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Writes result.json, what tables are made of, and returns it.
@@ -131,8 +132,8 @@ def write_result(
         config, spec: of the run.
         steps: made in all.
         sums: split -> {metric: (sum, count)} of the final evaluation; {} for an empty split.
-        flops_per_example: FLOPs of a training step for each of its examples.
-        seconds: by what they were spent on, see `loop.Clock`.
+        flops: of "training", and of the final "evaluation" with all its views.
+        seconds: by what they were spent on, see `loop.CLOCKS`.
     """
     commit, dirty = git_commit()
     examples = steps * config.batch_size
@@ -140,11 +141,11 @@ def write_result(
         "config": config.to_dict(),
         **{split: _split_result(metrics, spec.class_names) for split, metrics in sums.items()},
         "seconds": seconds,
+        "seconds_count": CLOCKS,
         "steps": steps,
         "epochs": steps / (spec.num_train // config.batch_size),
         "examples": examples,
-        "flops_per_example": flops_per_example,
-        "total_flops": flops_per_example * examples,
+        "flops": {**flops, "total": sum(flops.values())},
         "commit": commit,
         "dirty": dirty,
         "device": device_name(),
@@ -177,7 +178,11 @@ def print_result(result: dict[str, Any], workdir: Path) -> None:
             print(f"{split:<7} {numbers}  ({result[split]['count']:,} images)")
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
     print(f"seconds {seconds}")
-    print(f"FLOPs   {result['total_flops']:.3e} of training, {result['examples']:,} examples")
+    flops = result["flops"]
+    print(
+        f"FLOPs   {flops['training']:.3e} of training ({result['examples']:,} examples), "
+        f"{flops['evaluation']:.3e} of the final evaluation"
+    )
     print(f"written {workdir / 'result.json'}")
 
 

@@ -1,6 +1,7 @@
 """The training state, and the one function that turns it into the next."""
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -49,5 +50,21 @@ def make_train_step(forward: Callable, tx: optax.GradientTransformation) -> Call
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, model_state, opt_state), metrics
+
+    return train_step
+
+
+def in_stages(starts: Sequence[int], train_steps: Sequence[Callable]) -> Callable:
+    """One train_step made of several: the i-th takes the steps from starts[i] on; starts[0] is 0.
+
+    All are compiled into one program, which looks at `state.step`. Where that is a Python int, only
+    the train_step of its stage is traced.
+    """
+
+    def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+        if isinstance(state.step, int):
+            return train_steps[bisect_right(starts, state.step) - 1](state, batch, key)
+        stage = jnp.searchsorted(jnp.array(starts), state.step, side="right") - 1
+        return jax.lax.switch(stage, train_steps, state, batch, key)
 
     return train_step

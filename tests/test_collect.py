@@ -20,7 +20,7 @@ def _result(seed, accuracy):
         "steps": 5,
         "epochs": 1.0,
         "examples": 50,
-        "total_flops": 1e9,
+        "flops": {"training": 9e8, "evaluation": 1e8, "total": 1e9},
         "commit": "0123456789",
         "dirty": False,
         "device": "cpu",
@@ -33,6 +33,7 @@ def test_seeds_are_put_together():
     assert record["test"]["accuracy"]["mean"] == pytest.approx(0.6)
     assert record["test"]["accuracy"]["values"] == [0.5, 0.7]
     assert record["seconds"] == {"train": 10.5}
+    assert record["flops"]["total"] == 1e9
     assert "val" not in record
     assert collect.row("x", record) == "| x | 60.00 % ± 14.14 | 2 | 10 | cpu | 0123456 |"
 

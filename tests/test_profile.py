@@ -46,7 +46,7 @@ def test_a_profiled_run_ends_in_the_same_bits(tiny_config, tmp_path, capsys):
 
     traced = train.run(tiny_config, tmp_path / "traced", 6)  # 8 to 13 of 15, with an evaluation
     assert capsys.readouterr().out.count("profile 6 steps, ") == 1
-    for key in ("val", "test", "steps", "flops_per_example"):
+    for key in ("val", "test", "steps", "flops"):
         assert plain[key] == traced[key], key
     assert plain["seconds"].keys() == traced["seconds"].keys()
     a, b = (_final_arrays(tmp_path / name) for name in ("plain", "traced"))

@@ -35,7 +35,7 @@ def _assert_same_run(one, other):
     for path in a:
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
     a, b = (json.loads((workdir / "result.json").read_text()) for workdir in (one, other))
-    for key in ("test", "val", "steps", "examples", "total_flops"):
+    for key in ("test", "val", "steps", "examples", "flops"):
         assert a[key] == b[key], key
     a, b = ((workdir / "metrics.jsonl").read_text().splitlines() for workdir in (one, other))
     assert len(a) == len(b)

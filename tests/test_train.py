@@ -42,8 +42,14 @@ def test_a_run_leaves_what_it_should(train_py, tmp_path):
     result = _result(tmp_path)
     assert result["steps"] == 4
     assert result["examples"] == 4 * result["config"]["batch_size"]
-    assert result["total_flops"] == result["flops_per_example"] * result["examples"] > 0
-    assert result["seconds"].keys() == {"data", "compile", "train", "eval", "save"}
+    flops = result["flops"]
+    assert flops["training"] % result["steps"] == 0
+    # A step is up to 3 forward passes an example; the evaluation saw each of 160 examples once.
+    forward = flops["evaluation"] / (32 + 128)
+    assert 2 < flops["training"] / result["examples"] / forward < 3
+    assert flops["total"] == flops["training"] + flops["evaluation"]
+    clocks = {"data", "compile", "init", "train", "eval", "save"}
+    assert result["seconds"].keys() == result["seconds_count"].keys() == clocks
     for split, count in (("val", 32), ("test", 128)):
         accuracy = result[split]["accuracy"]
         assert result[split]["count"] == count

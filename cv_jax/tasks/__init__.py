@@ -24,6 +24,7 @@ class Task(NamedTuple):
             during the training uses, "final" what the result is made of.
         preview: (batch, key) -> (b, h, w, c) float32 in [0, 1], augmented images.
         notes: lines that the log shows at the start.
+        stages: the steps from which on a train_step costs something else, the first is 0.
     """
 
     init: Callable
@@ -31,6 +32,7 @@ class Task(NamedTuple):
     evals: dict[str, Callable]
     preview: Callable
     notes: list[str]
+    stages: tuple[int, ...] = (0,)
 
 
 def build_task(config: ml_collections.ConfigDict, spec: NamedTuple) -> Task:

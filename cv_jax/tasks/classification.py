@@ -16,6 +16,7 @@ from cv_jax.evaluate import find_tta
 from cv_jax.losses import cross_entropy
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.optim import ema_params, make_optimizer
+from cv_jax.resizing import make_stages, resize
 from cv_jax.tasks import Task
 
 
@@ -27,13 +28,11 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     init_variables = _make_init_variables(model, normalize, spec)
 
     shapes = jax.eval_shape(init_variables, jax.random.key(0))
+    total_steps = durations.total_steps(config, spec.num_train)
+    stages = make_stages(config.progressive_resizing, total_steps)
     to_steps = partial(durations.steps, batch_size=config.batch_size, num_train=spec.num_train)
     optimizer = make_optimizer(
-        config.optim,
-        shapes["params"],
-        durations.total_steps(config, spec.num_train),
-        config.batch_size,
-        to_steps,
+        config.optim, shapes["params"], total_steps, config.batch_size, to_steps
     )
     use_ema = config.optim.ema > 0
     label_smoothing = config.label_smoothing
@@ -48,12 +47,12 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         label = jax.nn.one_hot(batch["label"], spec.num_classes)
         return augment(key, {**batch, "image": image, "label": label})
 
-    def forward(params, model_state, batch, key):
+    def forward(params, model_state, batch, key, size):
         augment_key, dropout_key = jax.random.split(key)
         mixed = augmented(batch, augment_key)
         (logits, _), model_state = model.apply(
             {"params": params, **model_state},
-            normalize(mixed["image"]),
+            normalize(resize(mixed["image"], size)),
             train=True,
             mutable=list(model_state),
             rngs={"dropout": dropout_key},
@@ -76,7 +75,11 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         image = normalize(_to_unit(batch["image"]))
         return classification_metrics(tta(apply, image), batch["label"], batch["mask"])
 
-    step = update.make_train_step(forward, optimizer.tx)
+    starts = tuple(stage.start for stage in stages)
+    step = update.in_stages(
+        starts,
+        [update.make_train_step(partial(forward, size=s.size), optimizer.tx) for s in stages],
+    )
 
     def train_step(state, batch, key):
         rates = {name: (rate, jnp.float32(1)) for name, rate in optimizer.lr(state.step).items()}
@@ -93,6 +96,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         },
         preview=lambda batch, key: augmented(batch, key)["image"],
         notes=[f"model   {config.model}: {num_params:,} parameters", optimizer.report],
+        stages=starts,
     )
 
 

@@ -219,8 +219,8 @@ def compile_steps(
 ) -> dict[str, Any]:
     """Compiles the training step and the evaluation of one batch; {"train": ..., "eval": ...}.
 
-    The step is the one of the training loop, which runs it on a batch that it gathers from the
-    resident (or streamed) examples; these count in the memory.
+    The step is the one of the training loop, in the last of its stages; the loop runs it on a batch
+    that it gathers from the resident (or streamed) examples; these count in the memory.
     """
     mesh = Mesh(np.array(devices), ("data",))
     everywhere, divided = replicated(mesh), batch_sharding(mesh)
@@ -230,7 +230,10 @@ def compile_steps(
     resident = sum(leaf.nbytes for leaf in jax.tree.leaves(batches.feed(0, 1)))
     state, key = _placed((jax.eval_shape(task.init, keys.init), keys.step), everywhere)
 
-    step = jax.jit(task.train_step, donate_argnums=0, out_shardings=everywhere)
+    def train_step(state, batch, key):
+        return task.train_step(state.replace(step=task.stages[-1]), batch, key)
+
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=everywhere)
     batch = _placed(batches.shapes, divided)
 
     size = min(config.eval_batch_size, data.spec.num_test)

@@ -35,7 +35,7 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             raise UserError(f"The runs differ in {', '.join(sorted(apart))}, not in seed alone.")
     record = {key: first[key] for key in ("commit", "device", "steps", "epochs", "examples")}
     record["dirty"] = any(result["dirty"] for result in results)
-    record["total_flops"] = first["total_flops"]
+    record["flops"] = first["flops"]
     record["seeds"] = [result["config"]["seed"] for result in results]
     for split in ("val", "test"):
         if first[split]:

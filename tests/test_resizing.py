@@ -1,0 +1,97 @@
+"""Progressive resizing: which images a step sees, what it costs, and what a wrong text is told."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cv_jax.config import base_config
+from cv_jax.data.batches import make_batches
+from cv_jax.errors import UserError
+from cv_jax.flops import count_flops, step_flops, training_flops
+from cv_jax.keys import derive_keys
+from cv_jax.mesh import make_mesh
+from cv_jax.resizing import Stage, make_stages, resize
+from cv_jax.tasks import build_task
+from tests.conftest import random_dataset
+
+
+def test_stages_begin_at_their_share_of_the_steps():
+    assert make_stages("", 200) == [Stage(0, None)]
+    text = "size(20, until=0.3) | size(24, until=0.6)"
+    assert make_stages(text, 200) == [Stage(0, 20), Stage(60, 24), Stage(120, None)]
+    assert make_stages(text, 5) == [Stage(0, 20), Stage(2, 24), Stage(3, None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("size(24, until=0.6)|size(28, until=0.6)", "each `until` must be above the one before"),
+        (
+            "size(24, until=1)",
+            r"until=1 is not between 0 and 1.*size\(pixels: int",
+        ),
+        ("size(0, until=0.5)", "0 is not a number of pixels"),
+        ("sise(24, until=0.5)", r"Unknown config\.progressive_resizing 'sise'.*'size'"),
+    ],
+)
+def test_a_wrong_text_is_explained(text, message):
+    with pytest.raises(UserError, match=message):
+        make_stages(text, 200)
+
+
+def test_resizing_is_antialiased():
+    image = np.zeros((1, 4, 4, 1), np.float32)
+    image[0, :, ::2] = 1  # stripes of one pixel: without a filter, a sample would be 0 or 1
+    got = np.asarray(resize(jnp.asarray(image), 2))
+    # A triangle of 4 pixels' width: 1/8 3/8 3/8 1/8, and at the border 3/7 3/7 1/7.
+    np.testing.assert_allclose(got[0, :, :, 0], [[4 / 7, 3 / 7]] * 2, atol=1e-6)
+    assert resize(image, None) is image
+
+
+@pytest.fixture(scope="module")
+def training():
+    config = base_config()
+    config.epochs, config.batch_size, config.model = 1.0, 16, "n94(widths=(4,))"
+    config.optim.rules = (("whiten/kernel", "frozen"), (".*", "base"))
+    data, keys = random_dataset(), derive_keys(0)
+    config.progressive_resizing = "size(4, until=0.5)"
+    staged = build_task(config, data.spec)
+    config.progressive_resizing = ""
+    whole = build_task(config, data.spec)
+    batches = make_batches(config, data.train, keys.order, make_mesh())
+    return staged, whole, batches, keys
+
+
+def test_a_step_sees_the_images_of_its_stage(training):
+    staged, whole, batches, keys = training
+    assert staged.stages[0] == 0
+    last = staged.stages[1]
+    batch = batches.pick(batches.feed(0, 1), jnp.int32(0))
+    state = staged.init(keys.init)
+    step, plain = jax.jit(staged.train_step), jax.jit(whole.train_step)
+    for number, same in ((last - 1, False), (last, True)):
+        at = state.replace(step=jnp.int32(number))
+        got, want = (f(at, batch, keys.step)[0].params for f in (step, plain))
+        if same:
+            chex.assert_trees_all_close(got, want, rtol=1e-5)
+        else:
+            assert not np.allclose(got["head"]["kernel"], want["head"]["kernel"])
+    # At a step that is known when it is traced, the same as where it is looked up.
+    early = state.replace(step=last - 1)
+    known = jax.jit(lambda batch, key: staged.train_step(early, batch, key))(batch, keys.step)
+    looked_up = step(state.replace(step=jnp.int32(last - 1)), batch, keys.step)
+    chex.assert_trees_all_close(known, looked_up, rtol=1e-5)
+
+
+def test_a_training_costs_what_its_steps_cost(training):
+    staged, whole, batches, keys = training
+    state = jax.eval_shape(staged.init, keys.init)
+    costs = [step_flops(staged, state, batches.shapes, keys.step, i) for i in range(6)]
+    full = count_flops(whole.train_step, state, batches.shapes, keys.step)
+    start = staged.stages[1]
+    assert costs[:start] == [costs[0]] * start
+    assert costs[start:] == [full] * (6 - start)
+    assert 0 < costs[0] < 0.6 * full
+    assert training_flops(staged, state, batches.shapes, keys.step, 6) == sum(costs)
