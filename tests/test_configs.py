@@ -73,7 +73,8 @@ def test_every_config_trains_and_every_leaf_is_read(path, tmp_path, monkeypatch)
     assert flatten(config).keys() - read == set()
     (_, _, _, steps, sums, flops, _) = results[0]
     assert steps == 2
-    assert flops > 0
+    assert flops["training"] > 0
+    assert flops["evaluation"] > 0
     assert sums["test"]["accuracy"][1] == 8
     assert np.isfinite(sums["test"]["loss"][0])
 

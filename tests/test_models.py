@@ -10,7 +10,7 @@ import pytest
 from cv_jax import spec
 from cv_jax.errors import UserError
 from cv_jax.models import MODELS, build_model, compute_dtype, layers
-from cv_jax.models.n94 import identity_init, unit_std_init, whitening_kernel
+from cv_jax.models.n94 import Group, identity_init, unit_std_init, whitening_kernel
 from cv_jax.models.resnet import BasicBlock, ResNet
 from cv_jax.models.wide_resnet import PreActivationBlock, WideResNet
 
@@ -32,6 +32,7 @@ def small_models(dtype):
     return {
         "lenet": (build_model("lenet", 3, dtype), 16),
         "n94": (build_model("n94(widths=(8, 4))", 3, dtype), 8),
+        "n96": (build_model("n96(widths=(8, 4))", 3, dtype), 8),
         "basic": (ResNet((1, 1), False, "cifar", 3, dtype, width=4), 8),
         "bottleneck": (ResNet((1, 1), True, "imagenet", 3, dtype, width=4), 16),
         "wide": (WideResNet(10, 1, 3, dtype), 8),
@@ -125,7 +126,7 @@ def test_intermediates_have_the_documented_shapes():
         assert {name: feature.shape for name, feature in intermediates.items()} == features
 
 
-@pytest.mark.parametrize("family", ["n94", "basic", "bottleneck", "wide"])
+@pytest.mark.parametrize("family", ["n94", "n96", "basic", "bottleneck", "wide"])
 def test_training_moves_the_statistics_by_the_momentum(family):
     model, size = small_models(F32)[family]
     x = images(8, size, size, 3)
@@ -141,7 +142,7 @@ def test_training_moves_the_statistics_by_the_momentum(family):
     once = updated(start)
     again = updated(once)
     # s1 = m s0 + (1 - m) batch and s2 = m s1 + (1 - m) batch, so s2 - s1 = m (s1 - s0).
-    momentum = 0.6 if family == "n94" else 0.9
+    momentum = 0.6 if family in ("n94", "n96") else 0.9
     moved = jax.tree.map(lambda a, b: b - a, start, once)
     moved_again = jax.tree.map(lambda a, b: b - a, once, again)
     assert min(jnp.abs(leaf).min() for leaf in jax.tree.leaves(moved)) > 0
@@ -264,6 +265,26 @@ def test_n94_pools_while_there_is_something_to_pool(image, sizes):
     assert [features[name].shape[1:3] for name in names] == sizes
     assert features["stem"].shape[3] == 8 * image[2]
     assert features["pooled"].shape == (1, 256)
+
+
+def test_n96_adds_what_enters_its_second_convolution():
+    group = Group(6, residual=True)
+    x = images(4, 8, 8, 6)
+    variables = some_variables(group, x)
+    kernel = variables["params"]["conv3"]["kernel"]
+    variables["params"]["conv3"]["kernel"] = jnp.zeros_like(kernel)
+    y, kept = group.apply(
+        variables,
+        x,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=lambda module, _: module.name in ("norm1", "norm3"),
+    )
+    norm1, norm3 = (kept["intermediates"][name]["__call__"][0] for name in ("norm1", "norm3"))
+    np.testing.assert_array_equal(norm3, np.broadcast_to(norm3[0, 0, 0], norm3.shape))
+    np.testing.assert_allclose(y, layers.gelu(layers.gelu(norm1) + norm3), rtol=1e-6)
+    parameters, _, _ = shapes("n96", (1, 32, 32, 3))
+    assert sum(leaf.size for leaf in jax.tree.leaves(parameters["params"])) == 9_915_704
 
 
 def test_n94_logits_are_divided_by_the_width():
@@ -395,7 +416,7 @@ def test_spec_arguments_reach_the_model():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n49", "Did you mean 'n94'. There are: lenet, n94, resnet18, resnet50, wrn28_10"),
+        ("n49", "Did you mean 'n96'. There are: lenet, n94, n96, resnet18, resnet50, wrn28_10"),
         ("resnet18(depth=3)", r"'depth'.*It is written resnet18\(stem: str = 'cifar'\)"),
         ("resnet50(stem='mnist')", "stem is one of cifar, imagenet, not 'mnist'"),
         ("n94(widths=(64, 0))", r"channel counts, one a group, not \(64, 0\)"),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from cv_jax.errors import UserError
 from cv_jax.models.lenet import lenet
-from cv_jax.models.n94 import n94
+from cv_jax.models.n94 import n94, n96
 from cv_jax.models.resnet import resnet18, resnet50
 from cv_jax.models.wide_resnet import wrn28_10
 from cv_jax.spec import build_one
@@ -26,6 +26,7 @@ from cv_jax.spec import build_one
 MODELS = {
     "lenet": lenet,
     "n94": n94,
+    "n96": n96,
     "resnet18": resnet18,
     "resnet50": resnet50,
     "wrn28_10": wrn28_10,

@@ -1,0 +1,109 @@
+"""Draws test accuracy against the FLOPs of training and evaluation: records beside public ones.
+
+    python -m cv_jax.tools.frontier results/cifar10*.json --out=results/frontier.png
+
+Prints the points as well. A record is what `cv_jax.tools.collect` writes.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cv_jax.errors import UserError
+
+
+class Point(NamedTuple):
+    """A training: PFLOP of all of it, mean and (None: unknown) std of its test accuracy in %."""
+
+    name: str
+    pflop: float
+    mean: float
+    std: float | None
+    n: int | None
+
+
+# https://github.com/KellerJordan/cifar10-airbench; n of the first from its source.
+PUBLIC = (
+    Point("airbench94_muon", 0.29, 94.01, None, 200),
+    Point("airbench94", 0.36, 94.01, None, None),
+    Point("airbench95", 1.4, 95.01, None, None),
+    Point("airbench96, filtered data", 3.1, 96.00, None, None),
+    Point("airbench96", 4.9, 96.03, None, None),
+    Point("ResNet-18, usual training", 32.3, 96.0, None, None),
+)
+
+
+def read_point(path: Path) -> Point:
+    """The point of a record. Raises UserError for a file that is none."""
+    try:
+        record = json.loads(path.read_text())
+        accuracy, flops = record["test"]["accuracy"], record["flops"]["total"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a record of cv_jax.tools.collect ({error!r}).") from error
+    std = accuracy["std"]
+    return Point(
+        path.stem,
+        flops / 1e15,
+        100 * accuracy["mean"],
+        None if std is None else 100 * std,
+        accuracy["n"],
+    )
+
+
+def draw(points: Sequence[Point], public: Sequence[Point]) -> Figure:
+    """Our points joined by a line, with bars of one std; the public ones named."""
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    points = sorted(points, key=lambda point: point.pflop)
+    axes.errorbar(
+        [p.pflop for p in points],
+        [p.mean for p in points],
+        yerr=[p.std or 0 for p in points],
+        marker="o",
+        capsize=3,
+        label="cv_jax, configs/cifar10.py",
+    )
+    axes.plot(
+        [p.pflop for p in public], [p.mean for p in public], "s", color="0.45", label="published"
+    )
+    for p in public:
+        axes.annotate(p.name, (p.pflop, p.mean), (4, -11), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel("PFLOP of training and final evaluation")
+    axes.set_ylabel("CIFAR-10 test accuracy, %")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def main() -> None:
+    """Reads the command line, prints the points, writes the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("records", nargs="+", type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="the PNG file to write")
+    arguments = parser.parse_args()
+    try:
+        points = [read_point(path) for path in arguments.records]
+    except UserError as error:
+        sys.exit(f"frontier: {error}")
+    for point in sorted(points, key=lambda p: p.pflop):
+        print(_row(point))
+    draw(points, PUBLIC).savefig(arguments.out)
+
+
+def _row(point: Point) -> str:
+    spread = "" if point.std is None else f" ± {point.std:.2f}"
+    return f"| {point.name} | {point.pflop:.3f} | {point.mean:.2f} %{spread} | {point.n} |"
+
+
+if __name__ == "__main__":
+    main()

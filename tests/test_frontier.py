@@ -1,0 +1,40 @@
+"""Accuracy against FLOPs: what is read of a record, printed and drawn."""
+
+import json
+import sys
+
+import pytest
+
+from cv_jax.tools import frontier
+
+
+def _record(path, mean, std, flops):
+    accuracy = {"mean": mean, "std": std, "n": 1 if std is None else 5}
+    record = {"test": {"accuracy": accuracy}, "flops": {"training": 1, "total": flops}}
+    path.write_text(json.dumps(record))
+    return str(path)
+
+
+def test_points_are_printed_by_cost_and_drawn(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "frontier.png"
+    records = [
+        _record(tmp_path / "long.json", 0.9401, 0.0015, 2.5e14),
+        _record(tmp_path / "short.json", 0.885, None, 6.25e13),
+    ]
+    monkeypatch.setattr(sys, "argv", ["frontier", *records, f"--out={out}"])
+    frontier.main()
+    rows = ["| short | 0.062 | 88.50 % | 1 |", "| long | 0.250 | 94.01 % ± 0.15 | 5 |"]
+    assert capsys.readouterr().out.splitlines() == rows
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+    figure = frontier.draw([frontier.read_point(tmp_path / "long.json")], frontier.PUBLIC[:1])
+    ours, public = figure.axes[0].get_lines()[0], figure.axes[0].get_lines()[-1]
+    assert ours.get_xydata().tolist() == [[pytest.approx(0.25), pytest.approx(94.01)]]
+    assert public.get_xydata().tolist() == [[0.29, 94.01]]
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["frontier", str(tmp_path / "x.json"), "--out=y.png"])
+    with pytest.raises(SystemExit, match=r"x\.json is not a record"):
+        frontier.main()
