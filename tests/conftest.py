@@ -67,12 +67,13 @@ def random_dataset(image_shape: tuple[int, int, int] = (8, 8, 1), num_classes: i
 
 @pytest.fixture
 def tiny_config() -> ml_collections.ConfigDict:
-    """Seconds on digits, with everything that is random in it: 3 epochs of 5 steps."""
+    """Seconds on digits, with all that is random or changes in it: 3 epochs of 5 steps."""
     config = base_config()
     config.epochs = 3.0
     config.batch_size = 50
     config.model = "n94(widths=(8, 8))"
     config.augment = "alternating_flip|translate(1)|mixup(0.2)"
+    config.progressive_resizing = "size(6, until=0.5)"
     config.log_every = "2 steps"
     config.checkpoint_every = "4 steps"
     config.data.limit = 250
