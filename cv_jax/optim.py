@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -112,11 +113,16 @@ class Optimizer(NamedTuple):
 
     tx: the optax transformation; its state holds arrays only.
     lr: step -> {"lr": rate of "base", "lr/<group>": rate of each other group in use}, for logs.
+    ends: the steps before the last from which on the rate of some group stays 0, ascending.
+    stop_gradients: (params, step) -> params that let no gradient through where the rate stays 0
+        from this step (a Python int) on: what it would cost is saved, and nothing is changed.
     report: a table of which rule gave which parameters to which group.
     """
 
     tx: optax.GradientTransformationExtraArgs
     lr: Callable[[ArrayLike], dict[str, jax.Array]]
+    ends: tuple[int, ...]
+    stop_gradients: Callable[[optax.Params, int], optax.Params]
     report: str
 
 
@@ -163,6 +169,18 @@ def make_optimizer(
     transforms = {g: _transform(g, s, rates[g]) for g, s in settings.items()}
     transforms["frozen"] = optax.set_to_zero()
     used = set(group_of.values())
+    ends = {
+        g: _end(_rate(g, s | {"lr": 1.0}, total_steps, 1, steps), total_steps)
+        for g, s in settings.items()
+        if g in used
+    }
+    ends["frozen"] = 0
+
+    def stop_gradients(params, step):
+        def stop(p, group):
+            return jax.lax.stop_gradient(p) if ends[group] <= step else p
+
+        return jax.tree.map(stop, params, labels)
 
     chain = [optax.partition({g: tx for g, tx in transforms.items() if g in used}, labels)]
     if config_optim.clip_norm:
@@ -177,6 +195,8 @@ def make_optimizer(
     return Optimizer(
         tx=optax.chain(*chain),
         lr=lambda step: {name: rate(step) for name, rate in logged.items()},
+        ends=tuple(sorted({end for end in ends.values() if 0 < end < total_steps})),
+        stop_gradients=stop_gradients,
         report=_report(decisions, sizes),
     )
 
@@ -246,6 +266,12 @@ def _rate(
     return make_schedule(
         settings["schedule"], peak, total_steps, warmup, f"{_prefix(group)}.schedule"
     )
+
+
+def _end(rate: Rate, total_steps: int) -> int:
+    """The first step from which on the rate is 0 up to the end of the training."""
+    (above,) = np.nonzero(np.asarray(rate(np.arange(total_steps))))
+    return int(above[-1]) + 1 if len(above) else 0
 
 
 def _transform(group: str, settings: dict[str, Any], rate: Rate) -> optax.GradientTransformation:

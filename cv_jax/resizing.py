@@ -36,6 +36,11 @@ def make_stages(text: str, total_steps: int) -> list[Stage]:
     return [Stage(*stage) for stage in zip(starts, [*(s for s, _ in sizes), None], strict=True)]
 
 
+def size_at(stages: list[Stage], step: int) -> int | None:
+    """The size of the images in this step."""
+    return [stage.size for stage in stages if stage.start <= step][-1]
+
+
 def _size(pixels: int, *, until: float) -> tuple[int, float]:
     if not (isinstance(pixels, int) and pixels > 0):
         raise ValueError(f"{pixels!r} is not a number of pixels")

@@ -475,6 +475,28 @@ def test_state_is_arrays_that_keep_type_and_shape():
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
 
 
+def test_no_gradient_where_the_rate_stays_zero():
+    optimizer = make(
+        rules=(("norm/.*", "base"), ("conv/.*", "early"), (".*", "frozen")),
+        groups={"early": {"schedule": "linear(until=0.5)"}},
+        warmup=f"{TOTAL // 5} steps",  # the rate of step 0 is 0, too, but does not stay so
+    )
+    (end,) = optimizer.ends
+    assert optimizer.lr(end)["lr/early"] == 0 < optimizer.lr(end - 1)["lr/early"]
+
+    def trained_from(step):
+        def total(params):
+            return sum(
+                leaf.sum() for leaf in jax.tree.leaves(optimizer.stop_gradients(params, step))
+            )
+
+        gradient = jax.grad(total)(to_jax(START))
+        return {name.split("/")[0] for name, g in flatten(gradient).items() if np.any(g)}
+
+    assert trained_from(0) == trained_from(end - 1) == {"norm", "conv"}
+    assert trained_from(end) == {"norm"}
+
+
 def test_shapes_are_enough():
     shapes = jax.eval_shape(lambda: to_jax(START))
     optimizer = make_optimizer(make_config(**EVERYTHING), shapes, TOTAL, 64, STEPS)

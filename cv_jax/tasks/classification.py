@@ -16,7 +16,7 @@ from cv_jax.evaluate import find_tta
 from cv_jax.losses import cross_entropy
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.optim import ema_params, make_optimizer
-from cv_jax.resizing import make_stages, resize
+from cv_jax.resizing import make_stages, resize, size_at
 from cv_jax.tasks import Task
 
 
@@ -29,7 +29,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
 
     shapes = jax.eval_shape(init_variables, jax.random.key(0))
     total_steps = durations.total_steps(config, spec.num_train)
-    stages = make_stages(config.progressive_resizing, total_steps)
+    sizes = make_stages(config.progressive_resizing, total_steps)
     to_steps = partial(durations.steps, batch_size=config.batch_size, num_train=spec.num_train)
     optimizer = make_optimizer(
         config.optim, shapes["params"], total_steps, config.batch_size, to_steps
@@ -75,11 +75,17 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         image = normalize(_to_unit(batch["image"]))
         return classification_metrics(tta(apply, image), batch["label"], batch["mask"])
 
-    starts = tuple(stage.start for stage in stages)
-    step = update.in_stages(
-        starts,
-        [update.make_train_step(partial(forward, size=s.size), optimizer.tx) for s in stages],
-    )
+    def step_from(start):
+        size = size_at(sizes, start)
+
+        def forward_from(params, model_state, batch, key):
+            params = optimizer.stop_gradients(params, start)
+            return forward(params, model_state, batch, key, size)
+
+        return update.make_train_step(forward_from, optimizer.tx)
+
+    starts = tuple(sorted({*(stage.start for stage in sizes), *optimizer.ends}))
+    step = update.in_stages(starts, [step_from(start) for start in starts])
 
     def train_step(state, batch, key):
         rates = {name: (rate, jnp.float32(1)) for name, rate in optimizer.lr(state.step).items()}

@@ -1,4 +1,4 @@
-"""Progressive resizing: which images a step sees, what it costs, and what a wrong text is told."""
+"""Stages of a training: which images a step sees, which gradients it makes, and what it costs."""
 
 import chex
 import jax
@@ -11,6 +11,7 @@ from cv_jax.data.batches import make_batches
 from cv_jax.errors import UserError
 from cv_jax.flops import count_flops, step_flops, training_flops
 from cv_jax.keys import derive_keys
+from cv_jax.loop import make_train_chunk
 from cv_jax.mesh import make_mesh
 from cv_jax.resizing import Stage, make_stages, resize
 from cv_jax.tasks import build_task
@@ -95,3 +96,33 @@ def test_a_training_costs_what_its_steps_cost(training):
     assert costs[start:] == [full] * (6 - start)
     assert 0 < costs[0] < 0.6 * full
     assert training_flops(staged, state, batches.shapes, keys.step, 6) == sum(costs)
+
+
+def test_what_trains_no_more_costs_no_gradient(monkeypatch):
+    config = base_config()
+    config.epochs, config.batch_size, config.model = 1.5, 16, "n94(widths=(4,))"
+    config.optim.rules = ((r"group1/.*", "early"), ("whiten/kernel", "frozen"), (".*", "base"))
+    config.optim.groups = {"early": {"schedule": "linear(until=0.5)", "weight_decay": 0.1}}
+    data, keys = random_dataset(), derive_keys(0)
+    batches = make_batches(config, data.train, keys.order, make_mesh())
+
+    def build():
+        task = build_task(config, data.spec)
+        return task, jax.jit(task.init)(keys.init)
+
+    def trained(task, state):
+        train_chunk = make_train_chunk(task.train_step, batches)
+        for step in (0, 4):
+            feed = batches.feed(step, 4 - step // 2)
+            state, _ = train_chunk(state, feed, keys.step, np.int32(4 - step // 2))
+        return state
+
+    task, state = build()
+    assert task.stages == (0, 3)
+    early, late = (step_flops(task, state, batches.shapes, keys.step, i) for i in (2, 3))
+    assert late < 0.8 * early
+    stopped = trained(task, state)
+
+    monkeypatch.setattr(jax.lax, "stop_gradient", lambda p: p)
+    task, state = build()
+    chex.assert_trees_all_close(stopped.params, trained(task, state).params, rtol=1e-5)
