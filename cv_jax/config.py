@@ -60,6 +60,7 @@ def base_config() -> ml_collections.ConfigDict:
     config.batch_size = 128  # examples a step, over all devices
     config.eval_batch_size = 1000  # examples
     config.augment = ""  # a chain of cv_jax.augment.AUGMENTATIONS
+    config.select = ""  # examples of a batch to train on, e.g. "hardest(10, of=16)"; "": all
     config.progressive_resizing = ""  # smaller images at first, e.g. "size(24, until=0.5)"
     config.model = "lenet"  # one of cv_jax.models.MODELS
     config.dtype = "auto"  # of the computation: auto (bfloat16 on TPU and GPU), float32, bfloat16

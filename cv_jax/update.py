@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cv_jax.selection import Select
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -19,37 +21,51 @@ class TrainState:
         params: what the optimizer trains.
         model_state: the model's other collections, such as batch statistics.
         opt_state: the optimizer's own, with the averaged parameters where there are such.
+        last_loss: (m,) float32, the loss of each training example when it was last trained on,
+            for what selects by it; else None.
     """
 
     step: jax.Array
     params: Any
     model_state: Any
     opt_state: Any
+    last_loss: jax.Array | None = None
 
 
-def init_state(params: Any, model_state: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step."""
-    return TrainState(jnp.int32(0), params, model_state, tx.init(params))
+def init_state(
+    params: Any, model_state: Any, tx: optax.GradientTransformation, last_loss_of: int = 0
+) -> TrainState:
+    """Returns the state before the first step; `last_loss_of`: so many examples, 0: none."""
+    last_loss = jnp.full(last_loss_of, jnp.inf) if last_loss_of else None
+    return TrainState(jnp.int32(0), params, model_state, tx.init(params), last_loss)
 
 
-def make_train_step(forward: Callable, tx: optax.GradientTransformation) -> Callable:
+def make_train_step(
+    forward: Callable, tx: optax.GradientTransformation, select: Select | None = None
+) -> Callable:
     """Builds `train_step(state, batch, key) -> (state, metrics)`, pure and without device axes.
 
     Args:
         forward: (params, model_state, batch, key) -> (losses (b,), (model_state, metrics)), where
             metrics are (sum, count) pairs. The gradient is that of the mean loss over the batch.
         tx: the optimizer.
+        select: which examples of the batch to train on; None: all.
     """
 
     def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+        if select:
+            batch = select(batch, state.last_loss)
+
         def mean_loss(params):
             losses, aux = forward(params, state.model_state, batch, key)
-            return losses.mean(), aux
+            return losses.mean(), (losses, aux)
 
-        grads, (model_state, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
+        grads, (losses, aux) = jax.grad(mean_loss, has_aux=True)(state.params)
+        model_state, metrics = aux
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, model_state, opt_state), metrics
+        last_loss = state.last_loss.at[batch["index"]].set(losses) if select else None
+        return TrainState(state.step + 1, params, model_state, opt_state, last_loss), metrics
 
     return train_step
 

@@ -74,6 +74,7 @@ def tiny_config() -> ml_collections.ConfigDict:
     config.model = "n94(widths=(8, 8))"
     config.augment = "alternating_flip|translate(1)|mixup(0.2)"
     config.progressive_resizing = "size(6, until=0.5)"
+    config.select = "hardest(4, of=5)"
     config.log_every = "2 steps"
     config.checkpoint_every = "4 steps"
     config.data.limit = 250

@@ -49,8 +49,9 @@ def _watch(config, read, prefix=""):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_and_every_leaf_is_read(path, tmp_path, monkeypatch):
     config = _load(path, "smoke")
-    config.epochs, config.steps = 1.0, 0  # two steps of the 8 examples
-    config.batch_size, config.eval_batch_size, config.data.limit = 4, 8, 8
+    config.epochs, config.steps = 1.0, 0  # two steps
+    config.batch_size = 16 if config.select else 4
+    config.eval_batch_size, config.data.limit = 8, 2 * config.batch_size
     image_shape = (8, 8, 1) if config.data.name == "digits" else (32, 32, 3)
     num_classes = 100 if config.data.name == "cifar100" else 10
     read: set[str] = set()
@@ -75,7 +76,7 @@ def test_every_config_trains_and_every_leaf_is_read(path, tmp_path, monkeypatch)
     assert steps == 2
     assert flops["training"] > 0
     assert flops["evaluation"] > 0
-    assert sums["test"]["accuracy"][1] == 8
+    assert sums["test"]["accuracy"][1] == config.data.limit
     assert np.isfinite(sums["test"]["loss"][0])
 
 

@@ -17,6 +17,7 @@ from cv_jax.losses import cross_entropy
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.optim import ema_params, make_optimizer
 from cv_jax.resizing import make_stages, resize, size_at
+from cv_jax.selection import make_select
 from cv_jax.tasks import Task
 
 
@@ -35,12 +36,15 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         config.optim, shapes["params"], total_steps, config.batch_size, to_steps
     )
     use_ema = config.optim.ema > 0
+    select = make_select(config.select)
     label_smoothing = config.label_smoothing
 
     def init(key: jax.Array) -> update.TrainState:
         variables = init_variables(key)
         params = variables.pop("params")
-        return update.init_state(params, variables, optimizer.tx)
+        return update.init_state(
+            params, variables, optimizer.tx, last_loss_of=spec.num_train if select else 0
+        )
 
     def augmented(batch: dict, key: jax.Array) -> dict:
         image = _to_unit(batch["image"])
@@ -82,7 +86,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             params = optimizer.stop_gradients(params, start)
             return forward(params, model_state, batch, key, size)
 
-        return update.make_train_step(forward_from, optimizer.tx)
+        return update.make_train_step(forward_from, optimizer.tx, select)
 
     starts = tuple(sorted({*(stage.start for stage in sizes), *optimizer.ends}))
     step = update.in_stages(starts, [step_from(start) for start in starts])
