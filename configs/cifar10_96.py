@@ -14,7 +14,7 @@ from cv_jax.config import choose
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = cifar10.get_config()
-    config.epochs = 45.0
+    config.epochs = 72.0
     config.model = "n96"
     config.augment = "alternating_flip|crop(4)|cutout(12)"
     config.log_every = "1 epoch"
