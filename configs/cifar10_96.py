@@ -3,7 +3,7 @@
     python train.py --config=configs/cifar10_96.py
 
 The network and its augmentation are those of the public record for 96 % (K. Jordan, arXiv
-2404.00498), which takes 4.9 PFLOP, or 3.1 with data filtering.
+2404.00498), which takes 4.9 PFLOP, or 3.1 with data filtering. Not run at full length yet.
 """
 
 import ml_collections

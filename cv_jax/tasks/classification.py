@@ -97,6 +97,12 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         return state, {**metrics, **rates}
 
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    notes = [f"model   {config.model}: {num_params:,} parameters", optimizer.report]
+    if len(sizes) > 1:
+        shown = [f"{s.size or 'all'} from step {s.start}" for s in sizes]
+        notes.append(f"pixels  a side: {', '.join(shown)}")
+    if select:
+        notes.append(f"select  {config.select}; loss and accuracy in training are of these")
     return Task(
         init=init,
         train_step=train_step,
@@ -105,7 +111,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             "final": partial(evaluate, tta=find_tta(config.tta)),
         },
         preview=lambda batch, key: augmented(batch, key)["image"],
-        notes=[f"model   {config.model}: {num_params:,} parameters", optimizer.report],
+        notes=notes,
         stages=starts,
     )
 
