@@ -44,9 +44,10 @@ def test_a_run_leaves_what_it_should(train_py, tmp_path):
     assert result["examples"] == 4 * result["config"]["batch_size"]
     flops = result["flops"]
     assert flops["training"] % result["steps"] == 0
-    # A step is up to 3 forward passes an example; the evaluation saw each of 160 examples once.
+    # Evaluation saw each of 160 examples once. A step costs three forward passes an example, and a
+    # little more: an input's gradient covers the odd rows and columns that no pool looks at.
     forward = flops["evaluation"] / (32 + 128)
-    assert 2 < flops["training"] / result["examples"] / forward < 3
+    assert 2.9 < flops["training"] / result["examples"] / forward < 3.1
     assert flops["total"] == flops["training"] + flops["evaluation"]
     clocks = {"data", "compile", "init", "train", "eval", "save"}
     assert result["seconds"].keys() == result["seconds_count"].keys() == clocks
