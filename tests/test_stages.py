@@ -112,9 +112,9 @@ def test_what_trains_no_more_costs_no_gradient(monkeypatch):
 
     def trained(task, state):
         train_chunk = make_train_chunk(task.train_step, batches)
-        for step in (0, 4):
-            feed = batches.feed(step, 4 - step // 2)
-            state, _ = train_chunk(state, feed, keys.step, np.int32(4 - step // 2))
+        for start, num_steps in ((0, 4), (4, 2)):  # an epoch has four steps
+            feed = batches.feed(start, num_steps)
+            state, _ = train_chunk(state, feed, keys.step, np.int32(num_steps))
         return state
 
     task, state = build()

@@ -10,8 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from cv_jax.ops.groups import sum_products
 from cv_jax.ops.padding import Padding
 
 
@@ -39,12 +39,7 @@ def filter_gradient(
     """The gradient with respect to a kernel of `size`, (kh, kw, c, o), of an output gradient g."""
     taps = _taps(x.shape[1:3], size, strides, padding)
     kernel = jax.ShapeDtypeStruct((*size, x.shape[3], g.shape[3]), jnp.float32)
-    product = lax.dot_general(
-        x.reshape(len(x), -1),
-        g.reshape(len(g), -1),
-        (((0,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    product = sum_products(x.reshape(len(x), -1), g.reshape(len(g), -1))
     (gradient,) = jax.linear_transpose(partial(_matrix, taps=taps), kernel)(product)
     return gradient.astype(x.dtype)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cv_jax.ops import blocks, rows, winograd
-from cv_jax.ops.groups import sum_groups
+from cv_jax.ops.groups import sum_groups, sum_products
 from cv_jax.ops.padding import Padding, pad
 
 # Bytes of the shifted views of one group of images. More than a core's L2 cache holds: the views
@@ -132,12 +132,7 @@ def filter_gradient(
         x = pad(x, padding)
         x = jnp.concatenate([x[:, :, j : j + width : strides[1]] for j in range(kw)], axis=3)
         x = jnp.concatenate([x[:, i : i + height : strides[0]] for i in range(kh)], axis=3)
-        return lax.dot_general(
-            x.reshape(-1, kh * kw * c),
-            g.reshape(-1, o),
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        return sum_products(x, g)
 
     most = _GROUP_BYTES // (math.prod(g.shape[1:3]) * kh * kw * c * x.dtype.itemsize)
     return sum_groups(product, x, g, most).reshape(kh, kw, c, o).astype(x.dtype)

@@ -42,6 +42,16 @@ def sum_groups(f: Callable, x: jax.Array, g: jax.Array, most: int) -> jax.Array:
     return lax.scan(lambda total, xg: (total + f(*xg), None), start, (groups, g_groups))[0]
 
 
+def sum_products(x: jax.Array, g: jax.Array) -> jax.Array:
+    """x^T g in float32: (..., c) and (..., o) give (c, o), summed over all axes but the last."""
+    return lax.dot_general(
+        x.reshape(-1, x.shape[-1]),
+        g.reshape(-1, g.shape[-1]),
+        (((0,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
 def _split(x: jax.Array, size: int, rest: int) -> tuple[jax.Array, jax.Array]:
     count = len(x) - rest
     return x[:count].reshape(-1, size, *x.shape[1:]), x[count:]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cv_jax.ops.groups import map_groups, sum_groups
+from cv_jax.ops.groups import map_groups, sum_groups, sum_products
 from cv_jax.ops.padding import Padding, pad
 
 # Measured from 3 to 32 channels; with more, XLA's own kernel is the faster one.
@@ -51,12 +51,7 @@ def filter_gradient(
         starts = [kh - 1 - i for i in range(kh)]
         shifted = [g[:, start : start + columns.shape[1]] for start in starts]
         products = lax.optimization_barrier(jnp.concatenate(shifted, axis=3))
-        return lax.dot_general(
-            columns.reshape(-1, kw * c),
-            products.reshape(-1, kh * o),
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        return sum_products(columns, products)
 
     total = sum_groups(product, x, g, _most_images(x.shape, (kh, kw, c, o), padding))
     return total.reshape(kw, c, kh, o).transpose(2, 0, 1, 3).astype(x.dtype)
