@@ -27,7 +27,8 @@ def hardest(keep: int, *, of: int) -> Select:
 
     The losses cost nothing, as each is from the step that last trained on its example. What is left
     out keeps its loss of then, so that it is back as soon as the others' have fallen below. The
-    groups make the choice independent of the number of devices that share a batch.
+    groups make the choice independent of the number of devices that share a batch; where they do
+    not divide over the devices evenly, a device trains on more than its share.
 
     After A. Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers",
     https://arxiv.org/abs/1910.00762, who compute the losses anew.

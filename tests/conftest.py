@@ -65,6 +65,20 @@ def random_dataset(image_shape: tuple[int, int, int] = (8, 8, 1), num_classes: i
     return Dataset(spec, train, val, test)
 
 
+def on_devices(count: int, module: str, function: str) -> str:
+    """What a function without arguments prints in a process that has so many CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={count}"
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {module} import {function}; {function}()"],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture
 def tiny_config() -> ml_collections.ConfigDict:
     """Seconds on digits, with all that is random or changes in it: 3 epochs of 5 steps."""

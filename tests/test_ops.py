@@ -1,9 +1,5 @@
 """Kernels against plain lax: values and gradients, over shapes that nobody chose by hand."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import jax
@@ -18,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from cv_jax.ops import blocks, conv, max_pool, rows, winograd
 from cv_jax.ops.groups import group_sizes, map_groups, sum_groups
+from tests.conftest import on_devices
 
-ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
 
 
@@ -200,16 +196,7 @@ def test_under_vmap_and_scan(name):
 
 
 def test_sharded_over_the_batch():
-    four_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests.test_ops import check_sharded; check_sharded()"],
-        env={**os.environ, **four_devices},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(CASES)
+    assert on_devices(4, "tests.test_ops", "check_sharded").split() == list(CASES)
 
 
 def check_sharded():

@@ -1,5 +1,6 @@
 """Selection by the last loss: which examples train, and what is remembered of them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +11,10 @@ from cv_jax.data.batches import make_batches
 from cv_jax.errors import UserError
 from cv_jax.flops import step_flops
 from cv_jax.keys import derive_keys
-from cv_jax.mesh import make_mesh
+from cv_jax.mesh import batch_sharding, make_mesh, replicated
 from cv_jax.selection import make_select
 from cv_jax.tasks import build_task
-from tests.conftest import random_dataset
+from tests.conftest import on_devices, random_dataset
 
 
 def test_the_hardest_of_each_group_remain_in_their_order():
@@ -26,6 +27,21 @@ def test_the_hardest_of_each_group_remain_in_their_order():
     # Of examples that were never seen, and so of any that are equal, the first ones.
     fresh = make_select("hardest(3, of=8)")(batch, jnp.full(8, jnp.inf))
     np.testing.assert_array_equal(fresh["index"], [0, 1, 2])
+
+
+def test_what_is_selected_stays_divided_over_the_devices():
+    assert on_devices(4, "tests.test_selection", "check_divided").split() == ["image", "index"]
+
+
+def check_divided():
+    mesh = make_mesh()
+    batch = {"index": jnp.arange(64)[::-1], "image": jnp.ones((64, 8, 8, 3))}
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    last_loss = jax.device_put(jnp.arange(64.0) % 7, replicated(mesh))
+    for name, values in jax.jit(make_select("hardest(5, of=8)"))(batch, last_loss).items():
+        for shard in values.addressable_shards:
+            chex.assert_shape(shard.data, (len(values) // 4, *values.shape[1:]))
+        print(name)
 
 
 def test_no_selection_and_wrong_ones():
