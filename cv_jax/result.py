@@ -43,6 +43,12 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "ci95": ci95, "n": n, "values": values}
 
 
+def percent(mean: float, std: float | None) -> str:
+    """An accuracy in [0, 1] for a table: "94.29 % ± 0.20", without spread where it is unknown."""
+    spread = "" if std is None else f" ± {100 * std:.2f}"
+    return f"{100 * mean:.2f} %{spread}"
+
+
 def git_commit() -> tuple[str | None, bool | None]:
     """The commit of the code that runs and whether it was changed since; None outside of git."""
     root = Path(__file__).resolve().parent.parent

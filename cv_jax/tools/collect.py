@@ -14,7 +14,7 @@ from typing import Any
 
 from cv_jax.config import differences
 from cv_jax.errors import UserError
-from cv_jax.result import summarize, write_json
+from cv_jax.result import percent, summarize, write_json
 
 
 def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -55,9 +55,8 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def row(name: str, record: dict[str, Any]) -> str:
     """A row of README's table: config, accuracy, n, seconds, hardware, commit."""
     accuracy = record["test"]["accuracy"]
-    spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
     return (
-        f"| {name} | {100 * accuracy['mean']:.2f} %{spread} | {accuracy['n']} "
+        f"| {name} | {percent(accuracy['mean'], accuracy['std'])} | {accuracy['n']} "
         f"| {record['seconds']['train']:.0f} | {record['device']} | {record['commit'][:7]} |"
     )
 

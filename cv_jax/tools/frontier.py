@@ -16,10 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cv_jax.errors import UserError
+from cv_jax.result import percent
 
 
 class Point(NamedTuple):
-    """A training: PFLOP of all of it, mean and (None: unknown) std of its test accuracy in %."""
+    """A training: PFLOP of all of it, mean and (None: unknown) std of its test accuracy."""
 
     name: str
     pflop: float
@@ -30,12 +31,12 @@ class Point(NamedTuple):
 
 # https://github.com/KellerJordan/cifar10-airbench; n of the first from its source.
 PUBLIC = (
-    Point("airbench94_muon", 0.29, 94.01, None, 200),
-    Point("airbench94", 0.36, 94.01, None, None),
-    Point("airbench95", 1.4, 95.01, None, None),
-    Point("airbench96, filtered data", 3.1, 96.00, None, None),
-    Point("airbench96", 4.9, 96.03, None, None),
-    Point("ResNet-18, usual training", 32.3, 96.0, None, None),
+    Point("airbench94_muon", 0.29, 0.9401, None, 200),
+    Point("airbench94", 0.36, 0.9401, None, None),
+    Point("airbench95", 1.4, 0.9501, None, None),
+    Point("airbench96, filtered data", 3.1, 0.9600, None, None),
+    Point("airbench96", 4.9, 0.9603, None, None),
+    Point("ResNet-18, usual training", 32.3, 0.96, None, None),
 )
 
 
@@ -46,14 +47,7 @@ def read_point(path: Path) -> Point:
         accuracy, flops = record["test"]["accuracy"], record["flops"]["total"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a record of cv_jax.tools.collect ({error!r}).") from error
-    std = accuracy["std"]
-    return Point(
-        path.stem,
-        flops / 1e15,
-        100 * accuracy["mean"],
-        None if std is None else 100 * std,
-        accuracy["n"],
-    )
+    return Point(path.stem, flops / 1e15, accuracy["mean"], accuracy["std"], accuracy["n"])
 
 
 def draw(points: Sequence[Point], public: Sequence[Point]) -> Figure:
@@ -64,17 +58,18 @@ def draw(points: Sequence[Point], public: Sequence[Point]) -> Figure:
     points = sorted(points, key=lambda point: point.pflop)
     axes.errorbar(
         [p.pflop for p in points],
-        [p.mean for p in points],
-        yerr=[p.std or 0 for p in points],
+        [100 * p.mean for p in points],
+        yerr=[100 * (p.std or 0) for p in points],
         marker="o",
         capsize=3,
         label="cv_jax, configs/cifar10.py",
     )
-    axes.plot(
-        [p.pflop for p in public], [p.mean for p in public], "s", color="0.45", label="published"
-    )
+    costs, means = [p.pflop for p in public], [100 * p.mean for p in public]
+    axes.plot(costs, means, "s", color="0.45", label="published")
     for p in public:
-        axes.annotate(p.name, (p.pflop, p.mean), (4, -11), textcoords="offset points", fontsize=7)
+        axes.annotate(
+            p.name, (p.pflop, 100 * p.mean), (4, -11), textcoords="offset points", fontsize=7
+        )
     axes.set_xscale("log")
     axes.set_xlabel("PFLOP of training and final evaluation")
     axes.set_ylabel("CIFAR-10 test accuracy, %")
@@ -101,8 +96,8 @@ def main() -> None:
 
 
 def _row(point: Point) -> str:
-    spread = "" if point.std is None else f" ± {point.std:.2f}"
-    return f"| {point.name} | {point.pflop:.3f} | {point.mean:.2f} %{spread} | {point.n} |"
+    accuracy = percent(point.mean, point.std)
+    return f"| {point.name} | {point.pflop:.3f} | {accuracy} | {point.n} |"
 
 
 if __name__ == "__main__":
