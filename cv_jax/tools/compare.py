@@ -1,0 +1,206 @@
+"""Holds runs against each other: is the difference more than chance, and what differs in them?
+
+    python -m cv_jax.tools.compare runs/a runs/b
+    python -m cv_jax.tools.compare results/a.json runs/b runs/c --metric=loss --out=compare.json
+
+A run is a work directory, or a record of `cv_jax.tools.collect`. The others are held against the
+first: by a paired t-test where both have the same seeds, by Welch's otherwise.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from cv_jax.config import differences
+from cv_jax.errors import UserError
+from cv_jax.result import summarize, write_json
+
+ALPHA, POWER = 0.05, 0.8  # of the test that `seeds_to_see` plans
+MOST_SEEDS = 100_000
+
+
+def compare(runs: dict[str, dict[str, Any]], split: str, metric: str) -> dict[str, Any]:
+    """Compares every run with the first.
+
+    Args:
+        runs: name -> the content of a result.json or a record.
+        split: "val" or "test".
+        metric: "accuracy", "loss", ...
+
+    Returns:
+        runs: name -> `result.summarize` of the metric; differences: one for each run but the first,
+        as `difference` gives them, with the config keys that differ.
+
+    Raises:
+        UserError: a run has no such number.
+    """
+    values = {name: _values(name, run, split, metric) for name, run in runs.items()}
+    (first, base), *others = runs.items()
+    report = {
+        "split": split,
+        "metric": metric,
+        "runs": {name: summarize(numbers) for name, numbers in values.items()},
+        "differences": [],
+    }
+    for name, run in others:
+        paired = len(base["seeds"]) > 1 and base["seeds"] == run["seeds"]
+        apart = differences(base["config"], run["config"])
+        report["differences"].append(
+            {
+                "of": name,
+                "from": first,
+                **difference(values[first], values[name], paired),
+                "config": {
+                    key: pair for key, pair in apart.items() if key not in ("seed", "num_seeds")
+                },
+            }
+        )
+    return report
+
+
+def difference(a: Sequence[float], b: Sequence[float], paired: bool) -> dict[str, Any]:
+    """The difference of means b - a, and how sure it is.
+
+    Args:
+        a, b: a number for each seed.
+        paired: whether a[i] and b[i] belong together.
+
+    Returns:
+        mean; ci95, its 95 % interval; p, of the two-sided t-test ("paired" or "welch", see `test`)
+        against no difference; seeds_to_see, how many each side needs. The last three are None where
+        a side has too few values or none that vary.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    report = {"mean": float(b.mean() - a.mean()), "test": "paired" if paired else "welch"}
+    spread = float(np.std(b - a, ddof=1)) if paired else _pooled_std(a, b)
+    if min(len(a), len(b)) < 2 or not spread > 0:
+        return {**report, "ci95": None, "p": None, "seeds_to_see": None}
+    test = stats.ttest_rel(b, a) if paired else stats.ttest_ind(b, a, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    return {
+        **report,
+        "ci95": [float(interval.low), float(interval.high)],
+        "p": float(test.pvalue),
+        "seeds_to_see": seeds_to_see(report["mean"], spread, paired),
+    }
+
+
+def _pooled_std(a: np.ndarray, b: np.ndarray) -> float:
+    if min(len(a), len(b)) < 2:
+        return 0.0
+    return float(np.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / 2))
+
+
+def seeds_to_see(mean: float, std: float, paired: bool) -> int | None:
+    """The fewest seeds a side with which a t-test sees a difference of this size.
+
+    That is: with which its power at the level ALPHA is POWER, were mean and std the true ones. None
+    where MOST_SEEDS do not suffice.
+
+    Args:
+        mean: of the difference.
+        std: of the differences, where paired; else of a side.
+    """
+
+    def power(n):
+        freedom = n - 1 if paired else 2 * (n - 1)
+        noncentrality = abs(mean) / std * np.sqrt(n if paired else n / 2)
+        critical = stats.t.ppf(1 - ALPHA / 2, freedom)
+        return stats.nct.sf(critical, freedom, noncentrality)
+
+    low, high = 1, 2
+    while not power(high) >= POWER:
+        low, high = high, 2 * high
+        if high > MOST_SEEDS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
+    return high
+
+
+def _values(name: str, run: dict[str, Any], split: str, metric: str) -> list[float]:
+    numbers = (run.get(split) or {}).get(metric)
+    if not isinstance(numbers, dict) or "values" not in numbers:
+        raise UserError(f"{name} has no {metric} on {split}.")
+    if None in numbers["values"]:
+        raise UserError(f"{name}: a seed has diverged, its {metric} on {split} is no number.")
+    return numbers["values"]
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The content of a record, or of the result.json of a work directory."""
+    file = path / "result.json" if path.is_dir() else path
+    try:
+        run = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: is the run complete? ({error})") from error
+    if not isinstance(run, dict) or not {"config", "test"} <= run.keys():
+        raise UserError(f"{file} is neither a result.json nor a record of cv_jax.tools.collect.")
+    return {"seeds": [run["config"].get("seed", 0)], **run}
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as text. Accuracies are in %, their differences in points."""
+    accuracy = "accuracy" in report["metric"] or report["metric"].startswith("top")
+    scale, digits = (100, 2) if accuracy else (1, 4)
+    unit, points = ("%", " points") if accuracy else ("", "")
+
+    def number(x, sign=""):
+        return f"{scale * x:{sign}.{digits}f}"
+
+    lines = [f"{report['metric']} on {report['split']}{f', {unit}' if unit else ''}"]
+    width = max(map(len, report["runs"]))
+    for name, s in report["runs"].items():
+        spread = (
+            f" ± {number(s['std'])}  95 % interval {number(s['ci95'][0])} to {number(s['ci95'][1])}"
+            if s["n"] > 1
+            else ""
+        )
+        lines.append(f"  {name:<{width}}  {number(s['mean'])}{spread}  n = {s['n']}")
+    for d in report["differences"]:
+        lines.append(f"\n{d['of']} - {d['from']}: {number(d['mean'], '+')}{points}")
+        if d["p"] is None:
+            lines.append("  one value, or no spread: nothing can be said of chance")
+        else:
+            low, high = (number(x, "+") for x in d["ci95"])
+            lines.append(f"  95 % interval {low} to {high}, p = {d['p']:.2g} ({d['test']} t-test)")
+            needed = d["seeds_to_see"]
+            lines.append(
+                f"  to see a difference of this size 4 times in 5: "
+                f"{f'more than {MOST_SEEDS:,}' if needed is None else needed} seeds a side"
+            )
+        lines += [f"  config.{key}: {a!r} -> {b!r}" for key, (a, b) in d["config"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Reads the command line, prints the comparison, writes it where asked to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="work directories or records")
+    parser.add_argument("--split", default="test", choices=("val", "test"))
+    parser.add_argument("--metric", default="accuracy")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    arguments = parser.parse_args()
+    if len(set(arguments.runs)) < 2:
+        parser.error("give two different runs or more")
+    try:
+        runs = {str(path): read_run(path) for path in arguments.runs}
+        report = compare(runs, arguments.split, arguments.metric)
+    except UserError as error:
+        sys.exit(f"compare: {error}")
+    if arguments.out:
+        write_json(arguments.out, report)
+    print(describe(report))
+
+
+if __name__ == "__main__":
+    main()
