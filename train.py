@@ -28,14 +28,14 @@ from cv_jax.config import (
     check,
     check_command_line,
     default_workdir,
+    gather_sweeps,
     resume_command,
 )
 from cv_jax.data import load_dataset
 from cv_jax.data.batches import make_batches
 from cv_jax.errors import UserError
 from cv_jax.evaluate import Evaluator, means
-from cv_jax.flops import step_flops, training_flops
-from cv_jax.keys import derive_keys
+from cv_jax.flops import evaluation_flops, step_flops, training_flops
 from cv_jax.log import Log
 from cv_jax.loop import (
     Clock,
@@ -45,10 +45,13 @@ from cv_jax.loop import (
     make_intervals,
     plan_chunks,
 )
-from cv_jax.mesh import check_batch_size, make_mesh, replicated
+from cv_jax.mesh import check_batch_size
 from cv_jax.profile import Profiler
+from cv_jax.programs import make_programs
 from cv_jax.result import finished_result, print_result, write_environment, write_result
+from cv_jax.runs import make_runs, num_runs
 from cv_jax.startup import jit_once, prepare_jax
+from cv_jax.sweep import check_sweep, make_sweep
 from cv_jax.tasks import build_task
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -65,46 +68,48 @@ _PROFILE_STEPS = flags.DEFINE_integer(
 def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0) -> dict:
     """Trains as `config` says, from where `workdir` stopped if it did. Returns the result."""
     check(config)
-    mesh = make_mesh()
-    check_batch_size(config.batch_size, mesh)
+    sweep = make_sweep(config)
+    runs = make_runs(config, sweep)
+    check_batch_size(config.batch_size, runs.mesh)
     clock = Clock()
     with clock("data"):
         data = load_dataset(config.data)
     with clock("init"):
         task = build_task(config, data.spec)
-    keys = derive_keys(config.seed)
     intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)
-    batches = make_batches(config, data.train, keys.order, mesh)
+    batches = make_batches(config, data.train, runs.own.keys.order, runs.mesh)
+    check_sweep(sweep, config, data.spec, batches.shapes)
+    programs = make_programs(config, data.spec, task, sweep, batches, runs)
 
     changes = adopt_workdir(workdir, config)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    init = jit_once(task.init, out_shardings=replicated(mesh))
-    restored = checkpoints.restore_latest(like=init.eval_shape(keys.init))
+    init = jit_once(programs.init, out_shardings=runs.state_sharding)
+    restored = checkpoints.restore_latest(like=init.eval_shape(runs.own))
     with clock("compile"):
-        state, seconds = restored or (init(keys.init), {})
+        state, seconds = restored or (init(runs.own), {})
     clock.add(seconds)
     if result := finished_result(workdir, int(state.step), intervals.total):
         print(f"{workdir}: this run is complete.")
         return result
 
     write_environment(workdir)
-    train_chunk = compile_train_chunk(task.train_step, batches, state, keys.step, clock)
-    evaluate = Evaluator(task.evals, data, config.eval_batch_size, mesh, clock)
-    log = Log(workdir, config, data.spec, int(state.step), intervals)
+    train_chunk = compile_train_chunk(programs.train_chunk, runs.own, state, batches, clock)
+    evaluate = Evaluator(programs.evals, runs.own, data, config.eval_batch_size, runs.mesh, clock)
+    log = Log(workdir, config, data.spec, runs.names, int(state.step), intervals)
 
     def last_step_flops() -> int:
-        return step_flops(task, state, batches.shapes, keys.step, int(state.step) - 1)
+        return len(runs.names) * step_flops(task, batches.shapes, int(state.step) - 1)
 
     num_left = intervals.total - int(state.step)
     profiler = Profiler(profile_steps, num_left, workdir, config.dtype, last_step_flops, log, clock)
     with checkpoints, log, profiler:
-        log.begin(changes, task.notes)
-        log.preview(task.preview, batches, keys.step)
+        log.begin(changes, [*task.notes, *runs.notes])
+        log.preview(programs.preview(runs.own, batches.feed(int(state.step), 1), state.step))
         with StopRequest() as stop, clock("train"):
             for chunk in plan_chunks(int(state.step), intervals, batches.limit, profiler.pace):
                 with profiler(chunk):
                     feed = batches.feed(chunk.start, chunk.num_steps)
-                    state, metrics = train_chunk(state, feed, keys.step, np.int32(chunk.num_steps))
+                    state, metrics = train_chunk(runs.own, state, feed, np.int32(chunk.num_steps))
                     log.train(chunk, metrics)
                 val = means(evaluate("watch", state, "val")) if chunk.evals else {}
                 log.evals(chunk.end, "val", val)
@@ -117,21 +122,24 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                     raise Stopped(stop.signum, chunk.end)
         sums = {split: evaluate("final", state, split) for split in ("val", "test")}
         log.finals(intervals.total, sums, data.spec.class_names)
+    num_evaluated = data.spec.num_val + data.spec.num_test
     flops = {
-        "training": training_flops(task, state, batches.shapes, keys.step, intervals.total),
-        "evaluation": sum(evaluate.flops("final", state, split) for split in sums),
+        "training": training_flops(task, batches.shapes, intervals.total),
+        "evaluation": evaluation_flops(task, data.spec, num_evaluated),
     }
-    return write_result(workdir, config, data.spec, intervals.total, sums, flops, clock.read())
+    return write_result(
+        workdir, config, data.spec, sweep.settings, intervals.total, sums, flops, clock.read()
+    )
 
 
 def main(argv: list[str]) -> None:
     """Runs one training; whatever the user can mend comes as one message, without a traceback."""
     del argv
-    prepare_jax()
     workdir = Path(
         _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     )
     try:
+        prepare_jax(num_runs(_CONFIG.value))
         print_result(run(_CONFIG.value, workdir, _PROFILE_STEPS.value), workdir)
     except UserError as error:
         sys.exit(fail(error))
@@ -146,6 +154,7 @@ def main(argv: list[str]) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a mistake in a config's name or keys gives one clear sentence."""
     try:
+        argv = sys.argv = gather_sweeps(argv)  # config_flags looks at sys.argv
         check_command_line(argv)
     except UserError as error:
         sys.exit(fail(error))

@@ -16,7 +16,7 @@ from cv_jax.config import base_config
 from cv_jax.data import DataSpec, Split
 from cv_jax.data.batches import Batches, make_batches
 from cv_jax.keys import Keys, derive_keys
-from cv_jax.loop import Clock, Intervals, compile_train_chunk, plan_chunks
+from cv_jax.loop import Intervals, make_train_chunk, plan_chunks
 from cv_jax.mesh import make_mesh
 from cv_jax.startup import prepare_jax
 from cv_jax.tasks import Task, build_task
@@ -47,8 +47,8 @@ def build(config: ml_collections.ConfigDict, num_train: int) -> tuple[Task, Batc
 
 
 def loop(train_step: Callable, batches: Batches, state: Any, key: jax.Array) -> Callable:
-    """Compiles the loop of train.py; returns num_steps -> {metric: mean of the last step}."""
-    train_chunk = compile_train_chunk(train_step, batches, state, key, Clock())
+    """The loop of train.py; returns num_steps -> {metric: mean of the last step}."""
+    train_chunk = jax.jit(make_train_chunk(train_step, batches), donate_argnums=0)
 
     def steps(num_steps: int) -> dict[str, float]:
         nonlocal state

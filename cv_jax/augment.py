@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cv_jax import spec
+from cv_jax.spec import require
 
 Batch = dict[str, jax.Array]
 Augment = Callable[[jax.Array, Batch], Batch]
@@ -49,7 +49,7 @@ def make_augment(text: str) -> Augment:
 
 def flip(p: float = 0.5) -> Augment:
     """Mirrors an image left to right with probability p."""
-    _require(0 <= p <= 1, f"p={p} must lie in [0, 1]")
+    require(lambda: 0 <= p <= 1, f"p={p} must lie in [0, 1]")
 
     def op(key, batch):
         flipped = jax.random.bernoulli(key, p, batch["image"].shape[:1])
@@ -152,15 +152,16 @@ def affine(
         mode: what lies outside the image: "reflect" or "zero", as in `crop`.
     """
     low, high = scale
-    _require(0 < low <= high, f"scale={scale} must be 0 < low <= high")
-    _require(degrees >= 0, f"degrees={degrees} must be >= 0")
-    _require(translate >= 0, f"translate={translate} must be pixels, >= 0")
-    _require(0 <= shear < 90, f"shear={shear} must lie in [0, 90)")
+    require(lambda: 0 < low <= high, f"scale={scale} must be 0 < low <= high")
+    require(lambda: degrees >= 0, f"degrees={degrees} must be >= 0")
+    require(lambda: translate >= 0, f"translate={translate} must be pixels, >= 0")
+    require(lambda: 0 <= shear < 90, f"shear={shear} must lie in [0, 90)")
     _require_mode(mode)
-    middle = np.float32([[0, (low + high) / 2, 0, 0, 0]])
-    reach = np.float32([[degrees, (high - low) / 2, shear, translate, translate]])
 
     def op(key, batch):
+        middle = jnp.array([[0, (low + high) / 2, 0, 0, 0]], jnp.float32)
+        spread = [degrees, (high - low) / 2, shear, translate, translate]
+        reach = jnp.array([spread], jnp.float32)
         draws = jax.random.uniform(key, (len(batch["image"]), 5), minval=-1, maxval=1)
         transform = functools.partial(_affine, mode=mode)
         return {**batch, "image": jax.vmap(transform)(batch["image"], middle + reach * draws)}
@@ -202,12 +203,14 @@ def random_resized_crop(
     """
     if isinstance(size, int):
         size = (size, size)
-    _require(
-        size is None or (len(size) == 2 and all(isinstance(n, int) and n >= 1 for n in size)),
+    require(
+        lambda: (
+            size is None or (len(size) == 2 and all(isinstance(n, int) and n >= 1 for n in size))
+        ),
         f"size={size} must be one or two whole numbers of pixels, >= 1",
     )
-    _require(0 < scale[0] <= scale[1] <= 1, f"scale={scale} must be 0 < low <= high <= 1")
-    _require(0 < ratio[0] <= ratio[1], f"ratio={ratio} must be 0 < low <= high")
+    require(lambda: 0 < scale[0] <= scale[1] <= 1, f"scale={scale} must be 0 < low <= high <= 1")
+    require(lambda: 0 < ratio[0] <= ratio[1], f"ratio={ratio} must be 0 < low <= high")
 
     def op(key, batch):
         b, h, w, _ = batch["image"].shape
@@ -260,7 +263,7 @@ def cutout(size: int, fill: float = 0.5) -> Augment:
     Source: arXiv 1708.04552.
     """
     _require_pixels("size", size)
-    _require(0 <= fill <= 1, f"fill={fill} must lie in [0, 1]")
+    require(lambda: 0 <= fill <= 1, f"fill={fill} must lie in [0, 1]")
 
     def op(key, batch):
         sides = jnp.full((len(batch["image"]), 2), size, jnp.int32)
@@ -299,13 +302,13 @@ def color_jitter(
     """
     reaches = (brightness, contrast, saturation)
     bases = (jnp.zeros_like, _mean_grey, _grey)
-    _require(all(0 <= x <= 1 for x in reaches), f"{reaches} must all lie in [0, 1]")
+    require(lambda: all(0 <= x <= 1 for x in reaches), f"{reaches} must all lie in [0, 1]")
 
     def op(key, batch):
         image = batch["image"]
         draws = jax.random.uniform(key, (3, len(image), 1, 1, 1), minval=-1, maxval=1)
         for reach, draw, base in zip(reaches, draws, bases, strict=True):
-            if reach:
+            if not _is_zero(reach):
                 image = jnp.clip(_blend(base(image), image, 1 + reach * draw), 0, 1)
         return {**batch, "image": image}
 
@@ -338,7 +341,7 @@ def mixup(alpha: float = 0.2) -> Augment:
 
     lam is drawn from Beta(alpha, alpha) for each example. Source: arXiv 1710.09412.
     """
-    _require(alpha > 0, f"alpha={alpha} must be > 0")
+    require(lambda: alpha > 0, f"alpha={alpha} must be > 0")
 
     def op(key, batch):
         image, label = batch["image"], batch["label"]
@@ -357,7 +360,7 @@ def cutmix(alpha: float = 1.0) -> Augment:
     down to pixels, the share 1 - lam of its area, where lam is drawn from Beta(alpha, alpha) for
     each example; its centre is uniform over the image. Source: arXiv 1905.04899.
     """
-    _require(alpha > 0, f"alpha={alpha} must be > 0")
+    require(lambda: alpha > 0, f"alpha={alpha} must be > 0")
 
     def op(key, batch):
         image, label = batch["image"], batch["label"]
@@ -437,18 +440,18 @@ def _integers(key, shape, count):
     return (jax.random.uniform(key, shape) * count).astype(jnp.int32)
 
 
-def _require(condition, message):
-    if not condition:
-        raise ValueError(message)
+def _is_zero(number):
+    """Whether it is known to be; a swept number never is."""
+    return isinstance(number, int | float) and number == 0
 
 
 def _require_pixels(name, pixels):
     whole = isinstance(pixels, int) and pixels >= 0
-    _require(whole, f"{name}={pixels} must be a whole number of pixels, >= 0")
+    require(lambda: whole, f"{name}={pixels} must be a whole number of pixels, >= 0")
 
 
 def _require_mode(mode):
-    _require(mode in ("reflect", "zero"), f'mode={mode!r} must be "reflect" or "zero"')
+    require(lambda: mode in ("reflect", "zero"), f'mode={mode!r} must be "reflect" or "zero"')
 
 
 AUGMENTATIONS: dict[str, Callable[..., Augment]] = {

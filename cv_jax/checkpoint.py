@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from cv_jax.errors import UserError
+from cv_jax.evaluate import finite_mean
 from cv_jax.startup import jit_once
 
 
@@ -41,19 +43,20 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self._directory, options=self._options)
 
-    def save(self, state: Any, progress: dict, val_accuracy: float | None) -> None:
+    def save(self, state: Any, progress: dict, val_accuracy: np.ndarray | None) -> None:
         """Begins to save; the training goes on meanwhile.
 
         Args:
-            state: a TrainState; its step names the checkpoint.
+            state: a TrainState of all runs; its step names the checkpoint.
             progress: what the run knows of itself beside the state, as JSON values.
-            val_accuracy: the measure of the best, where val was evaluated at this step.
+            val_accuracy: of each run, where val was evaluated at this step; the mean over those
+                that have not diverged is the measure of the best.
 
         Raises:
-            UserError: a parameter is not finite; the good checkpoints stay the newest.
+            UserError: no run's parameters are finite; the good checkpoints stay the newest.
         """
         step = int(state.step)
-        if not _all_finite(state.params):
+        if not _any_run_is_finite(state.params):
             raise UserError(
                 f"A parameter is not finite after step {step}, which is not saved; the checkpoints "
                 "before it are kept. Lower config.optim.lr, lengthen config.optim.warmup or set "
@@ -68,7 +71,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
             ),
-            metrics=None if val_accuracy is None else {"val_accuracy": val_accuracy},
+            metrics=None if val_accuracy is None else {"val_accuracy": finite_mean(val_accuracy)},
         )
 
     def restore_latest(self, like: Any) -> tuple[Any, dict] | None:
@@ -124,6 +127,9 @@ class Checkpoints:
 
 
 @jit_once
-def _all_finite(params: Any) -> jax.Array:
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
-    return jnp.stack(finite).all()
+def _any_run_is_finite(params: Any) -> jax.Array:
+    """Whether all parameters of a run are finite; their leading axis is that of runs."""
+    finite = [
+        jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in jax.tree.leaves(params)
+    ]
+    return jnp.stack(finite).all(axis=0).any()

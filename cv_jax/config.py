@@ -1,5 +1,6 @@
 """The config: every leaf with default and unit, its checks, and what a resumed run may change."""
 
+import ast
 import json
 import runpy
 import shlex
@@ -52,9 +53,14 @@ def base_config() -> ml_collections.ConfigDict:
     optim.rules = ((".*", "base"),)  # (regex of the parameter's path, group): the first match
     optim.groups = ml_collections.ConfigDict()  # group -> the settings in which it differs
 
-    config = ml_collections.ConfigDict({"data": data, "optim": optim})
+    seeds = ml_collections.ConfigDict()
+    seeds.mode = "auto"  # how a device treats its runs: batched, in_turn; auto: in_turn on a CPU
+
+    config = ml_collections.ConfigDict({"data": data, "optim": optim, "seeds": seeds})
     config.task = "classification"  # a file in cv_jax/tasks
-    config.seed = 0
+    config.seed = 0  # of the first run
+    config.num_seeds = 1  # runs in one program, with the seeds seed, seed + 1, ...
+    config.sweep = ()  # (key, values) pairs, written --config.sweep.KEY="(value, value, ...)"
     config.epochs = 10.0  # length of the training; an epoch is num_train // batch_size steps
     config.steps = 0  # length in steps instead, when above zero
     config.batch_size = 128  # examples a step, over all devices
@@ -144,6 +150,28 @@ def check_command_line(argv: list[str]) -> None:
             _check_key(argument.removeprefix("--config.").partition("=")[0], leaves)
 
 
+def gather_sweeps(argv: list[str]) -> list[str]:
+    """Puts every --config.sweep.KEY=(VALUE, VALUE, ...) together into one --config.sweep.
+
+    Raises:
+        UserError: values that Python does not read as a tuple of numbers or texts.
+    """
+    others, sweeps = [], []
+    for argument in argv:
+        name, _, text = argument.lstrip("-").partition("=")
+        key = name.removeprefix("config.sweep.")
+        if key == name:
+            others.append(argument)
+            continue
+        try:
+            sweeps.append((key, tuple(ast.literal_eval(text))))
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise UserError(
+                f'{argument}: write the values as "(0.1, 0.2)", and texts in quotes of their own.'
+            ) from error
+    return [*others, f"--config.sweep={tuple(sweeps)}"] if sweeps else others
+
+
 def _check_key(key: str, leaves: Mapping[str, Any]) -> None:
     if key in leaves:
         return
@@ -161,6 +189,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for a value that no run could use, naming its key."""
     rules = {
         "epochs": (lambda v: v > 0, "must be above 0"),
+        "num_seeds": (lambda v: v > 0, "must be above 0"),
+        "seeds.mode": (
+            lambda v: v in ("auto", "batched", "in_turn"),
+            "must be auto, batched or in_turn",
+        ),
         "steps": (lambda v: v >= 0, "must be 0 or more"),
         "batch_size": (lambda v: v > 0, "must be above 0"),
         "eval_batch_size": (lambda v: v > 0, "must be above 0"),

@@ -1,5 +1,6 @@
 """Exact evaluation: every example counts once, whatever the batch size and the device count."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cv_jax.data import Dataset, Split
 from cv_jax.errors import UserError, nearest
-from cv_jax.flops import count_flops
 from cv_jax.loop import Clock
-from cv_jax.mesh import batch_sharding
+from cv_jax.mesh import divide
 
 _Logits = Callable[[jax.Array], jax.Array]
 
@@ -80,13 +80,11 @@ def make_evaluate(eval_fn: Callable, mesh: Mesh) -> Callable[[Any, dict], dict]:
         eval_fn: (state, batch) -> {metric: (sum, count)}.
         mesh: each batch is divided over its axis "data".
     """
-    sharding = batch_sharding(mesh)
     eval_fn = jax.jit(eval_fn)  # so that it is traced once, for its shapes and for the scan
 
     def evaluate(state, batches):
         def add_batch(sums, batch):
-            batch = jax.lax.with_sharding_constraint(batch, sharding)
-            return jax.tree.map(jnp.add, sums, eval_fn(state, batch)), None
+            return jax.tree.map(jnp.add, sums, eval_fn(state, divide(batch, mesh))), None
 
         first = jax.tree.map(lambda x: x[0], batches)
         zeros = jax.tree.map(
@@ -101,60 +99,69 @@ class Evaluator:
     """Evaluates splits; each goes to the devices once, and each program is compiled once.
 
     Args:
-        evals: name -> ((state, batch) -> {metric: (sum, count)}), as a task offers them.
+        evals: name -> ((own, state, batches) -> {metric: (sum, count)}), see `programs.Programs`.
+        own: of the runs.
         data: its attributes are the splits.
-        batch_size: examples at a time, rounded up to a multiple of the device count.
+        batch_size: examples at a time, rounded up to a multiple of the devices that share them.
         mesh: where.
         clock: counts "eval", and "compile" apart from it.
     """
 
     def __init__(
-        self, evals: dict[str, Callable], data: Dataset, batch_size: int, mesh: Mesh, clock: Clock
+        self,
+        evals: dict[str, Callable],
+        own: Any,
+        data: Dataset,
+        batch_size: int,
+        mesh: Mesh,
+        clock: Clock,
     ):
         self._evals = evals
+        self._own = own
         self._data = data
         self._batch_size = batch_size
-        self._mesh = mesh
         self._sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
         self._clock = clock
         self._batches: dict[str, dict] = {}
         self._programs: dict[tuple[str, str], Callable] = {}
 
     def __call__(self, name: str, state: Any, split: str) -> dict:
-        """Returns {metric: (sum, count)} on the host; {} for an empty split."""
+        """Returns {metric: (sum, count)} of all runs, on the host; {} for an empty split."""
         arrays = getattr(self._data, split)
         if not len(arrays.label):
             return {}
         with self._clock("eval"):
             if split not in self._batches:
+                sharing = self._sharding.mesh.shape["data"]
                 batch_size = min(self._batch_size, len(arrays.label))
-                batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+                batch_size = -(-batch_size // sharing) * sharing
                 laid_out = padded_batches(arrays, batch_size)
                 self._batches[split] = jax.device_put(laid_out, self._sharding)
-            batches = self._batches[split]
+            args = (self._own, state, self._batches[split])
             if (name, split) not in self._programs:
                 with self._clock("compile"):
-                    evaluate = make_evaluate(self._evals[name], self._mesh)
-                    self._programs[name, split] = evaluate.lower(state, batches).compile()
-            return jax.device_get(self._programs[name, split](state, batches))
-
-    def flops(self, name: str, state: Any, split: str) -> int:
-        """FLOPs of an evaluation that was made: those of a batch, for each example once."""
-        count = len(getattr(self._data, split).label)
-        if not count:
-            return 0
-        batches = self._batches[split]
-        _, size = batches["label"].shape
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
-        return count_flops(self._evals[name], state, batch) * count // size
+                    evaluate = jax.jit(self._evals[name])
+                    self._programs[name, split] = evaluate.lower(*args).compile()
+            return jax.device_get(self._programs[name, split](*args))
 
 
 def means(metrics: dict) -> dict:
-    """(sum, count) pairs to means, on the host in float64; NaN where nothing was counted."""
+    """(sum, count) pairs to means, on the host in float64; NaN where nothing was counted.
+
+    A count of fewer axes than its sum, such as a number for a matrix, counts for the whole of it.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
-            name: np.float64(total) / np.float64(count)
-            if np.ndim(total) == 0
-            else np.asarray(total, np.float64) / np.asarray(count, np.float64)
+            name: _over(np.asarray(total, np.float64), np.asarray(count, np.float64))
             for name, (total, count) in jax.device_get(metrics).items()
         }
+
+
+def _over(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
+
+
+def finite_mean(values: np.ndarray) -> float:
+    """The mean over the runs whose value is finite; NaN where there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters import partial_eval
 
+from cv_jax.data import DataSpec
 from cv_jax.tasks import Task
-from cv_jax.update import TrainState
 
 
 def count_flops(function: Callable, *args: Any) -> int:
@@ -31,22 +32,34 @@ def count_flops(function: Callable, *args: Any) -> int:
     return _jaxpr_flops(used)
 
 
-def step_flops(task: Task, state: TrainState, batch: dict, key: jax.Array, step: int) -> int:
-    """`count_flops` of a task's training step number `step`."""
+def step_flops(task: Task, batch: dict, step: int) -> int:
+    """`count_flops` of a task's training step number `step`; the batch may be of shapes."""
+    key = jax.random.key(0)
 
-    def train_step(state, batch, key):
+    def train_step(state, batch):
         return task.train_step(state.replace(step=step), batch, key)
 
-    return count_flops(train_step, state, batch, key)
+    return count_flops(train_step, jax.eval_shape(task.init, key), batch)
 
 
-def training_flops(task: Task, state: TrainState, batch: dict, key: jax.Array, steps: int) -> int:
+def training_flops(task: Task, batch: dict, steps: int) -> int:
     """FLOPs of a training of so many steps: those of each stage's step, times its length."""
     ends = [*task.stages[1:], steps]
     return sum(
-        (end - start) * step_flops(task, state, batch, key, start)
+        (end - start) * step_flops(task, batch, start)
         for start, end in zip(task.stages, ends, strict=True)
     )
+
+
+def evaluation_flops(task: Task, spec: DataSpec, count: int) -> int:
+    """FLOPs of the final evaluation of `count` examples."""
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((1,), jnp.float32),
+    }
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    return count * count_flops(task.evals["final"], state, batch)
 
 
 def _jaxpr_flops(jaxpr: Jaxpr) -> int:

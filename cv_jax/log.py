@@ -1,10 +1,14 @@
-"""What a run says: a table on the console, metrics.jsonl, and TensorBoard."""
+"""What the runs of a program say: a table on the console, metrics.jsonl, and TensorBoard.
+
+Numbers come with an axis of runs. The table and `values` of metrics.jsonl are means over the runs
+that have not diverged.
+"""
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,10 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
+from cv_jax.board import Board
 from cv_jax.data import DataSpec
-from cv_jax.data.batches import Batches
 from cv_jax.errors import UserError
-from cv_jax.evaluate import means
+from cv_jax.evaluate import finite_mean, means
 from cv_jax.loop import Chunk, Intervals, Pace
 from cv_jax.result import device_name
 
@@ -27,16 +31,17 @@ _HEAD = (
 
 
 class Log:
-    """The log of one run.
+    """The log of one program.
 
     Metrics of a chunk are fetched when the next one is under way, so that the device never waits,
     and at the latest when something is due.
 
     Args:
         workdir: where metrics.jsonl and the TensorBoard events go.
-        config, spec: of the run.
-        start_step: steps already made; what an earlier start of this run logged beyond them (it
-            was stopped after its last checkpoint) is taken back.
+        config, spec: of the runs.
+        names: of the runs.
+        start_step: steps already made; what an earlier start of this program logged beyond them
+            (it was stopped after its last checkpoint) is taken back.
         intervals: the length of the training, in steps.
     """
 
@@ -45,9 +50,12 @@ class Log:
         workdir: Path,
         config: ml_collections.ConfigDict,
         spec: DataSpec,
+        names: Sequence[str],
         start_step: int,
         intervals: Intervals,
     ):
+        self._names = names
+        self._diverged: set[int] = set()
         self.pace = Pace()
         self._spec = spec
         self._start_step = start_step
@@ -60,7 +68,7 @@ class Log:
         self._started = time.perf_counter()
         self._workdir = workdir
         self._jsonl = _open_jsonl(workdir / "metrics.jsonl", start_step)
-        self._board = _open_board(workdir, start_step)
+        self._board = Board(workdir, names, start_step)
         self._bar = tqdm(
             total=intervals.total,
             initial=start_step,
@@ -96,15 +104,10 @@ class Log:
             with (self._workdir / "changes.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self._start_step, "change": change}) + "\n")
 
-    def preview(self, preview: Callable, batches: Batches, key: jax.Array) -> None:
-        """Shows the images of the first batch in TensorBoard, augmented as in the training."""
-        feed = batches.feed(self._start_step, 1)
-        images = jax.jit(lambda feed, step, key: preview(batches.pick(feed, step), key)[:64])(
-            feed, np.int32(self._start_step), key
-        )
-        self._board.add_image(
-            "augmented", image_grid(np.asarray(images)), self._start_step, dataformats="HWC"
-        )
+    def preview(self, images: jax.Array) -> None:
+        """Shows augmented images (b, h, w, c) of the first batch in TensorBoard."""
+        grid = image_grid(np.asarray(images))
+        self._board.image("augmented", grid, self._start_step)
 
     def line(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -121,7 +124,7 @@ class Log:
         if chunk.logs:
             values = self._window.means()
             self._window = _Window()
-            self._row = {"step": chunk.end, **values}
+            self._row = {"step": chunk.end, **{name: finite_mean(v) for name, v in values.items()}}
             self._write(chunk.end, "train", values)
 
     def settle(self) -> None:
@@ -134,31 +137,45 @@ class Log:
         metrics = jax.device_get(metrics)
         seconds = self.pace.finished(chunk.num_steps)
         rows = {
-            name: tuple(np.asarray(part[: chunk.num_steps], np.float64) for part in pair)
+            name: tuple(np.asarray(part[:, : chunk.num_steps], np.float64) for part in pair)
             for name, pair in metrics.items()
         }
-        finite = np.isfinite(rows["loss"][0])
-        if not finite.all():
-            raise UserError(
-                f"The loss is not finite at step {chunk.start + int(np.argmin(finite)) + 1}. "
-                "The checkpoints before it are kept; lower config.optim.lr, lengthen "
-                "config.optim.warmup or set config.optim.clip_norm."
-            )
-        self._window.add(rows, chunk.num_steps * self._batch_size, seconds)
+        loss = rows["loss"][0] / rows["loss"][1]
+        self._watch(chunk.start, loss)
+        num_images = chunk.num_steps * self._batch_size * len(self._names)
+        self._window.add(rows, num_images, seconds)
         self._bar.set_postfix_str(
             f"epoch {chunk.end / self._steps_per_epoch:.2f}, "
-            f"loss {rows['loss'][0][-1] / rows['loss'][1][-1]:.4f}, "
-            f"{chunk.num_steps * self._batch_size / seconds:,.0f} images/s",
+            f"loss {finite_mean(loss[:, -1]):.4f}, {num_images / seconds:,.0f} images/s",
             refresh=False,
         )
         self._bar.update(chunk.num_steps)
 
+    def _watch(self, start: int, loss: np.ndarray) -> None:
+        """Looks for runs that diverge in losses (r, k) from step `start` on; an error if all do."""
+        finite = np.isfinite(loss)
+        for run in np.flatnonzero(~finite.all(axis=1)):
+            if run in self._diverged:
+                continue
+            self._diverged.add(int(run))
+            step = start + int(np.argmin(finite[run])) + 1
+            if len(self._diverged) == len(self._names):
+                raise UserError(
+                    f"The loss is not finite at step {step}. "
+                    "The checkpoints before it are kept; lower config.optim.lr, lengthen "
+                    "config.optim.warmup or set config.optim.clip_norm."
+                )
+            self.line(f"{self._names[run]}: the loss is not finite at step {step}; others go on")
+
     def evals(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Takes the means of an evaluation; {} where there was none."""
+        """Takes the means of an evaluation, (r,) or more; {} where there was none."""
         if not values:
             return
         values = scalars(values)
-        self._row |= {"step": step, **{f"{split} {name}": v for name, v in values.items()}}
+        self._row |= {
+            "step": step,
+            **{f"{split} {name}": finite_mean(v) for name, v in values.items()},
+        }
         self._write(step, split, values)
 
     def row(self) -> None:
@@ -174,34 +191,40 @@ class Log:
         self.line(_format_row(self._row, self._steps_per_epoch, elapsed))
         self._row = {}
 
-    def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+    def _write(self, step: int, split: str, values: dict[str, np.ndarray]) -> None:
         record = {
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 6),
             "split": split,
-            "values": {name: value for name, value in values.items() if math.isfinite(value)},
+            "values": {name: finite_mean(v) for name, v in values.items() if np.isfinite(v).any()},
         }
+        if len(self._names) > 1:
+            record["runs"] = {
+                name: [float(x) if math.isfinite(x) else None for x in v]
+                for name, v in values.items()
+                if len(v) == len(self._names)
+            }
         self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
-        for name, value in record["values"].items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        self._board.scalars(split, values, step)
 
     def finals(self, step: int, sums: dict[str, dict], class_names: Sequence[str]) -> None:
         """Takes the (sum, count) pairs of the final evaluation of each split."""
         for split, metrics in sums.items():
             if metrics:
                 self._write(step, f"final_{split}", scalars(means(metrics)))
-                image = draw_confusion(metrics["confusion"][0], class_names)
-                self._board.add_image(f"confusion/{split}", image, step, dataformats="HWC")
+                confusion = metrics["confusion"][0].sum(axis=0)
+                image = draw_confusion(confusion, class_names)
+                self._board.image(f"confusion/{split}", image, step)
 
 
-def scalars(values: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are one number."""
-    return {name: float(value) for name, value in values.items() if np.ndim(value) == 0}
+def scalars(values: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The metrics that are one number a run."""
+    return {name: value for name, value in values.items() if np.ndim(value) == 1}
 
 
 class _Window:
-    """The sums of all steps since the last row, and the seconds they took."""
+    """The sums of all steps since the last row, (2, r) each, and the seconds they took."""
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
@@ -211,18 +234,17 @@ class _Window:
     def add(self, rows: dict[str, tuple], num_images: int, seconds: float) -> None:
         # Step by step and in float64: the mean does not depend on how steps fell into chunks.
         for name, pair in rows.items():
-            sums = self._sums.setdefault(name, np.zeros(2))
-            for step_sum, step_count in zip(*pair, strict=True):
-                sums += (step_sum, step_count)
+            pair = np.stack(pair)
+            sums = self._sums.setdefault(name, np.zeros(pair.shape[:2]))
+            for step in range(pair.shape[2]):
+                sums += pair[:, :, step]
         self._num_images += num_images
         self._seconds += seconds
 
-    def means(self) -> dict[str, float]:
-        values = {name: float(total / count) for name, (total, count) in self._sums.items()}
-        values["images_per_second"] = (
-            self._num_images / self._seconds if self._seconds else math.nan
-        )
-        return values
+    def means(self) -> dict[str, np.ndarray]:
+        values = {name: total / count for name, (total, count) in self._sums.items()}
+        speed = self._num_images / self._seconds if self._seconds else math.nan
+        return {**values, "images_per_second": np.array([speed])}
 
 
 def _format_row(row: dict[str, float], steps_per_epoch: int, elapsed: float) -> str:
@@ -235,19 +257,6 @@ def _format_row(row: dict[str, float], steps_per_epoch: int, elapsed: float) -> 
         f" {cell('val loss', 9, '.4f')} {cell('val accuracy', 8, '.2%')}"
         f" {cell('images_per_second', 9, ',.0f')} {tqdm.format_interval(elapsed):>8}"
     )
-
-
-def _open_board(workdir: Path, start_step: int) -> Any:
-    """tensorboardX's SummaryWriter, without PyTorch: importing that, where it is, takes 1.2 s."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # what tensorboardX takes for "not installed"
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
 
 
 def _open_jsonl(path: Path, start_step: int) -> Any:

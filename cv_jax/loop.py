@@ -83,12 +83,12 @@ def plan_chunks(
 
 
 def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
-    """Builds the program that makes many steps in one dispatch.
+    """Builds the function that makes many steps in one dispatch.
 
     Returns:
-        train_chunk(state, feed, key, num_steps) -> (state, metrics), jitted, `state` donated. The
-        number of steps is an argument and not a shape: one compiled program serves every chunk.
-        Metrics are (sum, count) pairs of arrays whose row i belongs to the i-th step.
+        train_chunk(state, feed, key, num_steps) -> (state, metrics), of one run. The number of
+        steps is an argument and not a shape: one compiled program serves every chunk. Metrics are
+        (sum, count) pairs of arrays whose row i belongs to the i-th step.
     """
 
     train_step = jax.jit(train_step)  # so that it is traced once, for its shapes and for the loop
@@ -104,16 +104,17 @@ def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
         rows = jax.tree.map(lambda x: jnp.zeros((MAX_STEPS, *x.shape), x.dtype), shapes)
         return jax.lax.fori_loop(0, num_steps, one_step, (state, rows))
 
-    return jax.jit(train_chunk, donate_argnums=0)
+    return train_chunk
 
 
 def compile_train_chunk(
-    train_step: Callable, batches: Batches, state: Any, key: jax.Array, clock: "Clock"
+    train_chunk: Callable, own: Any, state: Any, batches: Batches, clock: "Clock"
 ) -> Callable:
-    """`make_train_chunk`, compiled for this state; another shape is an error, not a retrace."""
+    """`programs.Programs.train_chunk` compiled: another shape is an error, not a retrace."""
     with clock("compile"):
         feed = batches.feed(int(state.step), 1)
-        return make_train_chunk(train_step, batches).lower(state, feed, key, np.int32(1)).compile()
+        jitted = jax.jit(train_chunk, donate_argnums=1)
+        return jitted.lower(own, state, feed, np.int32(1)).compile()
 
 
 # What each clock of a run counts. The public rule for the time to an accuracy is the sum of init,

@@ -270,7 +270,12 @@ def _rate(
 
 def _end(rate: Rate, total_steps: int) -> int:
     """The first step from which on the rate is 0 up to the end of the training."""
-    (above,) = np.nonzero(np.asarray(rate(np.arange(total_steps))))
+    try:
+        with jax.ensure_compile_time_eval():  # also where a task is built in a traced function
+            rates = np.asarray(rate(np.arange(total_steps)))
+    except jax.errors.TracerArrayConversionError:  # a swept schedule: it ends elsewhere in each run
+        return total_steps
+    (above,) = np.nonzero(rates)
     return int(above[-1]) + 1 if len(above) else 0
 
 

@@ -126,26 +126,45 @@ def write_result(
     workdir: Path,
     config: ml_collections.ConfigDict,
     spec: DataSpec,
+    settings: Sequence[dict[str, Any]],
     steps: int,
     sums: dict[str, dict],
     flops: dict[str, int],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Writes result.json, what tables are made of, and returns it.
+    """Writes result.json, what tables are made of, and of a sweep sweep.png; returns the result.
 
     Args:
-        workdir: the run's directory.
-        config, spec: of the run.
+        workdir: where.
+        config, spec: of the runs.
+        settings: {config key: value} of a sweep, [{}] without one. The best by its mean accuracy
+            on val, where there is one, is that whose numbers stand under "val" and "test".
         steps: made in all.
-        sums: split -> {metric: (sum, count)} of the final evaluation; {} for an empty split.
-        flops: of "training", and of the final "evaluation" with all its views.
-        seconds: by what they were spent on, see `loop.CLOCKS`.
+        sums: split -> {metric: (sum, count)} of the final evaluation, with the axis of runs (all
+            seeds of the first setting, ...); {} for an empty split.
+        flops: of "training" of a run, and of its final "evaluation" with all its views.
+        seconds: of all runs, by what they were spent on, see `loop.CLOCKS`.
     """
     commit, dirty = git_commit()
     examples = steps * config.batch_size
+    values = {split: means(metrics) for split, metrics in sums.items()}
+    per_setting = [
+        {
+            split: _split_result(v, spec.class_names, i, config.num_seeds)
+            for split, v in values.items()
+        }
+        for i in range(len(settings))
+    ]
+    best = max(range(len(settings)), key=lambda i: _on_val(per_setting[i]))
     result = {
         "config": config.to_dict(),
-        **{split: _split_result(metrics, spec.class_names) for split, metrics in sums.items()},
+        "seeds": list(range(config.seed, config.seed + config.num_seeds)),
+        **{
+            split: {**per_setting[best][split], "count": int(metrics["accuracy"][1][0])}
+            if metrics
+            else None
+            for split, metrics in sums.items()
+        },
         "seconds": seconds,
         "seconds_count": CLOCKS,
         "steps": steps,
@@ -156,32 +175,53 @@ def write_result(
         "dirty": dirty,
         "device": device_name(),
     }
+    if config.sweep:
+        result["best"] = settings[best]
+        result["sweep"] = [
+            {"setting": setting, "val": split["val"]}
+            for setting, split in zip(settings, per_setting, strict=True)
+        ]
+        from cv_jax.plot import draw_sweep  # slow to import, and most programs sweep nothing
+
+        draw_sweep(result["sweep"], result["best"]).savefig(workdir / "sweep.png")
     write_json(workdir / "result.json", result)
     return result
 
 
-def _split_result(sums: dict, class_names: Sequence[str]) -> dict[str, Any] | None:
-    if not sums:
-        return None
-    values = means(sums)
-    per_class = values.pop("per_class_accuracy")
-    return {
-        **{name: summarize([value]) for name, value in values.items() if np.ndim(value) == 0},
-        "per_class_accuracy": dict(zip(class_names, per_class.tolist(), strict=True)),
-        "count": int(sums["accuracy"][1]),
-    }
+def _split_result(
+    values: dict[str, np.ndarray], class_names: Sequence[str], setting: int, num_seeds: int
+) -> dict[str, Any]:
+    """The statistics over the seeds of a setting."""
+    runs = slice(setting * num_seeds, (setting + 1) * num_seeds)
+    result = {name: summarize(v[runs]) for name, v in values.items() if np.ndim(v) == 1}
+    if "per_class_accuracy" in values:
+        per_class = values["per_class_accuracy"][runs].mean(axis=0)
+        result["per_class_accuracy"] = dict(zip(class_names, per_class.tolist(), strict=True))
+    return result
+
+
+def _on_val(splits: dict[str, dict]) -> float:
+    """What settings are chosen by; a run that has diverged makes its setting the worst."""
+    mean = splits["val"]["accuracy"]["mean"] if splits["val"] else 0.0
+    return mean if np.isfinite(mean) else -1.0
 
 
 def print_result(result: dict[str, Any], workdir: Path) -> None:
-    """Prints what came of the run, for a person."""
+    """Prints what came of the runs, for a person."""
+    for point in result.get("sweep", ()):
+        accuracy = point["val"]["accuracy"]
+        chosen = "  <- best on val" if point["setting"] == result["best"] else ""
+        setting = ", ".join(f"{key}={value}" for key, value in point["setting"].items())
+        print(f"{setting}: val {percent(accuracy['mean'], accuracy['std'])}{chosen}")
     for split in ("val", "test"):
         if result[split]:
             numbers = ", ".join(
-                f"{name} {values['mean']:.4f}"
+                f"{name} {_with_spread(values)}"
                 for name, values in result[split].items()
                 if isinstance(values, dict) and "mean" in values
             )
-            print(f"{split:<7} {numbers}  ({result[split]['count']:,} images)")
+            seeds = f", {len(result['seeds'])} seeds" if len(result["seeds"]) > 1 else ""
+            print(f"{split:<7} {numbers}  ({result[split]['count']:,} images{seeds})")
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
     print(f"seconds {seconds}")
     flops = result["flops"]
@@ -190,6 +230,11 @@ def print_result(result: dict[str, Any], workdir: Path) -> None:
         f"{flops['evaluation']:.3e} of the final evaluation"
     )
     print(f"written {workdir / 'result.json'}")
+
+
+def _with_spread(values: dict[str, Any]) -> str:
+    spread = "" if values["std"] is None else f" ± {values['std']:.4f}"
+    return f"{values['mean']:.4f}{spread}"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from cv_jax.spec import build_one
+from cv_jax.spec import build_one, require
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -44,8 +44,7 @@ def cosine(final: float = 0.0) -> Schedule:
 def linear(final: float = 0.0, until: float = 1.0) -> Schedule:
     """f(x) = 1 + (final - 1) min(x / until, 1): down to `final` at x = until, where it stays."""
     _check_fractions(final, until)
-    if until == 0:
-        raise ValueError("until must be above 0")
+    require(lambda: until > 0, "until must be above 0")
     return lambda x: 1 + (final - 1) * jnp.minimum(x / until, 1.0)
 
 
@@ -58,8 +57,7 @@ def triangular(start: float = 0.2, peak: float = 0.23, end: float = 0.0) -> Sche
 
 def _check_fractions(*values: float) -> None:
     for value in values:
-        if not 0 <= value <= 1:
-            raise ValueError(f"{value} is not between 0 and 1")
+        require(lambda value=value: 0 <= value <= 1, f"{value} is not between 0 and 1")
 
 
 SCHEDULES = {

@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from cv_jax.errors import UserError, nearest
 
 
@@ -20,8 +22,13 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def parse(text: str) -> list[Call]:
-    """Parses a spec into its calls; "" is the empty chain. Raises UserError on anything else."""
+def parse(text: str | list[Call]) -> list[Call]:
+    """Parses a spec into its calls; "" is the empty chain. Raises UserError on anything else.
+
+    Calls are returned as they are, so that their arguments may be traced.
+    """
+    if not isinstance(text, str):
+        return text
     if not text.strip():
         return []
     try:
@@ -47,7 +54,9 @@ def _calls(node: ast.expr) -> list[Call]:
     raise ValueError(ast.unparse(node))
 
 
-def build(text: str, table: Mapping[str, Callable], kind: str, **context: Any) -> list[Any]:
+def build(
+    text: str | list[Call], table: Mapping[str, Callable], kind: str, **context: Any
+) -> list[Any]:
     """Calls, for each call of the spec, the function of that name in `table`.
 
     Args:
@@ -63,12 +72,27 @@ def build(text: str, table: Mapping[str, Callable], kind: str, **context: Any) -
     return [_apply(call, table, kind, context) for call in parse(text)]
 
 
-def build_one(text: str, table: Mapping[str, Callable], kind: str, **context: Any) -> Any:
+def build_one(
+    text: str | list[Call], table: Mapping[str, Callable], kind: str, **context: Any
+) -> Any:
     """`build` for a spec that must be a single call."""
     built = build(text, table, kind, **context)
     if len(built) != 1:
         raise UserError(f"{kind} {text!r}: expected one of {', '.join(sorted(table))}.")
     return built[0]
+
+
+def require(condition: Callable[[], bool], message: str) -> None:
+    """Raises ValueError with the message where an argument of a spec does not fulfil a condition.
+
+    A swept number, which is traced, passes: each of its values was looked at by itself.
+    """
+    try:
+        holds = bool(condition())
+    except jax.errors.TracerBoolConversionError:
+        return
+    if not holds:
+        raise ValueError(message)
 
 
 def _apply(call: Call, table: Mapping[str, Callable], kind: str, context: dict[str, Any]) -> Any:

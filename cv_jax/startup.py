@@ -1,5 +1,6 @@
 """A quick and quiet start: the compilation cache, quiet libraries, and what runs only once."""
 
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,28 @@ from absl import logging
 jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
-def prepare_jax() -> None:
+def prepare_jax(num_runs: int = 1) -> None:
     """Turns JAX's persistent compilation cache on and informational logging of libraries off.
 
-    The cache lies in JAX_COMPILATION_CACHE_DIR where that is set, else in `cache_dir()`/xla.
+    The cache lies in JAX_COMPILATION_CACHE_DIR where that is set, else in `cache_dir()`/xla. The
+    CPU becomes several devices where several runs can share them, unless XLA_FLAGS or
+    JAX_NUM_CPU_DEVICES is set; that does not change what a GPU or TPU does.
     """
+    chosen = os.environ.get("XLA_FLAGS", "") + os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if num_runs > 1 and not chosen:
+        jax.config.update("jax_num_cpu_devices", math.gcd(num_runs, num_cores()))
     logging.set_verbosity(logging.WARNING)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cache_dir() -> Path:

@@ -32,6 +32,10 @@ class TrainState:
     last_loss: jax.Array | None = None
 
 
+# Where a state of several runs has its axis of runs: all make the same step.
+RUN_AXES = TrainState(step=None, params=0, model_state=0, opt_state=0, last_loss=0)
+
+
 def init_state(
     params: Any, model_state: Any, tx: optax.GradientTransformation, last_loss_of: int = 0
 ) -> TrainState:

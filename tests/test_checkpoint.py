@@ -30,6 +30,7 @@ LIKE = jax.tree.map(
 def _save(directory, accuracies, keep=2):
     with Checkpoints(directory, keep) as checkpoints:
         for step, accuracy in accuracies.items():
+            accuracy = None if accuracy is None else np.array([accuracy])
             checkpoints.save(_state(step), {"train": float(step)}, accuracy)
 
 
@@ -66,7 +67,7 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
-    bad = _state(5).replace(params={"kernel": jnp.array([1.0, jnp.nan])})
+    bad = _state(5).replace(params={"kernel": jnp.array([[1.0, jnp.nan]])})
     with Checkpoints(tmp_path, 2) as checkpoints:
         checkpoints.save(_state(3), {}, None)
         with pytest.raises(UserError, match="not finite after step 5"):

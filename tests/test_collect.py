@@ -10,10 +10,13 @@ from cv_jax.errors import UserError
 from cv_jax.tools import collect
 
 
-def _result(seed, accuracy):
-    scores = {"accuracy": {"mean": accuracy}, "loss": {"mean": 1 - accuracy}, "count": 10}
+def _result(seed, *accuracies):
+    values = {"accuracy": list(accuracies), "loss": [1 - a for a in accuracies]}
+    scores = {name: {"values": numbers} for name, numbers in values.items()} | {"count": 10}
+    num_seeds = len(accuracies)
     return {
-        "config": {"seed": seed, "optim": {"lr": 0.1}},
+        "config": {"seed": seed, "num_seeds": num_seeds, "optim": {"lr": 0.1}},
+        "seeds": list(range(seed, seed + num_seeds)),
         "val": None,
         "test": scores,
         "seconds": {"train": 10.0 + seed},
@@ -36,6 +39,14 @@ def test_seeds_are_put_together():
     assert record["flops"]["total"] == 1e9
     assert "val" not in record
     assert collect.row("x", record) == "| x | 60.00 % ± 14.14 | 2 | 10 | cpu | 0123456 |"
+
+
+def test_programs_of_several_seeds_are_put_together():
+    record = collect.collect([_result(0, 0.5), _result(1, 0.7, 0.9)])
+    assert record["seeds"] == [0, 1, 2]
+    assert record["test"]["accuracy"]["values"] == [0.5, 0.7, 0.9]
+    assert record["seconds"]["train"] == pytest.approx((10 + 11) / 3)
+    assert record["config"] == {"optim": {"lr": 0.1}}
 
 
 @pytest.mark.parametrize("key", ["commit", "steps"])

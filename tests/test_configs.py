@@ -72,11 +72,11 @@ def test_every_config_trains_and_every_leaf_is_read(path, tmp_path, monkeypatch)
     train.run(_watch(config, read), tmp_path)
 
     assert flatten(config).keys() - read == set()
-    (_, _, _, steps, sums, flops, _) = results[0]
+    (_, _, _, _, steps, sums, flops, _) = results[0]
     assert steps == 2
     assert flops["training"] > 0
     assert flops["evaluation"] > 0
-    assert sums["test"]["accuracy"][1] == config.data.limit
+    assert sums["test"]["accuracy"][1].tolist() == [config.data.limit]
     assert np.isfinite(sums["test"]["loss"][0])
 
 

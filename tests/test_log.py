@@ -22,16 +22,19 @@ def make_log(tmp_path):
     config = base_config()
     config.batch_size = 10  # 7 steps an epoch
 
-    def make(start_step=0):
+    def make(start_step=0, names=("seed=0",)):
         intervals = Intervals(total=14, log=2, eval=0, save=0)
-        return Log(tmp_path, config, random_dataset().spec, start_step, intervals)
+        return Log(tmp_path, config, random_dataset().spec, names, start_step, intervals)
 
     return make
 
 
 def _metrics(losses):
-    losses = np.array([*losses, 99.0])  # rows past the chunk's end are not read
-    return {"loss": (losses * 10, np.full(len(losses), 10.0)), "lr": (losses, np.ones_like(losses))}
+    losses = np.array([[*losses, 99.0]])  # rows past the chunk's end are not read
+    return {
+        "loss": (losses * 10, np.full(losses.shape, 10.0)),
+        "lr": (losses, np.ones_like(losses)),
+    }
 
 
 def _records(tmp_path):
@@ -56,7 +59,12 @@ def test_a_row_is_the_mean_over_its_steps(make_log, tmp_path, capsys):
         log.train(Chunk(0, 1, False, False, False), _metrics([4.0]))
         log.row()
         log.train(Chunk(1, 2, True, False, False), _metrics([2.0]))
-        log.evals(2, "val", {"loss": 1.5, "accuracy": 0.25, "confusion": np.eye(2)})
+        one_run = {
+            "loss": np.array([1.5]),
+            "accuracy": np.array([0.25]),
+            "confusion": np.eye(2)[None],
+        }
+        log.evals(2, "val", one_run)
         log.row()
     train, val = _records(tmp_path)
     assert (train["step"], train["split"], train["epoch"]) == (2, "train", round(2 / 7, 6))
@@ -91,6 +99,39 @@ def test_a_loss_that_is_not_finite_names_its_step(make_log):
         log.train(Chunk(2, 6, True, False, False), _metrics([1.0, 1.0, math.nan, 1.0]))
 
 
+def test_several_runs_are_written_one_by_one_and_as_their_mean(make_log, tmp_path):
+    with make_log(names=("seed=0", "seed=1")) as log:
+        metrics = {"loss": (np.array([[10.0, 99], [30, 99]]), np.full((2, 2), 10.0))}
+        log.train(Chunk(0, 1, True, False, False), metrics)
+        log.evals(1, "val", {"accuracy": np.array([0.5, 0.7])})
+    train, val = _records(tmp_path)
+    assert train["values"]["loss"] == 2.0
+    assert train["runs"] == {"loss": [1.0, 3.0]}
+    assert val["runs"] == {"accuracy": [0.5, 0.7]}
+    events = _events(tmp_path)
+    assert events["val/accuracy", 1].simple_value == pytest.approx(0.6)
+    std = math.sqrt(0.02)
+    assert events["band/val/accuracy/low", 1].simple_value == pytest.approx(0.6 - std)
+    assert events["band/val/accuracy/high", 1].simple_value == pytest.approx(0.6 + std)
+    own = _events(tmp_path / "runs" / "seed=1")
+    assert own["train/loss", 1].simple_value == 3.0
+
+
+def test_a_run_that_diverges_leaves_the_others_alone(make_log, tmp_path, capsys):
+    def losses(*values):
+        return {"loss": (np.array([values]).T, np.ones((2, 1)))}
+
+    with make_log(names=("lr=1", "lr=9")) as log:
+        log.train(Chunk(0, 1, True, False, False), losses(1.0, 2.0))
+        for step in (1, 2):
+            log.train(Chunk(step, step + 1, True, False, False), losses(1.0, math.nan))
+        with pytest.raises(UserError, match="not finite at step 4"):
+            log.train(Chunk(3, 4, True, False, False), losses(math.inf, math.nan))
+    assert capsys.readouterr().out.count("lr=9: the loss is not finite at step 2") == 1
+    assert [record["values"]["loss"] for record in _records(tmp_path)] == [1.5, 1.0, 1.0]
+    assert _records(tmp_path)[1]["runs"]["loss"] == [1.0, None]
+
+
 def test_a_grid_lays_images_out_in_rows():
     images = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1) / 2
     grid = image_grid(np.broadcast_to(images, (3, 2, 2, 1)), columns=2, gap=1)
@@ -111,8 +152,9 @@ def test_a_confusion_matrix_is_dark_on_a_perfect_diagonal():
 
 
 def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
-    pair = (np.diag([2.0, 3.0]), np.float64(5))
-    sums = {"test": {"accuracy": (np.float64(5), np.float64(5)), "confusion": pair}, "val": {}}
+    count = np.array([5.0])
+    pair = (np.diag([2.0, 3.0])[None], count)
+    sums = {"test": {"accuracy": (count, count), "confusion": pair}, "val": {}}
     with make_log() as log:
         log.finals(14, sums, ["a", "b"])
     events = _events(tmp_path)
@@ -122,7 +164,9 @@ def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
 
 def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError('imported')")
-    code = "import sys, pathlib, cv_jax.log as log; log._open_board(pathlib.Path(sys.argv[1]), 0)"
+    code = (
+        "import sys, pathlib, cv_jax.board as b; b.Board(pathlib.Path(sys.argv[1]), ['seed=0'], 0)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

@@ -79,7 +79,7 @@ def _init(task, keys):
 def _run(training, chunks, way="resident"):
     task, keys, batches = training
     state = _init(task, keys)
-    train_chunk = make_train_chunk(task.train_step, batches[way])
+    train_chunk = jax.jit(make_train_chunk(task.train_step, batches[way]), donate_argnums=0)
     losses, step = [], 0
     for num_steps in chunks:
         feed = batches[way].feed(step, num_steps)

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.slow
 
 
-def _final_arrays(workdir):
+def final_arrays(workdir):
     """All arrays of the newest checkpoint, by path."""
     manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
     step = manager.latest_step()
@@ -29,7 +29,7 @@ def _final_arrays(workdir):
 
 
 def _assert_same_run(one, other):
-    a, b = _final_arrays(one), _final_arrays(other)
+    a, b = final_arrays(one), final_arrays(other)
     assert a.keys() == b.keys()
     assert len(a) > 20
     for path in a:

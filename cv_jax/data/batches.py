@@ -1,7 +1,8 @@
 """Batches as a pure function of (seed, step), from resident arrays or from a stream.
 
 Both ways give the loop the same three functions, and the same batches bit for bit. There is no
-iterator, so nothing of the data's order has to be saved: the step number says it all.
+iterator, so nothing of the data's order has to be saved: the step number says it all. Given the
+keys of several runs, a feed holds what each of them reads; the data itself it holds once.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from cv_jax.data.dataset import Split
 from cv_jax.errors import UserError
-from cv_jax.mesh import batch_sharding, replicated
+from cv_jax.mesh import divide, replicated, run_sharding
 
 # Batches that a stream hands over at once: enough to hide the dispatch, little enough to hold.
 STREAM_STEPS = 8
@@ -37,14 +38,16 @@ class Batches(NamedTuple):
         limit: step -> the most steps that one feed may hold from there on.
         feed: (step, num_steps) -> arrays that hold the batches of these steps. Its shapes never
             change, so that a program compiled for one feed takes them all.
-        pick: (feed, step) -> batch; pure, called inside jit with a traced step.
+        pick: (feed of one run, step) -> batch; pure, called inside jit with a traced step.
         shapes: a batch, as ShapeDtypeStructs.
+        axes: for jax.vmap, where the feed of several runs has its axis of runs: 0 or None.
     """
 
     limit: Callable[[int], int]
     feed: Callable[[int, int], Any]
     pick: Callable[[Any, jax.Array], dict]
     shapes: dict
+    axes: dict[str, int | None]
 
 
 class SplitStream(NamedTuple):
@@ -90,7 +93,7 @@ def _tag(key: jax.Array, index: jax.Array, epoch: jax.Array) -> dict:
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     coin = jax.vmap(partial(jax.random.bits, dtype=jnp.uint32))(keys)
-    return {"index": index, "epoch": jnp.full_like(index, epoch), "coin": coin}
+    return {"index": index, "epoch": jnp.full(index.shape, epoch), "coin": coin}
 
 
 def resident_batches(split: Split, batch_size: int, key: jax.Array, mesh: Mesh) -> Batches:
@@ -99,30 +102,27 @@ def resident_batches(split: Split, batch_size: int, key: jax.Array, mesh: Mesh) 
     Args:
         split: image (m, h, w, c) uint8 and label (m,) int32; a copy goes to every device.
         batch_size: examples in a batch.
-        key: of the data order.
-        mesh: a batch is divided over its axis "data".
+        key: of the data order; or (r,) keys, of r runs.
+        mesh: a batch is divided over its axis "data", runs over "seed".
     """
     steps_per_epoch = _steps_per_epoch(len(split.label), batch_size)
-    everywhere = replicated(mesh)
-    arrays = jax.device_put({"image": np.asarray(split.image), "label": split.label}, everywhere)
-    order_of = jax.jit(
-        partial(epoch_order, num_train=len(split.label), batch_size=batch_size),
-        out_shardings=everywhere,
-    )
+    arrays = {"image": np.asarray(split.image), "label": split.label}
+    arrays = jax.device_put(arrays, replicated(mesh))
+    order_of = _make_order_of(key, len(split.label), batch_size, _own_sharding(key, mesh))
     orders: dict[int, jax.Array] = {}
-    key = jax.device_put(key, everywhere)
+    key = jax.device_put(key, _own_sharding(key, mesh))
 
     def feed(step, num_steps):
         epoch = step // steps_per_epoch
         if epoch not in orders:
             orders.clear()
-            orders[epoch] = order_of(key, epoch)
+            orders[epoch] = order_of(epoch)
         return {**arrays, "order": orders[epoch], "epoch": np.int32(epoch), "key": key}
 
     def pick(feed, step):
         index = feed["order"][step % steps_per_epoch]
         # Each example is found in one of the replicas: the gather moves nothing between devices.
-        index = jax.lax.with_sharding_constraint(index, batch_sharding(mesh))
+        index = divide(index, mesh)
         batch = {name: feed[name][index] for name in ("image", "label")}
         return jax.lax.optimization_barrier({**batch, **_tag(feed["key"], index, feed["epoch"])})
 
@@ -131,6 +131,7 @@ def resident_batches(split: Split, batch_size: int, key: jax.Array, mesh: Mesh) 
         feed=feed,
         pick=pick,
         shapes=_shapes(split.image.shape[1:], batch_size),
+        axes={"image": None, "label": None, "order": 0, "epoch": None, "key": 0},
     )
 
 
@@ -140,14 +141,21 @@ def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: 
     Args:
         source: the training split; `source[indices]` gives these examples as a Split.
         batch_size: examples in a batch.
-        key: of the data order, which is the one of `resident_batches`.
-        mesh: a batch is divided over its axis "data".
+        key: of the data order, which is the one of `resident_batches`; or (r,) keys, of r runs.
+        mesh: a batch is divided over its axis "data", runs over "seed".
     """
     num_train = len(source)
     steps_per_epoch = _steps_per_epoch(num_train, batch_size)
-    order_of = jax.jit(partial(epoch_order, num_train=num_train, batch_size=batch_size))
+    order_of = _make_order_of(key, num_train, batch_size, replicated(mesh))
     orders: dict[int, np.ndarray] = {}
-    key = jax.device_put(key, replicated(mesh))
+    sharding = _own_sharding(key, mesh)
+    key = jax.device_put(key, sharding)
+
+    def fill_up(array):
+        """Zeros for the steps that a feed could hold and does not."""
+        steps_axis = key.ndim
+        spare = STREAM_STEPS - array.shape[steps_axis]
+        return np.pad(array, [(0, spare * (axis == steps_axis)) for axis in range(array.ndim)])
 
     def limit(step):
         return min(STREAM_STEPS, steps_per_epoch - step % steps_per_epoch)
@@ -156,34 +164,45 @@ def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: 
         epoch = step // steps_per_epoch
         if epoch not in orders:
             orders.clear()
-            orders[epoch] = np.asarray(order_of(key, epoch))
+            orders[epoch] = np.asarray(order_of(epoch))
         first = step % steps_per_epoch
-        index = orders[epoch][first : first + num_steps]
+        index = orders[epoch][..., first : first + num_steps, :]
         image, label = source[index.reshape(-1)]
         arrays = {
             "image": np.asarray(image).reshape(*index.shape, *image.shape[1:]),
             "label": np.asarray(label).reshape(index.shape),
             "index": index,
         }
-        spare = STREAM_STEPS - num_steps
-        arrays = {
-            name: np.concatenate([array, np.zeros((spare, *array.shape[1:]), array.dtype)])
-            for name, array in arrays.items()
-        }
-        arrays = jax.device_put(arrays, replicated(mesh))
+        arrays = {name: fill_up(array) for name, array in arrays.items()}
+        arrays = jax.device_put(arrays, sharding)
         return {**arrays, "first": np.int32(step), "epoch": np.int32(epoch), "key": key}
 
     def pick(feed, step):
         i = step - feed["first"]
         batch = {name: feed[name][i] for name in ("image", "label", "index")}
-        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        batch = divide(batch, mesh)
         # The barrier keeps the compiler from shaping the step to where its batch comes from:
         # both ways run the same arithmetic, to the last bit.
         tag = _tag(feed["key"], batch["index"], feed["epoch"])
         return jax.lax.optimization_barrier({**batch, **tag})
 
     image_shape = source[np.arange(1)].image.shape[1:]
-    return Batches(limit, feed, pick, _shapes(image_shape, batch_size))
+    axes = {"image": 0, "label": 0, "index": 0, "first": None, "epoch": None, "key": 0}
+    return Batches(limit, feed, pick, _shapes(image_shape, batch_size), axes)
+
+
+def _own_sharding(key: jax.Array, mesh: Mesh) -> NamedSharding:
+    """Of what each run has of its own, where `key` holds the keys of several."""
+    return run_sharding(mesh) if key.ndim else replicated(mesh)
+
+
+def _make_order_of(
+    key: jax.Array, num_train: int, batch_size: int, sharding: NamedSharding
+) -> Callable[[int], jax.Array]:
+    """Returns epoch -> `epoch_order` of each key, (steps, b) or (r, steps, b)."""
+    order = partial(epoch_order, num_train=num_train, batch_size=batch_size)
+    order = jax.vmap(order, (0, None)) if key.ndim else order
+    return partial(jax.jit(order, out_shardings=sharding), key)
 
 
 def _steps_per_epoch(num_train: int, batch_size: int) -> int:

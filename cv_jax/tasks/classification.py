@@ -49,7 +49,8 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     def augmented(batch: dict, key: jax.Array) -> dict:
         image = _to_unit(batch["image"])
         label = jax.nn.one_hot(batch["label"], spec.num_classes)
-        return augment(key, {**batch, "image": image, "label": label})
+        # The barrier keeps the compiler from augmenting again for each reader of a pixel.
+        return jax.lax.optimization_barrier(augment(key, {**batch, "image": image, "label": label}))
 
     def forward(params, model_state, batch, key, size):
         augment_key, dropout_key = jax.random.split(key)
@@ -120,8 +121,9 @@ def _make_init_variables(model: nn.Module, normalize: Callable, spec: DataSpec) 
     """Returns key -> the model's variables, with what it takes from the training images."""
     from_images = {}
     if hasattr(model, "params_from_images"):
-        images = normalize(_to_unit(jnp.asarray(spec.sample)))
-        from_images = flatten_dict(model.params_from_images(images))
+        with jax.ensure_compile_time_eval():  # also where a task is built in a traced function
+            images = normalize(_to_unit(jnp.asarray(spec.sample)))
+            from_images = flatten_dict(model.params_from_images(images))
 
     def init_variables(key):
         image = jnp.zeros((1, *spec.image_shape), jnp.float32)

@@ -18,37 +18,39 @@ from cv_jax.result import percent, summarize, write_json
 
 
 def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Joins the contents of result.json files, one a seed.
+    """Joins the contents of result.json files, of one seed or several each.
 
     Returns:
-        Of test and val: accuracy and loss as `result.summarize` gives them, and count; the mean
-        seconds of a run; and what all runs have in common.
+        Of test and val: accuracy and loss as `result.summarize` gives them, and count; the seconds
+        of all for each seed; and what all runs have in common.
 
     Raises:
         UserError: the runs differ in more than their seed, or come from different code.
     """
     first = results[0]
     for other in results[1:]:
-        apart = differences(first["config"], other["config"]).keys() - {"seed"}
+        apart = differences(first["config"], other["config"]).keys() - {"seed", "num_seeds"}
         apart |= {key for key in ("commit", "device", "steps") if first[key] != other[key]}
         if apart:
             raise UserError(f"The runs differ in {', '.join(sorted(apart))}, not in seed alone.")
     record = {key: first[key] for key in ("commit", "device", "steps", "epochs", "examples")}
     record["dirty"] = any(result["dirty"] for result in results)
     record["flops"] = first["flops"]
-    record["seeds"] = [result["config"]["seed"] for result in results]
+    record["seeds"] = [seed for result in results for seed in result["seeds"]]
     for split in ("val", "test"):
         if first[split]:
             record[split] = {
-                name: summarize([result[split][name]["mean"] for result in results])
+                name: summarize([v for result in results for v in result[split][name]["values"]])
                 for name in ("accuracy", "loss")
             }
             record[split]["count"] = first[split]["count"]
     record["seconds"] = {
-        name: round(sum(result["seconds"][name] for result in results) / len(results), 1)
+        name: round(sum(result["seconds"][name] for result in results) / len(record["seeds"]), 1)
         for name in first["seconds"]
     }
-    record["config"] = {key: value for key, value in first["config"].items() if key != "seed"}
+    record["config"] = {
+        key: value for key, value in first["config"].items() if key not in ("seed", "num_seeds")
+    }
     return record
 
 

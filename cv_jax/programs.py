@@ -1,0 +1,72 @@
+"""The programs of a training: a task's functions, mapped over the runs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import ml_collections
+
+from cv_jax.data import DataSpec
+from cv_jax.data.batches import Batches
+from cv_jax.evaluate import make_evaluate
+from cv_jax.loop import make_train_chunk
+from cv_jax.runs import Runs, take_run
+from cv_jax.sweep import Sweep
+from cv_jax.tasks import Task, build_task
+from cv_jax.update import RUN_AXES
+
+
+class Programs(NamedTuple):
+    """Functions of all runs; what is not said otherwise has their axis.
+
+    Attributes:
+        init: own -> state; see `runs.Own`.
+        train_chunk: (own, state, feed, num_steps) -> (state, metrics); the state is replaced. See
+            `loop.make_train_chunk`.
+        evals: name -> ((own, state, batches) -> {metric: (sum, count)}), batches without the axis.
+        preview: (own, feed, step) -> (b, h, w, c), some augmented images of the first run.
+    """
+
+    init: Callable
+    train_chunk: Callable
+    evals: dict[str, Callable]
+    preview: Callable
+
+
+def make_programs(
+    config: ml_collections.ConfigDict,
+    spec: DataSpec,
+    task: Task,
+    sweep: Sweep,
+    batches: Batches,
+    runs: Runs,
+) -> Programs:
+    """Maps the functions of `task`, or where values are swept, of the task that they make."""
+
+    def task_of(values):
+        return build_task(sweep.apply(config, values), spec) if values else task
+
+    def init(own):
+        return task_of(own.values).init(own.keys.init)
+
+    def train_chunk(own, state, feed, num_steps):
+        train_step = task_of(own.values).train_step
+        return make_train_chunk(train_step, batches)(state, feed, own.keys.step, num_steps)
+
+    def evaluate(own, state, batches, name):
+        return make_evaluate(task_of(own.values).evals[name], runs.mesh)(state, batches)
+
+    @jax.jit
+    def preview(own, feed, step):
+        own, feed = take_run((own, feed), (0, batches.axes), 0)
+        return task.preview(batches.pick(feed, step), own.keys.step)[:64]
+
+    return Programs(
+        init=runs(init, (0,), RUN_AXES),
+        train_chunk=runs(train_chunk, (0, RUN_AXES, batches.axes, None), (RUN_AXES, 0), 1),
+        evals={
+            name: runs(partial(evaluate, name=name), (0, RUN_AXES, None), 0) for name in task.evals
+        },
+        preview=preview,
+    )

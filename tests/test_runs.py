@@ -1,0 +1,138 @@
+"""Several runs in one program: each is the run that it would be alone."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train
+from cv_jax.mesh import make_mesh
+from cv_jax.runs import Own, Runs, num_runs
+from tests.conftest import on_devices
+from tests.test_resume import final_arrays
+
+
+def _runs(count, mode):
+    names = [f"seed={i}" for i in range(count)]
+    return Runs(names, Own(None, {}), mode, make_mesh(count))
+
+
+@pytest.mark.parametrize("mode", ["in_turn", "batched"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_function_of_one_run_is_mapped(mode, count):
+    def function(own, state, shared):
+        added = shared * state["step"].astype(jnp.float32)
+        total = {"step": state["step"] + 1, "x": state["x"] * own + added}
+        return total, (state["x"].sum(),)
+
+    axes = {"step": None, "x": 0}
+    mapped = _runs(count, mode)(function, (0, axes, None), (axes, 0), replaces=1)
+    x = np.arange(2.0 * count, dtype=np.float32).reshape(count, 2)
+    state, (sums,) = jax.jit(mapped, donate_argnums=1)(
+        jnp.arange(1.0, count + 1), {"step": jnp.int32(3), "x": jnp.array(x)}, jnp.float32(10)
+    )
+    # Each run sees the step as it was before any of them made it.
+    assert state["step"] == 4
+    np.testing.assert_array_equal(state["x"], x * np.arange(1, count + 1)[:, None] + 30)
+    np.testing.assert_array_equal(sums, x.sum(1))
+
+
+def _short(config, **changes):
+    config = config.copy_and_resolve_references()
+    config.epochs = 1.0
+    config.update(changes)
+    return config
+
+
+def _run(config, workdir):
+    result = train.run(config, workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return result, final_arrays(workdir), [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+def test_seeds_in_turn_are_the_single_runs_to_the_bit(tiny_config, tmp_path):
+    together, arrays, records = _run(_short(tiny_config, num_seeds=2), tmp_path / "both")
+    assert together["seeds"] == [0, 1]
+    for seed in (0, 1):
+        config = _short(tiny_config, seed=seed, num_seeds=1)
+        alone, own_arrays, own_records = _run(config, tmp_path / str(seed))
+        for path, array in own_arrays.items():
+            mine = arrays[path] if path.endswith("step']") else arrays[path][[seed]]
+            np.testing.assert_array_equal(mine, array, err_msg=path)
+        for split in ("val", "test"):
+            for name in ("accuracy", "loss"):
+                values = together[split][name]["values"]
+                assert values[seed] == alone[split][name]["mean"]
+        for record, own in zip(records, own_records, strict=True):
+            assert record["runs"]["loss"][seed] == own["values"]["loss"]
+    both = [together["test"]["loss"][key] for key in ("mean", "std")]
+    assert both == [np.mean(values), np.std(values, ddof=1)]
+
+
+@pytest.mark.slow
+def test_seeds_at_once_are_the_single_runs_nearly(tiny_config, tmp_path):
+    losses = {}
+    for mode in ("in_turn", "batched"):
+        config = _short(tiny_config, num_seeds=2, seeds={"mode": mode})
+        _, _, records = _run(config, tmp_path / mode)
+        losses[mode] = records[0]["runs"]["loss"]
+    np.testing.assert_allclose(losses["batched"], losses["in_turn"], rtol=1e-4)
+
+
+TINY = ("--config=configs/digits.py:smoke", "--config.model=n94(widths=(4,))")
+
+
+@pytest.mark.slow
+def test_devices_share_runs_and_batches(train_py, tmp_path):
+    results, losses = {}, {}
+    for devices in (1, 4):  # 4: two runs, each over two devices
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        workdir = tmp_path / str(devices)
+        done = train_py(*TINY, "--config.num_seeds=2", f"--workdir={workdir}", **flags)
+        assert done.returncode == 0, done.stderr
+        results[devices] = json.loads((workdir / "result.json").read_text())
+        first = (workdir / "metrics.jsonl").read_text().splitlines()[0]
+        losses[devices] = json.loads(first)["runs"]["loss"]
+    assert "runs    2: seed=0 ... seed=1; over 2 devices" in done.stdout
+    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-4)
+    for split in ("val", "test"):
+        assert results[4][split]["count"] == results[1][split]["count"]
+
+    # What 4 devices saved goes on where there is one.
+    longer = (*TINY, "--config.num_seeds=2", "--config.steps=6", f"--workdir={tmp_path / '4'}")
+    done = train_py(*longer, XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    assert done.returncode == 0, done.stderr
+    assert "resumes after step 4" in done.stdout
+
+
+def test_the_mesh_gives_runs_their_own_devices_first():
+    assert on_devices(4, "tests.test_runs", "check_mesh").split() == ["1,4", "2,2", "4,1", "2,2"]
+
+
+def check_mesh():
+    for count in (1, 2, 8, 6):
+        mesh = make_mesh(count)
+        print(f"{mesh.shape['seed']},{mesh.shape['data']}")
+
+
+@pytest.mark.slow
+def test_a_sweep_is_a_run_for_each_setting(tiny_config, tmp_path):
+    sweep = (("optim.lr", (0.01, 1e6)), ("augment", ("translate(1)|flip", "translate(2)|flip")))
+    config = _short(tiny_config, num_seeds=2, sweep=sweep)
+    assert num_runs(config) == 8
+    result, _, records = _run(config, tmp_path / "sweep")
+    assert [point["setting"] for point in result["sweep"]] == [
+        {"optim.lr": lr, "augment": augment} for lr in sweep[0][1] for augment in sweep[1][1]
+    ]
+    accuracies = [point["val"]["accuracy"]["mean"] for point in result["sweep"]]
+    assert result["best"] == result["sweep"][int(np.argmax(accuracies))]["setting"]
+    assert result["val"]["accuracy"]["mean"] == max(accuracies)
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+    single = _short(tiny_config, num_seeds=1, seed=1, augment=sweep[1][1][1])
+    _, _, alone = _run(single, tmp_path / "single")
+    mine = [record["runs"]["loss"][3] for record in records]  # the second setting's second seed
+    np.testing.assert_allclose(mine, [record["values"]["loss"] for record in alone], rtol=1e-3)
