@@ -68,7 +68,14 @@ def draw(points: Sequence[Point], public: Sequence[Point]) -> Figure:
     axes.plot(costs, means, "s", color="0.45", label="published")
     for p in public:
         axes.annotate(
-            p.name, (p.pflop, 100 * p.mean), (4, -11), textcoords="offset points", fontsize=7
+            p.name,
+            (p.pflop, 100 * p.mean),
+            (0, -7),
+            textcoords="offset points",
+            fontsize=7,
+            rotation=90,
+            ha="center",
+            va="top",
         )
     axes.set_xscale("log")
     axes.set_xlabel("PFLOP of training and final evaluation")
