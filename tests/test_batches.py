@@ -80,6 +80,23 @@ def test_a_stream_gives_the_same_bits(two_epochs):
     chex.assert_trees_all_equal(picked, two_epochs[5:])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_runs_get_each_their_own_batches(stream):
+    seeds = [3, 7]
+    keys = jax.numpy.stack([jax.random.key(seed) for seed in seeds])
+    if stream:
+        batches = stream_batches(SplitStream(SPLIT), BATCH_SIZE, keys, make_mesh(2))
+    else:
+        batches = resident_batches(SPLIT, BATCH_SIZE, keys, make_mesh(2))
+    together = jax.jit(jax.vmap(batches.pick, (batches.axes, None)))
+    steps = (2, 3, 4)
+    picked = [jax.device_get(together(batches.feed(step, 1), np.int32(step))) for step in steps]
+    for i, seed in enumerate(seeds):
+        alone = resident_batches(SPLIT, BATCH_SIZE, jax.random.key(seed), make_mesh())
+        mine = [jax.tree.map(lambda x, i=i: x[i], batch) for batch in picked]
+        chex.assert_trees_all_equal(mine, _collect(alone, steps))
+
+
 def test_a_feed_never_crosses_the_end_of_an_epoch(resident):
     assert [resident.limit(step) for step in range(5)] == [4, 3, 2, 1, 4]
     long = stream_batches(SplitStream(SPLIT), 2, KEY, make_mesh())

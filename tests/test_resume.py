@@ -41,13 +41,6 @@ def _assert_same_run(one, other):
     assert len(a) == len(b)
 
 
-@pytest.fixture
-def whole(tiny_config, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole")
-    train.run(tiny_config, workdir)
-    return workdir
-
-
 class _StopAfter:
     """A StopRequest that comes after the given step, wherever in an epoch that is."""
 
@@ -64,7 +57,14 @@ class _StopAfter:
         pass
 
 
-def test_stop_in_the_middle_of_an_epoch_and_go_on(whole, tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("several", [False, True], ids=["one run", "four runs from a stream"])
+def test_stop_in_the_middle_of_an_epoch_and_go_on(several, tiny_config, tmp_path, monkeypatch):
+    if several:
+        tiny_config.num_seeds = 2
+        tiny_config.sweep = (("optim.lr", (0.01, 0.02)),)
+        tiny_config.data.stream = True
+    whole, stopping = tmp_path / "whole", tmp_path / "stopping"
+    train.run(tiny_config, whole)
     seen = train.Log
     for step in (1, 6, 13):  # 5 steps an epoch; checkpoints are due every 4
 
@@ -78,11 +78,11 @@ def test_stop_in_the_middle_of_an_epoch_and_go_on(whole, tiny_config, tmp_path, 
         monkeypatch.setattr(train, "Log", Log)
         monkeypatch.setattr(train, "StopRequest", lambda s=step, log=Log: _StopAfter(log, s))
         with pytest.raises(train.Stopped) as stopped:
-            train.run(tiny_config, tmp_path)
+            train.run(tiny_config, stopping)
         assert stopped.value.exit_code == 143
     monkeypatch.undo()
-    train.run(tiny_config, tmp_path)
-    _assert_same_run(whole, tmp_path)
+    train.run(tiny_config, stopping)
+    _assert_same_run(whole, stopping)
 
 
 def _command(workdir, epochs=6):
