@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import train
+from cv_jax.config import base_config
 from tests.conftest import ROOT
 from tests.test_data import examples_of, features_of, prepare_tiny, random_images, to_tfrecord
 
@@ -139,8 +140,8 @@ def test_ctrl_c_outside_of_the_loop_says_how_to_go_on(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "run", interrupted)
-    monkeypatch.setattr(train, "prepare_jax", lambda: None)
-    monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=None))
+    monkeypatch.setattr(train, "prepare_jax", lambda num_runs: None)
+    monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=base_config()))
     monkeypatch.setattr(train, "_WORKDIR", SimpleNamespace(value="runs/x"))
     monkeypatch.setattr(train, "_PROFILE_STEPS", SimpleNamespace(value=0))
     with pytest.raises(SystemExit) as stopped:

@@ -73,11 +73,11 @@ def run_trial(trial: "optuna.Trial", command: list[str], workdir: Path) -> float
             reported = 0
             while process.poll() is None:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-                for step, accuracy in _val_accuracies(workdir):
-                    if step > reported:
-                        trial.report(accuracy, step)
-                        reported = step
-                if reported and trial.should_prune():
+                new = [(step, v) for step, v in _val_accuracies(workdir) if step > reported]
+                for step, accuracy in new:
+                    trial.report(accuracy, step)
+                    reported = step
+                if new and trial.should_prune():
                     raise optuna.TrialPruned()
         finally:
             if process.poll() is None:
@@ -189,7 +189,8 @@ def main() -> None:
     argv = sys.argv[1:]
     at = argv.index("--") if "--" in argv else len(argv)
     arguments, extra = parser.parse_args(argv[:at]), argv[at + 1 :]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for signum in (signal.SIGINT, signal.SIGTERM):  # SIGINT: a shell's "&" has it ignored
+        signal.signal(signum, signal.default_int_handler)
     try:
         try:
             import optuna  # noqa: F401
