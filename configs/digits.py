@@ -15,12 +15,12 @@ from cv_jax.config import base_config, choose
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base_config()
-    config.epochs = 30.0
+    config.epochs = 24.0
     config.batch_size = 64
     config.model = "n94(widths=(32, 64, 64))"
     config.augment = "translate(1)|rotate(10)"
     config.label_smoothing = 0.1
-    config.log_every = config.eval_every = config.checkpoint_every = "5 epochs"
+    config.log_every = config.eval_every = config.checkpoint_every = "4 epochs"
 
     config.data.name = "digits"
     config.data.num_val = 200
@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optim.weight_decay = 1e-2
     config.optim.warmup = "1 epoch"
     config.optim.rules = (
-        ("whiten/kernel", "frozen"),
+        ("whiten/.*", "frozen"),
         (".*", "base"),
     )
     return choose(config, arg)
