@@ -15,9 +15,9 @@ from cv_jax.config import base_config, choose
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base_config()
-    config.epochs = 24.0
+    config.epochs = 20.0
     config.batch_size = 64
-    config.model = "n94(widths=(32, 64, 64))"
+    config.model = "n94(widths=(32, 64))"
     config.augment = "translate(1)|rotate(10)"
     config.label_smoothing = 0.1
     config.log_every = config.eval_every = config.checkpoint_every = "4 epochs"

@@ -35,10 +35,11 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
     n, mean = len(values), float(np.mean(values))
     std = ci95 = None
     if n > 1:
-        from scipy import stats  # slow to import, and most runs have one seed
+        # Slow to import, and most runs have one seed; scipy.stats is three times slower still.
+        from scipy.special import stdtrit
 
         std = float(np.std(values, ddof=1))
-        half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5
+        half = float(stdtrit(n - 1, 0.975)) * std / n**0.5
         ci95 = [mean - half, mean + half]
     return {"mean": mean, "std": std, "ci95": ci95, "n": n, "values": values}
 

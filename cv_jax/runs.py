@@ -126,6 +126,8 @@ def _alone(function, in_axes, out_axes):
 
 
 def _in_turn(function, in_axes, out_axes, replaces, count):
+    function = jax.jit(function)  # so that it is traced once, for its shapes and for the loop
+
     def mapped(*args):
         def one(i, args):
             return function(*take_run(args, in_axes, i))
