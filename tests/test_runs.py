@@ -39,6 +39,21 @@ def test_a_function_of_one_run_is_mapped(mode, count):
     np.testing.assert_array_equal(sums, x.sum(1))
 
 
+def test_runs_in_turn_take_the_memory_of_one_and_their_states():
+    def function(own, x):
+        return jnp.sort(own * jnp.outer(x, x), axis=1)[:, 7], x.sum()  # 4 MB between them
+
+    temporary = {}
+    for count in (2, 6):
+        mapped = jax.jit(_runs(count, "in_turn")(function, (0, 0), (0, 0), 1), donate_argnums=1)
+        own, x = jnp.arange(1.0, count + 1), jnp.ones((count, 1000))
+        memory = mapped.lower(own, x).compile().memory_analysis()
+        assert memory.alias_size_in_bytes == x.nbytes
+        temporary[count] = memory.temp_size_in_bytes
+    assert temporary[2] > 4e6
+    assert temporary[6] < temporary[2] + x.nbytes
+
+
 def _short(config, **changes):
     config = config.copy_and_resolve_references()
     config.epochs = 1.0
