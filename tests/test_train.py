@@ -34,7 +34,8 @@ def _result(workdir):
 
 
 def test_a_run_leaves_what_it_should(train_py, tmp_path):
-    done = train_py(*TINY, f"--workdir={tmp_path}")
+    rules = "--config.optim.rules=(('whiten/kernel', 'frozen'), ('.*', 'base'))"
+    done = train_py(*TINY, rules, f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"config.json", "env.json", "metrics.jsonl", "checkpoints", "result.json"}
