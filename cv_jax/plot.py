@@ -48,10 +48,12 @@ def draw_sweep(points: list[dict[str, Any]], best: dict[str, Any]) -> Figure:
     )
     if numeric and min(values[x_key]) > 0 and max(values[x_key]) >= 10 * min(values[x_key]):
         axes.set_xscale("log")
+    if numeric:
+        axes.set_xticks(values[x_key], [f"{x:g}" for x in values[x_key]])
+        axes.minorticks_off()
     seeds = chosen["val"]["accuracy"]["n"]
-    axes.set(
-        xlabel=f"config.{x_key}", ylabel="accuracy on val, %", title=f"{seeds} seeds a setting"
-    )
+    title = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed a setting"
+    axes.set(xlabel=f"config.{x_key}", ylabel="accuracy on val, %", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
