@@ -2,10 +2,11 @@
 
     python train.py --config=configs/digits.py
 
-The 1,797 images that scikit-learn ships, and a narrow n94. Rate and length were chosen on val.
+The 1,797 images that scikit-learn ships, and a narrow n94 of two groups: a third one would see one
+pixel. Rate, length and widths were chosen on val, over 32 seeds.
 
-Measured: test accuracy 99.11 % (98.61 to 99.72 over 5 seeds, 360 images), 4 s of training on 2 CPU
-cores (results/digits.json).
+Measured: test accuracy 98.65 % ± 0.57 (n = 32, 360 images), half a second of training a seed where
+32 of them share two CPU cores (results/digits.json); a single run trains for 0.8 s.
 """
 
 import ml_collections

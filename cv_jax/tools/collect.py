@@ -56,10 +56,10 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def row(name: str, record: dict[str, Any]) -> str:
     """A row of README's table: config, accuracy, n, seconds, hardware, commit."""
-    accuracy = record["test"]["accuracy"]
+    accuracy, seconds = record["test"]["accuracy"], record["seconds"]["train"]
     return (
         f"| {name} | {percent(accuracy['mean'], accuracy['std'])} | {accuracy['n']} "
-        f"| {record['seconds']['train']:.0f} | {record['device']} | {record['commit'][:7]} |"
+        f"| {seconds:.{0 if seconds >= 10 else 1}f} | {record['device']} | {record['commit'][:7]} |"
     )
 
 
