@@ -37,20 +37,14 @@ from cv_jax.errors import UserError
 from cv_jax.evaluate import Evaluator, means
 from cv_jax.flops import evaluation_flops, step_flops, training_flops
 from cv_jax.log import Log
-from cv_jax.loop import (
-    Clock,
-    Stopped,
-    StopRequest,
-    compile_train_chunk,
-    make_intervals,
-    plan_chunks,
-)
+from cv_jax.loop import Clock, compile_train_chunk, make_intervals, plan_chunks
 from cv_jax.mesh import check_batch_size
 from cv_jax.profile import Profiler
 from cv_jax.programs import make_programs
 from cv_jax.result import finished_result, print_result, write_environment, write_result
 from cv_jax.runs import make_runs, num_runs
 from cv_jax.startup import jit_once, prepare_jax
+from cv_jax.stopping import Stopped, StopRequest, raise_when_signalled
 from cv_jax.sweep import check_sweep, make_sweep
 from cv_jax.tasks import build_task
 
@@ -81,55 +75,61 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     check_sweep(sweep, config, data.spec, batches.shapes)
     programs = make_programs(config, data.spec, task, sweep, batches, runs)
 
-    changes = adopt_workdir(workdir, config)
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    init = jit_once(programs.init, out_shardings=runs.state_sharding)
-    restored = checkpoints.restore_latest(like=init.eval_shape(runs.own))
-    with clock("compile"):
-        state, seconds = restored or (init(runs.own), {})
-    clock.add(seconds)
-    if result := finished_result(workdir, int(state.step), intervals.total):
-        print(f"{workdir}: this run is complete.")
-        return result
+    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
+        changes = adopt_workdir(workdir, config)
+        init = jit_once(programs.init, out_shardings=runs.state_sharding)
+        restored = checkpoints.restore_latest(like=init.eval_shape(runs.own))
+        with clock("compile"):
+            state, seconds = restored or (init(runs.own), {})
+        clock.add(seconds)
+        if result := finished_result(workdir, int(state.step), intervals.total):
+            print(f"{workdir}: this run is complete.")
+            return result
 
-    write_environment(workdir)
-    train_chunk = compile_train_chunk(programs.train_chunk, runs.own, state, batches, clock)
-    evaluate = Evaluator(programs.evals, runs.own, data, config.eval_batch_size, runs.mesh, clock)
-    log = Log(workdir, config, data.spec, runs.names, int(state.step), intervals)
+        write_environment(workdir)
+        train_chunk = compile_train_chunk(programs.train_chunk, runs.own, state, batches, clock)
+        evaluate = Evaluator(
+            programs.evals, runs.own, data, config.eval_batch_size, runs.mesh, clock
+        )
+        log = Log(workdir, config, data.spec, runs.names, int(state.step), intervals)
 
-    def last_step_flops() -> int:
-        return len(runs.names) * step_flops(task, batches.shapes, int(state.step) - 1)
+        def last_step_flops() -> int:
+            return len(runs.names) * step_flops(task, batches.shapes, int(state.step) - 1)
 
-    num_left = intervals.total - int(state.step)
-    profiler = Profiler(profile_steps, num_left, workdir, config.dtype, last_step_flops, log, clock)
-    with checkpoints, log, profiler:
-        log.begin(changes, [*task.notes, *runs.notes])
-        log.preview(programs.preview(runs.own, batches.feed(int(state.step), 1), state.step))
-        with StopRequest() as stop, clock("train"):
-            for chunk in plan_chunks(int(state.step), intervals, batches.limit, profiler.pace):
-                with profiler(chunk):
-                    feed = batches.feed(chunk.start, chunk.num_steps)
-                    state, metrics = train_chunk(runs.own, state, feed, np.int32(chunk.num_steps))
-                    log.train(chunk, metrics)
-                val = means(evaluate("watch", state, "val")) if chunk.evals else {}
-                log.evals(chunk.end, "val", val)
-                if chunk.saves or stop.requested:
-                    log.settle()
-                    with clock("save"):
-                        checkpoints.save(state, clock.read(), val.get("accuracy"))
-                log.row()
-                if stop.requested:
-                    raise Stopped(stop.signum, chunk.end)
-        sums = {split: evaluate("final", state, split) for split in ("val", "test")}
-        log.finals(intervals.total, sums, data.spec.class_names)
-    num_evaluated = data.spec.num_val + data.spec.num_test
-    flops = {
-        "training": training_flops(task, batches.shapes, intervals.total),
-        "evaluation": evaluation_flops(task, data.spec, num_evaluated),
-    }
-    return write_result(
-        workdir, config, data.spec, sweep.settings, intervals.total, sums, flops, clock.read()
-    )
+        num_left = intervals.total - int(state.step)
+        profiler = Profiler(
+            profile_steps, num_left, workdir, config.dtype, last_step_flops, log, clock
+        )
+        with log, profiler:
+            log.begin(changes, [*task.notes, *runs.notes])
+            log.preview(programs.preview(runs.own, batches.feed(int(state.step), 1), state.step))
+            with StopRequest() as stop, clock("train"):
+                for chunk in plan_chunks(int(state.step), intervals, batches.limit, profiler.pace):
+                    with profiler(chunk):
+                        feed = batches.feed(chunk.start, chunk.num_steps)
+                        state, metrics = train_chunk(
+                            runs.own, state, feed, np.int32(chunk.num_steps)
+                        )
+                        log.train(chunk, metrics)
+                    val = means(evaluate("watch", state, "val")) if chunk.evals else {}
+                    log.evals(chunk.end, "val", val)
+                    if chunk.saves or stop.requested:
+                        log.settle()
+                        with clock("save"):
+                            checkpoints.save(state, clock.read(), val.get("accuracy"))
+                    log.row()
+                    if stop.requested:
+                        raise Stopped(stop.signum, chunk.end)
+            sums = {split: evaluate("final", state, split) for split in ("val", "test")}
+            log.finals(intervals.total, sums, data.spec.class_names)
+        num_evaluated = data.spec.num_val + data.spec.num_test
+        flops = {
+            "training": training_flops(task, batches.shapes, intervals.total),
+            "evaluation": evaluation_flops(task, data.spec, num_evaluated),
+        }
+        return write_result(
+            workdir, config, data.spec, sweep.settings, intervals.total, sums, flops, clock.read()
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -138,14 +138,12 @@ def main(argv: list[str]) -> None:
     workdir = Path(
         _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     )
+    raise_when_signalled()
     try:
         prepare_jax(num_runs(_CONFIG.value))
         print_result(run(_CONFIG.value, workdir, _PROFILE_STEPS.value), workdir)
     except UserError as error:
         sys.exit(fail(error))
-    except KeyboardInterrupt:
-        print(f"Interrupted. To go on:\n  {resume_command(sys.argv, workdir)}")
-        sys.exit(130)
     except Stopped as stopped:
         print(f"Stopped by {stopped}. To go on:\n  {resume_command(sys.argv, workdir)}")
         sys.exit(stopped.exit_code)

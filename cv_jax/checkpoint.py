@@ -12,6 +12,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from cv_jax.errors import UserError
 from cv_jax.evaluate import finite_mean
+from cv_jax.lock import Lock
 from cv_jax.startup import jit_once
 
 
@@ -19,11 +20,15 @@ class Checkpoints:
     """The checkpoints under `<workdir>/checkpoints`: the newest few and the best on val.
 
     Args:
-        workdir: the run's directory.
+        workdir: the run's directory; no other process can have it meanwhile.
         keep: how many of the newest are kept.
+
+    Raises:
+        UserError: another process has it, or nothing can be written there.
     """
 
     def __init__(self, workdir: Path, keep: int):
+        self._lock = Lock(workdir)
         self._directory = workdir.absolute() / "checkpoints"
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(
@@ -124,6 +129,7 @@ class Checkpoints:
     def __exit__(self, *exc: object) -> None:
         """Waits until what was saved is on the disk, also when the training ends in an error."""
         self._manager.close()
+        self._lock.close()
 
 
 @jit_once

@@ -1,18 +1,19 @@
 """Exact evaluation: every example counts once, whatever the batch size and the device count."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from cv_jax.data import Dataset, Split
 from cv_jax.errors import UserError, nearest
 from cv_jax.loop import Clock
-from cv_jax.mesh import divide
+from cv_jax.mesh import batch_sharding
 
 _Logits = Callable[[jax.Array], jax.Array]
 
@@ -52,54 +53,46 @@ def find_tta(name: str) -> Callable[[_Logits, jax.Array], jax.Array]:
     return TTA[name]
 
 
-def padded_batches(split: Split, batch_size: int) -> dict[str, np.ndarray]:
-    """Lays a split out as whole batches: image (k, b, h, w, c), label (k, b), mask (k, b).
+def padded_batches(split: Split, batch_size: int) -> list[dict[str, np.ndarray]]:
+    """Lays a split out as whole batches: image (b, h, w, c), label (b,), mask (b,).
 
     The last batch is filled up with zeros, for which the mask is 0.
     """
     count = len(split.label)
-    k = -(-count // batch_size)
 
-    def lay_out(array):
-        padded = np.zeros((k * batch_size, *array.shape[1:]), array.dtype)
-        padded[:count] = array
-        return padded.reshape(k, batch_size, *array.shape[1:])
+    def part(array, start):
+        rows = array[start : start + batch_size]
+        padded = np.zeros((batch_size, *array.shape[1:]), array.dtype)
+        padded[: len(rows)] = rows
+        return padded
 
-    mask = np.ones(count, np.float32)
-    return {
-        "image": lay_out(split.image),
-        "label": lay_out(split.label),
-        "mask": lay_out(mask),
-    }
+    arrays = {"image": split.image, "label": split.label, "mask": np.ones(count, np.float32)}
+    return [
+        {name: part(array, start) for name, array in arrays.items()}
+        for start in range(0, count, batch_size)
+    ]
 
 
-def make_evaluate(eval_fn: Callable, mesh: Mesh) -> Callable[[Any, dict], dict]:
-    """Builds (state, batches) -> {metric: (sum, count)}: all batches in one dispatch.
+def sum_batches(evaluate: Callable[[dict], dict], batches: Iterable[dict]) -> dict:
+    """Adds up {metric: (sum, count)} over batches, on the host in float64.
 
-    Args:
-        eval_fn: (state, batch) -> {metric: (sum, count)}.
-        mesh: each batch is divided over its axis "data".
+    A dispatch for each, so that a signal waits for two batches at most: one is computed while the
+    numbers of the one before are fetched.
     """
-    eval_fn = jax.jit(eval_fn)  # so that it is traced once, for its shapes and for the scan
-
-    def evaluate(state, batches):
-        def add_batch(sums, batch):
-            return jax.tree.map(jnp.add, sums, eval_fn(state, divide(batch, mesh))), None
-
-        first = jax.tree.map(lambda x: x[0], batches)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(eval_fn, state, first)
-        )
-        return jax.lax.scan(add_batch, zeros, batches)[0]
-
-    return jax.jit(evaluate)
+    fetched, dispatched = [], None
+    for batch in batches:
+        before, dispatched = dispatched, evaluate(batch)
+        if before is not None:
+            fetched.append(jax.device_get(before))
+    fetched.append(jax.device_get(dispatched))
+    return jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *fetched)
 
 
 class Evaluator:
     """Evaluates splits; each goes to the devices once, and each program is compiled once.
 
     Args:
-        evals: name -> ((own, state, batches) -> {metric: (sum, count)}), see `programs.Programs`.
+        evals: name -> ((own, state, batch) -> {metric: (sum, count)}), see `programs.Programs`.
         own: of the runs.
         data: its attributes are the splits.
         batch_size: examples at a time, rounded up to a multiple of the devices that share them.
@@ -120,9 +113,9 @@ class Evaluator:
         self._own = own
         self._data = data
         self._batch_size = batch_size
-        self._sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+        self._sharding = batch_sharding(mesh)
         self._clock = clock
-        self._batches: dict[str, dict] = {}
+        self._batches: dict[str, list[dict]] = {}
         self._programs: dict[tuple[str, str], Callable] = {}
 
     def __call__(self, name: str, state: Any, split: str) -> dict:
@@ -137,12 +130,12 @@ class Evaluator:
                 batch_size = -(-batch_size // sharing) * sharing
                 laid_out = padded_batches(arrays, batch_size)
                 self._batches[split] = jax.device_put(laid_out, self._sharding)
-            args = (self._own, state, self._batches[split])
+            batches = self._batches[split]
             if (name, split) not in self._programs:
                 with self._clock("compile"):
-                    evaluate = jax.jit(self._evals[name])
-                    self._programs[name, split] = evaluate.lower(*args).compile()
-            return jax.device_get(self._programs[name, split](*args))
+                    evaluate = jax.jit(self._evals[name]).lower(self._own, state, batches[0])
+                    self._programs[name, split] = evaluate.compile()
+            return sum_batches(partial(self._programs[name, split], self._own, state), batches)
 
 
 def means(metrics: dict) -> dict:

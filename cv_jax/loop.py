@@ -1,7 +1,6 @@
-"""The loop's parts: which steps run in one dispatch, the dispatch, the clock, and stopping."""
+"""The loop's parts: which steps run in one dispatch, the dispatch, and the clock."""
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -190,36 +189,3 @@ class Pace:
         self._mark += seconds
         self.seconds_per_step = seconds / num_steps
         return seconds
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has saved its state."""
-
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"{signal.Signals(signum).name} after step {step}")
-        self.exit_code = 128 + signum
-
-
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request; the second stops the program at once."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-
-    @property
-    def requested(self) -> bool:
-        return self.signum is not None
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        for signum in self._before:
-            signal.signal(signum, self._note)
-        return self
-
-    def _note(self, signum: int, frame: Any) -> None:
-        self.signum = signum
-        self.__exit__()
-
-    def __exit__(self, *exc: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)

@@ -9,8 +9,8 @@ import ml_collections
 
 from cv_jax.data import DataSpec
 from cv_jax.data.batches import Batches
-from cv_jax.evaluate import make_evaluate
 from cv_jax.loop import make_train_chunk
+from cv_jax.mesh import divide
 from cv_jax.runs import Runs, take_run
 from cv_jax.sweep import Sweep
 from cv_jax.tasks import Task, build_task
@@ -24,7 +24,7 @@ class Programs(NamedTuple):
         init: own -> state; see `runs.Own`.
         train_chunk: (own, state, feed, num_steps) -> (state, metrics); the state is replaced. See
             `loop.make_train_chunk`.
-        evals: name -> ((own, state, batches) -> {metric: (sum, count)}), batches without the axis.
+        evals: name -> ((own, state, batch) -> {metric: (sum, count)}), the batch without the axis.
         preview: (own, feed, step) -> (b, h, w, c), some augmented images of the first run.
     """
 
@@ -54,8 +54,8 @@ def make_programs(
         train_step = task_of(own.values).train_step
         return make_train_chunk(train_step, batches)(state, feed, own.keys.step, num_steps)
 
-    def evaluate(own, state, batches, name):
-        return make_evaluate(task_of(own.values).evals[name], runs.mesh)(state, batches)
+    def evaluate(own, state, batch, name):
+        return task_of(own.values).evals[name](state, divide(batch, runs.mesh))
 
     @jax.jit
     def preview(own, feed, step):

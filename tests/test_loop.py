@@ -1,6 +1,5 @@
 """Chunks: what is due when, and that the way steps fall into dispatches changes no bit."""
 
-import signal
 import time
 
 import chex
@@ -15,7 +14,6 @@ from cv_jax.loop import (
     Clock,
     Intervals,
     Pace,
-    StopRequest,
     make_intervals,
     make_train_chunk,
     plan_chunks,
@@ -151,13 +149,3 @@ def test_pace_fills_half_a_second(monkeypatch):
     assert pace() == 1
     assert pace.finished(10) == pytest.approx(0.1)
     assert pace() in (49, 50)
-
-
-def test_the_first_signal_asks_and_the_second_stops():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        assert not stop.requested
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.requested
-        assert signal.getsignal(signal.SIGTERM) is before
-    assert stop.signum == signal.SIGTERM

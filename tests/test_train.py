@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -138,9 +139,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(train_py, tmp_path):
 
 def test_ctrl_c_outside_of_the_loop_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(config, workdir, profile_steps):
-        raise KeyboardInterrupt
+        raise train.Stopped(signal.SIGINT)
 
     monkeypatch.setattr(train, "run", interrupted)
+    monkeypatch.setattr(train, "raise_when_signalled", lambda: None)
     monkeypatch.setattr(train, "prepare_jax", lambda num_runs: None)
     monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=base_config()))
     monkeypatch.setattr(train, "_WORKDIR", SimpleNamespace(value="runs/x"))

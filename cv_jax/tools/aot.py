@@ -40,14 +40,14 @@ import ml_collections
 import numpy as np
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import config_flags
 
 from cv_jax.config import check, check_command_line
 from cv_jax.data import Dataset, Split, load_dataset
 from cv_jax.data.batches import make_batches
 from cv_jax.errors import UserError, nearest
-from cv_jax.evaluate import make_evaluate, padded_batches
+from cv_jax.evaluate import padded_batches
 from cv_jax.flops import count_flops
 from cv_jax.keys import derive_keys
 from cv_jax.mesh import batch_sharding, check_batch_size, make_mesh, replicated
@@ -238,9 +238,8 @@ def compile_steps(
 
     size = min(config.eval_batch_size, data.spec.num_test)
     size = -(-size // mesh.size) * mesh.size
-    one = padded_batches(Split(*(array[:1] for array in data.test)), size)
-    evaluate = make_evaluate(task.evals["final"], mesh)
-    evaluated = _placed(one, NamedSharding(mesh, PartitionSpec(None, "data")))
+    (one,) = padded_batches(Split(*(array[:1] for array in data.test)), size)
+    evaluate, evaluated = jax.jit(task.evals["final"]), _placed(one, divided)
     return {
         "train": cost(step, (state, batch, key), resident, chip, mesh.size),
         "eval": cost(evaluate, (state, evaluated), 0, chip, mesh.size),

@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM: a run ends in order, and says how to go on."""
+
+import signal
+from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the program; whatever it had to save by then is saved.
+
+    No Exception: nothing on the way up takes it for a damaged file.
+    """
+
+    def __init__(self, signum: int, step: int | None = None):
+        after = "" if step is None else f" after step {step}"
+        super().__init__(f"{signal.Signals(signum).name}{after}")
+        self.exit_code = 128 + signum
+
+
+def raise_when_signalled() -> None:
+    """Makes SIGINT and SIGTERM raise Stopped; another SIGTERM then kills.
+
+    In the training loop StopRequest takes their place. What is being saved in the background ends
+    before the program does.
+    """
+
+    def stop(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Stopped(signum)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request; the second stops the program at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signum is not None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for signum in self._before:
+            signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        self.__exit__()
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)

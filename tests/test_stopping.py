@@ -1,0 +1,86 @@
+"""Signals end a run in order, and a work directory has one owner at a time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cv_jax.errors import UserError
+from cv_jax.lock import Lock
+from cv_jax.stopping import Stopped, StopRequest, raise_when_signalled
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def handlers():
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_the_first_signal_asks_and_the_second_stops():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert stop.signum == signal.SIGTERM
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_elsewhere_a_signal_is_raised_and_the_second_kills(handlers, signum):
+    raise_when_signalled()
+    with pytest.raises(Stopped, match=signum.name) as stopped:
+        signal.raise_signal(signum)
+    assert stopped.value.exit_code == 128 + signum
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_sigterm_while_it_compiles(tmp_path):
+    command = [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={tmp_path}"]
+    cold = {**os.environ, "JAX_PLATFORMS": "cpu", "CV_JAX_CACHE": str(tmp_path / "cache")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=cold, **pipes)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "env.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 143, output
+    assert "Stopped by SIGTERM. To go on:" in output
+    assert "Traceback" not in output
+
+
+def test_a_directory_has_one_owner(tmp_path):
+    file = Lock(tmp_path / "run")
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*another --workdir"):
+        Lock(tmp_path / "run")
+    file.close()
+    Lock(tmp_path / "run").close()
+
+
+def test_a_lock_does_not_outlive_its_owner(tmp_path):
+    code = f"import pathlib, cv_jax.lock as l; f = l.Lock(pathlib.Path({str(tmp_path)!r})); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "lock").exists() or not (tmp_path / "lock").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(UserError, match=f"process {owner.pid}"):
+        Lock(tmp_path)
+    owner.kill()
+    owner.communicate()
+    Lock(tmp_path).close()
+
+
+def test_a_directory_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run \(Not a directory\); choose another --workdir"):
+        Lock(tmp_path / "file" / "run")
