@@ -122,14 +122,15 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                         raise Stopped(stop.signum, chunk.end)
             sums = {split: evaluate("final", state, split) for split in ("val", "test")}
             log.finals(intervals.total, sums, data.spec.class_names)
-        num_evaluated = data.spec.num_val + data.spec.num_test
-        flops = {
-            "training": training_flops(task, batches.shapes, intervals.total),
-            "evaluation": evaluation_flops(task, data.spec, num_evaluated),
-        }
-        return write_result(
-            workdir, config, data.spec, sweep.settings, intervals.total, sums, flops, clock.read()
-        )
+
+    num_evaluated = data.spec.num_val + data.spec.num_test
+    flops = {
+        "training": training_flops(task, batches.shapes, intervals.total),
+        "evaluation": evaluation_flops(task, data.spec, num_evaluated),
+    }
+    return write_result(
+        workdir, config, data.spec, sweep.settings, intervals.total, sums, flops, clock.read()
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -25,6 +25,9 @@ MAY_CHANGE = {
     "data.dir",
 }
 
+# The leaves in which runs of one experiment differ.
+SEED_KEYS = {"seed", "num_seeds"}
+
 
 def base_config() -> ml_collections.ConfigDict:
     """Returns the config that every experiment starts from: all leaves there are.

@@ -116,7 +116,7 @@ class Evaluator:
         self._sharding = batch_sharding(mesh)
         self._clock = clock
         self._batches: dict[str, list[dict]] = {}
-        self._programs: dict[tuple[str, str], Callable] = {}
+        self._programs: dict[tuple[str, int], Callable] = {}
 
     def __call__(self, name: str, state: Any, split: str) -> dict:
         """Returns {metric: (sum, count)} of all runs, on the host; {} for an empty split."""
@@ -131,11 +131,12 @@ class Evaluator:
                 laid_out = padded_batches(arrays, batch_size)
                 self._batches[split] = jax.device_put(laid_out, self._sharding)
             batches = self._batches[split]
-            if (name, split) not in self._programs:
+            program = (name, len(batches[0]["label"]))  # splits with batches of one size share it
+            if program not in self._programs:
                 with self._clock("compile"):
                     evaluate = jax.jit(self._evals[name]).lower(self._own, state, batches[0])
-                    self._programs[name, split] = evaluate.compile()
-            return sum_batches(partial(self._programs[name, split], self._own, state), batches)
+                    self._programs[program] = evaluate.compile()
+            return sum_batches(partial(self._programs[program], self._own, state), batches)
 
 
 def means(metrics: dict) -> dict:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cv_jax.config import differences
+from cv_jax.config import SEED_KEYS, differences
 from cv_jax.errors import UserError
 from cv_jax.result import percent, summarize, write_json
 
@@ -29,7 +29,7 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     first = results[0]
     for other in results[1:]:
-        apart = differences(first["config"], other["config"]).keys() - {"seed", "num_seeds"}
+        apart = differences(first["config"], other["config"]).keys() - SEED_KEYS
         apart |= {key for key in ("commit", "device", "steps") if first[key] != other[key]}
         if apart:
             raise UserError(f"The runs differ in {', '.join(sorted(apart))}, not in seed alone.")
@@ -48,9 +48,8 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         name: round(sum(result["seconds"][name] for result in results) / len(record["seeds"]), 1)
         for name in first["seconds"]
     }
-    record["config"] = {
-        key: value for key, value in first["config"].items() if key not in ("seed", "num_seeds")
-    }
+    config = first["config"].items()
+    record["config"] = {key: value for key, value in config if key not in SEED_KEYS}
     return record
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from cv_jax.config import differences
+from cv_jax.config import SEED_KEYS, differences
 from cv_jax.errors import UserError
 from cv_jax.result import summarize, write_json
 
@@ -56,9 +56,7 @@ def compare(runs: dict[str, dict[str, Any]], split: str, metric: str) -> dict[st
                 "of": name,
                 "from": first,
                 **difference(values[first], values[name], paired),
-                "config": {
-                    key: pair for key, pair in apart.items() if key not in ("seed", "num_seeds")
-                },
+                "config": {key: pair for key, pair in apart.items() if key not in SEED_KEYS},
             }
         )
     return report
