@@ -113,12 +113,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                         log.train(chunk, metrics)
                     val = means(evaluate("watch", state, "val")) if chunk.evals else {}
                     log.evals(chunk.end, "val", val)
-                    if chunk.saves or stop.requested:
+                    stops = stop.requested  # looked at once: what stops the run has been saved
+                    if chunk.saves or stops:
                         log.settle()
                         with clock("save"):
                             checkpoints.save(state, clock.read(), val.get("accuracy"))
                     log.row()
-                    if stop.requested:
+                    if stops:
                         raise Stopped(stop.signum, chunk.end)
             sums = {split: evaluate("final", state, split) for split in ("val", "test")}
             log.finals(intervals.total, sums, data.spec.class_names)

@@ -85,6 +85,31 @@ def test_stop_in_the_middle_of_an_epoch_and_go_on(several, tiny_config, tmp_path
     _assert_same_run(whole, stopping)
 
 
+class _StopLater:
+    """A StopRequest that comes just after it was looked at for the first time."""
+
+    signum = signal.SIGTERM
+
+    def __init__(self):
+        self._looks = iter([False])
+
+    requested = property(lambda self: next(self._looks, True))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+
+def test_a_run_is_stopped_after_a_step_that_it_has_saved(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "StopRequest", _StopLater)
+    with pytest.raises(train.Stopped) as stopped:
+        train.run(tiny_config, tmp_path)
+    step = str(stopped.value).removeprefix("SIGTERM after step ")
+    assert (tmp_path / "checkpoints" / step).is_dir()
+
+
 def _command(workdir, epochs=6):
     return [
         sys.executable,
