@@ -248,7 +248,7 @@ def test_digits_on_one_and_on_eight_chips(tmp_path, monkeypatch):
 
     # 20 GB of images are more than a chip holds; a stream holds 8 batches of them.
     blank = (*command, "--topology=v5e", "--images=300000000x8x8x1", "--num_classes=10")
-    # So long a cosine is rounded to 0 before its end, where nothing is differentiated: not that step.
+    # So long a cosine is rounded to 0 before its end, and there nothing is differentiated.
     long = ("--config.steps=50000", "--config.optim.warmup=never")
     resident = _aot(*blank, *long)
     streamed = _aot(*blank, *long, "--config.data.stream=True", f"--out={file}")
