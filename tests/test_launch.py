@@ -161,8 +161,11 @@ def test_what_sigterm_ends_starts_again():
     rule = job["podFailurePolicy"]["rules"][0]
     container = job["template"]["spec"]["containers"][0]["name"]
     assert rule["onExitCodes"] == {"containerName": container, "operator": "In", "values": [143]}
-    recovery = _yaml("skypilot.yaml")["resources"]["job_recovery"]
-    assert recovery["recover_on_exit_codes"] == [143]
+    task = _yaml("skypilot.yaml")
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
+    # The shell is replaced: the process that gets the signal is the one that trains.
+    commands = (_script("jobset.yaml")[-1], task["run"])
+    assert all(text.splitlines()[-1].startswith("exec ") for text in commands)
 
 
 @pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sbatch"])
