@@ -97,8 +97,8 @@ def test_the_estimate_of_a_small_program():
     report = aot.estimate(TEXT, CHIP, n=4, flops=1000.0)
     assert report["unestimated_bytes"] == {"select-and-scatter": 320}
     assert report["collectives"] == {
-        "all-reduce": {"count": 1, "bytes": 160},
-        "all-gather": {"count": 1, "bytes": 512},
+        "all-reduce": {"count": 1, "bytes": 160, "largest_bytes": 160},
+        "all-gather": {"count": 1, "bytes": 512, "largest_bytes": 512},
     }
     estimated = report["estimated"]
     assert estimated["cycles"] == 1600
@@ -171,6 +171,21 @@ def test_a_wrong_config_is_refused_as_by_training(argument, message, monkeypatch
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("images", ["10x8x8", "10x8x8x0", "10x8x8xc", "10,8,8,1"])
+def test_images_of_a_wrong_shape_are_named(images):
+    with pytest.raises(UserError, match=f"--images={images} --num_classes=3: write the number of"):
+        aot.blank_dataset(images, 3)
+
+
+def test_a_data_set_of_shapes_takes_no_memory():
+    """192 GB of images, which a stream's shapes and the task are made of."""
+    data = aot.blank_dataset("1281167x224x224x3", 1000)
+    assert data.train.image.nbytes == 1281167 * 224 * 224 * 3
+    assert data.train.image.base.nbytes == 1
+    assert data.spec.num_classes == 1000
+    assert data.spec.image_shape == (224, 224, 3)
+
+
 def test_auto_is_what_it_is_on_a_tpu(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert aot.read_config(["aot", "--config=configs/digits.py"]).dtype == "bfloat16"
@@ -230,6 +245,17 @@ def test_digits_on_one_and_on_eight_chips(tmp_path, monkeypatch):
     assert 0 < report["estimated_scaling_efficiency"]["train"] < 1
     assert f"{report['train']['estimated']['cycles'] / 1e6:.2f} M" in done.stdout
     assert "estimated scaling efficiency" in done.stdout
+
+    # 20 GB of images are more than a chip holds; a stream holds 8 batches of them.
+    blank = (*command, "--topology=v5e", "--images=300000000x8x8x1", "--num_classes=10")
+    # So long a cosine is rounded to 0 before its end, and there nothing is differentiated.
+    long = ("--config.steps=50000", "--config.optim.warmup=never")
+    resident = _aot(*blank, *long)
+    streamed = _aot(*blank, *long, "--config.data.stream=True", f"--out={file}")
+    assert resident.returncode == 1
+    assert resident.stderr.startswith("aot: v5e: 20,4")
+    assert streamed.returncode == 0, streamed.stderr
+    assert json.loads(file.read_text())["train"]["flops"] == flops
 
     for arguments, message in (
         (("--config.batch_size=60",), "the nearest that do: 56, 64"),

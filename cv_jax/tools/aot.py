@@ -4,10 +4,14 @@
     python -m cv_jax.tools.aot --config=configs/cifar10.py --topology=v5e
     python -m cv_jax.tools.aot --config=configs/cifar10.py --topology=v5e:2x4 --scaling
     python -m cv_jax.tools.aot --config=configs/cifar10.py --topology=v6e --config.batch_size=4096
+    python -m cv_jax.tools.aot --config=configs/cifar10_resnet18.py --topology=v5e:8x8 \\
+        --images=1281167x224x224x3 --num_classes=1000 --config.data.stream=True \\
+        --config.model="resnet50(stem='imagenet')" --config.augment=flip --config.batch_size=8192
 
 XLA:TPU compiles the training step and the evaluation of one batch; nothing is executed. A topology
 is a chip (v4, v5e, v5p, v6e) and how many stand side by side; one, when that is not said. The
-config's dtype "auto" means what it means on a TPU, bfloat16.
+config's dtype "auto" means what it means on a TPU, bfloat16. --images puts a data set of this many
+images of this size, which need not exist, in the place of the config's.
 
 Facts of the compiled program, for each chip: bytes, memory, and FLOPs as the compiler counts them.
 All that is called estimated follows from a model, not from a measurement:
@@ -44,11 +48,11 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import config_flags
 
 from cv_jax.config import check, check_command_line
-from cv_jax.data import Dataset, Split, load_dataset
-from cv_jax.data.batches import make_batches
+from cv_jax.data import Dataset, DataSpec, Split, load_dataset
+from cv_jax.data.batches import STREAM_STEPS, SplitStream, stream_batches
 from cv_jax.errors import UserError, nearest
 from cv_jax.evaluate import padded_batches
-from cv_jax.flops import count_flops
+from cv_jax.flops import count_flops, step_flops
 from cv_jax.keys import derive_keys
 from cv_jax.mesh import batch_sharding, check_batch_size, make_mesh, replicated
 from cv_jax.result import write_json
@@ -98,11 +102,14 @@ def main() -> None:
     )
     parser.add_argument("--topology", required=True, help="v5e, v5e:2x4, v5p:2x2x1, ...")
     parser.add_argument("--scaling", action="store_true", help="compare with one chip")
+    add_data_arguments(parser)
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     arguments, rest = parser.parse_known_args()
     try:
         prepare_compiler()
-        report = examine(read_config([sys.argv[0], *rest]), arguments.topology, arguments.scaling)
+        config = read_config([sys.argv[0], *rest])
+        data = find_data(config, arguments)
+        report = examine(config, data, arguments.topology, arguments.scaling)
     except (UserError, flags.Error) as error:
         print(f"aot: {error}", file=sys.stderr)
         sys.exit(2)
@@ -183,7 +190,51 @@ def find_devices(topology: str) -> tuple[str, list[jax.Device]]:
     return chip, list(found.devices)
 
 
-def examine(config: ml_collections.ConfigDict, topology: str, scaling: bool) -> dict[str, Any]:
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `find_data` reads."""
+    parser.add_argument("--images", help="a data set by its shape alone, as 1281167x224x224x3")
+    parser.add_argument("--num_classes", type=int, default=1000, help="of --images")
+
+
+def find_data(config: ml_collections.ConfigDict, arguments: argparse.Namespace) -> Dataset:
+    """The data set of the config, or the one of --images in its place."""
+    if arguments.images:
+        return blank_dataset(arguments.images, arguments.num_classes)
+    return load_dataset(config.data)
+
+
+def blank_dataset(images: str, num_classes: int) -> Dataset:
+    """A data set of shapes alone: "1281167x224x224x3" black images that take no memory.
+
+    Raises:
+        UserError: this is not a number of images, their height, width and channels.
+    """
+    shape = tuple(int(side) if side.isdigit() else 0 for side in images.split("x"))
+    if len(shape) != 4 or min(shape) < 1 or num_classes < 1:
+        raise UserError(
+            f"--images={images} --num_classes={num_classes}: write the number of images, their "
+            "height, width and channels, such as 1281167x224x224x3, and at least one class."
+        )
+    image = np.broadcast_to(np.uint8(0), shape)
+    label = np.broadcast_to(np.int32(0), shape[:1])
+    spec = DataSpec(
+        name=images,
+        image_shape=shape[1:],
+        class_names=tuple(map(str, range(num_classes))),
+        mean=np.zeros(shape[3], np.float32),
+        std=np.ones(shape[3], np.float32),
+        num_train=shape[0],
+        num_val=0,
+        num_test=shape[0],
+        sample=image[:1],
+    )
+    split = Split(image, label)
+    return Dataset(spec, split, Split(image[:0], label[:0]), split)
+
+
+def examine(
+    config: ml_collections.ConfigDict, data: Dataset, topology: str, scaling: bool
+) -> dict[str, Any]:
     """Compiles the steps of a config for a topology. Returns the content of the JSON file.
 
     Raises:
@@ -192,7 +243,6 @@ def examine(config: ml_collections.ConfigDict, topology: str, scaling: bool) -> 
     """
     chip, devices = find_devices(topology)
     check_batch_size(config.batch_size, Mesh(np.array(devices), ("data",)))
-    data = load_dataset(config.data)
     report = {
         "config": config.to_dict(),
         "topology": topology,
@@ -217,33 +267,54 @@ def examine(config: ml_collections.ConfigDict, topology: str, scaling: bool) -> 
 def compile_steps(
     config: ml_collections.ConfigDict, data: Dataset, chip: str, devices: list[jax.Device]
 ) -> dict[str, Any]:
-    """Compiles the training step and the evaluation of one batch; {"train": ..., "eval": ...}.
+    """Compiles the training step and the evaluation of one batch; {"train": ..., "eval": ...}."""
+    return {
+        "train": training_cost(config, data, chip, devices),
+        "eval": evaluation_cost(config, data, chip, devices),
+    }
 
-    The step is the one of the training loop, in the last of its stages; the loop runs it on a batch
-    that it gathers from the resident (or streamed) examples; these count in the memory.
+
+def training_cost(
+    config: ml_collections.ConfigDict, data: Dataset, chip: str, devices: list[jax.Device]
+) -> dict[str, Any]:
+    """`cost` of a training step.
+
+    The step is the one of the training loop, in the dearest of its stages; the loop runs it on a
+    batch that it gathers from the resident (or streamed) examples; these count in the memory.
     """
     mesh = Mesh(np.array(devices), ("data",))
-    everywhere, divided = replicated(mesh), batch_sharding(mesh)
+    everywhere = replicated(mesh)
     task = build_task(config, data.spec)
     keys = derive_keys(config.seed)
-    batches = make_batches(config, data.train, keys.order, make_mesh())
-    resident = sum(leaf.nbytes for leaf in jax.tree.leaves(batches.feed(0, 1)))
-    state, key = _placed((jax.eval_shape(task.init, keys.init), keys.step), everywhere)
+    # A stream reads nothing before its first feed; the shapes are those of resident batches, too.
+    stream = stream_batches(SplitStream(data.train), config.batch_size, keys.order, make_mesh())
+    resident = sum(array.nbytes for array in data.train)
+    if config.data.stream:
+        fed = sum(shape.size * shape.dtype.itemsize for shape in stream.shapes.values())
+        resident = STREAM_STEPS * fed // mesh.size
+    dearest = max(task.stages, key=lambda start: step_flops(task, stream.shapes, start))
 
     def train_step(state, batch, key):
-        return task.train_step(state.replace(step=task.stages[-1]), batch, key)
+        return task.train_step(state.replace(step=dearest), batch, key)
 
     step = jax.jit(train_step, donate_argnums=0, out_shardings=everywhere)
-    batch = _placed(batches.shapes, divided)
+    state, key = _placed((jax.eval_shape(task.init, keys.init), keys.step), everywhere)
+    batch = _placed(stream.shapes, batch_sharding(mesh))
+    return cost(step, (state, batch, key), resident, chip, mesh.size)
 
+
+def evaluation_cost(
+    config: ml_collections.ConfigDict, data: Dataset, chip: str, devices: list[jax.Device]
+) -> dict[str, Any]:
+    """`cost` of the final evaluation of one batch."""
+    mesh = Mesh(np.array(devices), ("data",))
+    task = build_task(config, data.spec)
+    state = _placed(jax.eval_shape(task.init, jax.random.key(0)), replicated(mesh))
     size = min(config.eval_batch_size, data.spec.num_test)
     size = -(-size // mesh.size) * mesh.size
     (one,) = padded_batches(Split(*(array[:1] for array in data.test)), size)
-    evaluate, evaluated = jax.jit(task.evals["final"]), _placed(one, divided)
-    return {
-        "train": cost(step, (state, batch, key), resident, chip, mesh.size),
-        "eval": cost(evaluate, (state, evaluated), 0, chip, mesh.size),
-    }
+    evaluate = jax.jit(task.evals["final"])
+    return cost(evaluate, (state, _placed(one, batch_sharding(mesh))), 0, chip, mesh.size)
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:
@@ -292,8 +363,9 @@ def estimate(text: str, chip: Chip, n: int, flops: float) -> dict[str, Any]:
         flops: of the matrix products and convolutions, on one chip.
 
     Returns:
-        collectives: {kind: {"count", "bytes"}}; estimated: cycles, the seconds and utilisation;
-        costliest: the ten instructions with the most cycles; unestimated: bytes by opcode.
+        collectives: {kind: {"count", "bytes", "largest_bytes"}}; estimated: cycles, the seconds and
+        utilisation; costliest: the ten instructions with the most cycles; unestimated: bytes by
+        opcode.
     """
     executed = list(hlo.executed(hlo.parse(text)))
     collectives: dict[str, dict[str, int]] = {}
@@ -301,9 +373,10 @@ def estimate(text: str, chip: Chip, n: int, flops: float) -> dict[str, Any]:
     ici_bytes = 0.0
     for instruction, times in executed:
         if kind := instruction.collective:
-            total = collectives.setdefault(kind, {"count": 0, "bytes": 0})
+            total = collectives.setdefault(kind, {"count": 0, "bytes": 0, "largest_bytes": 0})
             total["count"] += times
             total["bytes"] += times * instruction.result_bytes
+            total["largest_bytes"] = max(total["largest_bytes"], instruction.result_bytes)
             rounds = 2 if kind == "all-reduce" else 1
             ici_bytes += times * instruction.result_bytes * rounds * (n - 1) / n
         elif instruction.unestimated:

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Trains on a slice of Cloud TPU VMs until it is done, through preemptions.
+#
+#   CONFIG=configs/cifar10.py WORKDIR=gs://BUCKET/cifar10 bash launch/tpu_vm.sh
+#
+# Before: `gcloud auth login`, `gcloud config set project PROJECT`, TPU quota in the zone, and a bucket
+# that the TPU's service account may write. The loop runs here: use a machine that stays up.
+# To stop in order, with a checkpoint, and free the slice:
+#   gcloud compute tpus tpu-vm ssh cv-jax --zone=ZONE --worker=all --command='pkill -f train.py'
+#   gcloud compute tpus queued-resources delete cv-jax --zone=ZONE --force
+set -euo pipefail
+
+: "${CONFIG:?such as configs/cifar10.py}" "${WORKDIR:?such as gs://BUCKET/cifar10}"
+REPO=${REPO:-https://github.com/YOU/cv_jax} # change: what the workers clone
+REVISION=${REVISION:-main}                  # change: a commit, so that a restart runs the same code
+ZONE=${ZONE:-us-west4-a}
+NAME=${NAME:-cv-jax}
+ACCELERATOR=${ACCELERATOR:-v5litepod-16}  # 16 chips of v5e: 4 hosts with 4 chips each
+RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}   # its image; v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e
+SPOT=${SPOT---spot}                       # SPOT= for a slice that is not preempted
+POLL=${POLL:-60}                          # seconds; a preemption shows this late
+
+request() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
+state() { request describe --format='value(state.state)' 2>/dev/null || echo NONE; }
+on_all_workers() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"; }
+
+# The image's Python is too old, so uv brings one; gcsfs opens gs://.
+install="test -d cv_jax || git clone -q '$REPO' cv_jax; cd cv_jax && git checkout -q '$REVISION' &&
+  python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.13 .venv &&
+  python3 -m uv pip install -q -r requirements-tpu.txt gcsfs"
+train="cd cv_jax && .venv/bin/python train.py --config='$CONFIG' --workdir='$WORKDIR'"
+
+while true; do
+  case $(state) in
+    NONE) request create --node-id="$NAME" --accelerator-type="$ACCELERATOR" \
+      --runtime-version="$RUNTIME" ${SPOT:+"$SPOT"} ;;
+    SUSPENDED) request delete --force --quiet ;; # a preempted slice does not come back
+    FAILED)
+      request describe
+      exit 1
+      ;;
+    ACTIVE)
+      on_all_workers "$install" && on_all_workers "$train" && break
+      sleep "$POLL"
+      # A slice that is still there was not preempted: what failed says so above.
+      [ "$(state)" != ACTIVE ] || exit 1
+      ;;
+    *) sleep "$POLL" ;; # waiting, being made, being deleted
+  esac
+done
+request delete --force --quiet
