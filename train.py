@@ -14,8 +14,14 @@ Exit codes: 0 done; 2 something to mend, the message says what; 130 or 143 stopp
 SIGTERM.
 """
 
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # while it imports there is nothing to end in order
 
 import ml_collections
 import numpy as np

@@ -171,8 +171,8 @@ def _clear(directory: Path) -> None:
         shutil.rmtree(folder)
     steps = [path for path in directory.glob("*") if path.name.isdecimal()]
     for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
-        damage = _damage(path)
-        if damage is None:
+        problem = damage(path)
+        if problem is None:
             return
         aside = path.with_name(f"broken-{path.name}")
         while aside.exists():
@@ -180,7 +180,7 @@ def _clear(directory: Path) -> None:
         path.rename(aside)
         print(
             f"Checkpoint {path.name} in {directory} is damaged and kept as {aside.name} "
-            f"({damage}).",
+            f"({problem}).",
             file=sys.stderr,
         )
     if steps:
@@ -190,7 +190,7 @@ def _clear(directory: Path) -> None:
         )
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
