@@ -29,10 +29,20 @@ _NUMBERS = {
 
 @contextlib.contextmanager
 def storage_errors(directory: Path) -> Iterator[None]:
-    """Makes a UserError of what storage refuses in `directory`; every other error stays itself."""
+    """Makes a UserError of what storage refuses in `directory`; every other error stays itself.
+
+    Args:
+        directory: a run's, which holds its lock.
+    """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
+        if not (directory / "lock").exists():
+            raise UserError(
+                f"{directory} was there and is gone; once it is back, the same command goes on."
+            ) from error
         if reason := _reason(error, directory):
             raise UserError(
                 f"{directory} cannot be used any further: {reason}. The checkpoints there are "

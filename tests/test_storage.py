@@ -7,12 +7,15 @@ import subprocess
 import pytest
 
 from cv_jax.errors import UserError
+from cv_jax.lock import Lock
 from cv_jax.storage import storage_errors
 from tests.conftest import ROOT
 from tests.test_resume import command
 
 
 def _raise_in(directory, error):
+    directory.mkdir(exist_ok=True)
+    Lock(directory).close()
     with storage_errors(directory):
         raise error
 
@@ -22,6 +25,11 @@ def test_what_storage_refuses_is_named(number, tmp_path):
     for file in (None, str(tmp_path / "file")):
         with pytest.raises(UserError, match=f"{tmp_path} cannot .*: {os.strerror(number)}"):
             _raise_in(tmp_path, OSError(number, "", file))
+
+
+def test_a_directory_that_is_gone_is_named(tmp_path):
+    with pytest.raises(UserError, match="is gone"), storage_errors(tmp_path / "unmounted"):
+        raise ValueError("whatever comes of that")
 
 
 def test_tensorstores_errors_are_storages(tmp_path):
