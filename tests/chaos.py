@@ -111,7 +111,7 @@ class Chaos:
         if event == "damaged checkpoint":
             lost, before = self._damage(before)
         process = self._start(self.workdir)
-        time.sleep(self._random.uniform(0.3, self.seconds_whole))
+        time.sleep(self._random.uniform(0.5, self.seconds_whole))
         if event.startswith("SIG"):
             process.send_signal(signal.Signals[event])
         elif event == "full disk":

@@ -58,7 +58,8 @@ def test_other_errors_stay_themselves(error, tmp_path):
 
 _TROUBLE = """
 start() { "$@" 2>&1 && code=0 || code=$?; echo "exit code $code"; }
-mount -t tmpfs -o size=170k none "$disk" && start "$@"
+# One checkpoint fits, some 120 KB, and two do not.
+mount -t tmpfs -o size=220k none "$disk" && start "$@"
 mount -o remount,ro "$disk" && start "$@"
 mount -o remount,rw,size=20m "$disk" && start "$@"
 """
@@ -86,5 +87,5 @@ def test_a_full_disk_and_a_read_only_one(tmp_path):
     assert codes == ["2", "2", "0"], done.stdout
     assert f"{tmp_path / 'run'} cannot be used any further: No space left on device" in full
     assert "(Read-only file system)" in read_only
-    assert "resumes after step 3" in mended
+    assert "resumes after step 3" in mended, done.stdout
     assert "Traceback" not in done.stdout
