@@ -14,8 +14,14 @@ Exit codes: 0 done; 2 something to mend, the message says what; 130 or 143 stopp
 SIGTERM.
 """
 
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # while it imports there is nothing to end in order
 
 import ml_collections
 import numpy as np
@@ -45,6 +51,7 @@ from cv_jax.result import finished_result, print_result, write_environment, writ
 from cv_jax.runs import make_runs, num_runs
 from cv_jax.startup import jit_once, prepare_jax
 from cv_jax.stopping import Stopped, StopRequest, raise_when_signalled
+from cv_jax.storage import storage_errors
 from cv_jax.sweep import check_sweep, make_sweep
 from cv_jax.tasks import build_task
 
@@ -75,13 +82,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     check_sweep(sweep, config, data.spec, batches.shapes)
     programs = make_programs(config, data.spec, task, sweep, batches, runs)
 
-    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
+    with storage_errors(workdir), Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         changes = adopt_workdir(workdir, config)
         init = jit_once(programs.init, out_shardings=runs.state_sharding)
         restored = checkpoints.restore_latest(like=init.eval_shape(runs.own))
         with clock("compile"):
-            state, seconds = restored or (init(runs.own), {})
-        clock.add(seconds)
+            state, progress = restored or (init(runs.own), {"seconds": {}, "window": {}})
+        clock.add(progress["seconds"])
         if result := finished_result(workdir, int(state.step), intervals.total):
             print(f"{workdir}: this run is complete.")
             return result
@@ -91,7 +98,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         evaluate = Evaluator(
             programs.evals, runs.own, data, config.eval_batch_size, runs.mesh, clock
         )
-        log = Log(workdir, config, data.spec, runs.names, int(state.step), intervals)
+        log = Log(
+            workdir, config, data.spec, runs.names, int(state.step), intervals, progress["window"]
+        )
 
         def last_step_flops() -> int:
             return len(runs.names) * step_flops(task, batches.shapes, int(state.step) - 1)
@@ -116,8 +125,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                     stops = stop.requested  # looked at once: what stops the run has been saved
                     if chunk.saves or stops:
                         log.settle()
+                        progress = {"seconds": clock.read(), "window": log.window()}
                         with clock("save"):
-                            checkpoints.save(state, clock.read(), val.get("accuracy"))
+                            checkpoints.save(state, progress, val.get("accuracy"))
                     log.row()
                     if stops:
                         raise Stopped(stop.signum, chunk.end)
@@ -129,9 +139,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         "training": training_flops(task, batches.shapes, intervals.total),
         "evaluation": evaluation_flops(task, data.spec, num_evaluated),
     }
-    return write_result(
-        workdir, config, data.spec, sweep.settings, intervals.total, sums, flops, clock.read()
-    )
+    with storage_errors(workdir):
+        return write_result(
+            workdir, config, data.spec, sweep.settings, intervals.total, sums, flops, clock.read()
+        )
 
 
 def main(argv: list[str]) -> None:

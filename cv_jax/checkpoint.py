@@ -1,6 +1,12 @@
 """Checkpoints of a run: written in the background, whole or not at all, and found again."""
 
+import errno
+import json
+import math
+import shutil
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,45 +14,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from cv_jax.errors import UserError
 from cv_jax.evaluate import finite_mean
 from cv_jax.lock import Lock
 from cv_jax.startup import jit_once
 
+# In each checkpoint, of its files: TensorStore would take a flipped bit for data, and orbax prints
+# tracebacks of its own over a file that it cannot read. So they are verified before it opens them.
+CHECKSUMS = "checksums.json"
+
 
 class Checkpoints:
     """The checkpoints under `<workdir>/checkpoints`: the newest few and the best on val.
+
+    To open them clears what a kill left half-written. A damaged checkpoint is named on stderr and
+    kept aside, and the one before it is the newest then.
 
     Args:
         workdir: the run's directory; no other process can have it meanwhile.
         keep: how many of the newest are kept.
 
     Raises:
-        UserError: another process has it, or nothing can be written there.
+        UserError: another process has it, nothing can be written there, or there are checkpoints
+            and all of them are damaged.
     """
 
     def __init__(self, workdir: Path, keep: int):
         self._lock = Lock(workdir)
         self._directory = workdir.absolute() / "checkpoints"
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(
-                [
-                    LatestN(keep),
-                    BestN(
-                        get_metric_fn=lambda metrics: metrics["val_accuracy"],
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
-            cleanup_tmp_directories=True,
-        )
-        self._manager = self._open()
-
-    def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self._directory, options=self._options)
+        self._best = _BestOnVal()
+        try:
+            if jax.process_index() == 0:
+                _clear(self._directory)
+            multihost_utils.sync_global_devices("checkpoints are verified")
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=AnyPreservationPolicy([LatestN(keep), self._best]),
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+                ),
+            )
+        except BaseException:
+            self._lock.close()
+            raise
 
     def save(self, state: Any, progress: dict, val_accuracy: np.ndarray | None) -> None:
         """Begins to save; the training goes on meanwhile.
@@ -69,67 +82,141 @@ class Checkpoints:
             )
         if step == self._manager.latest_step():
             return
+        if val_accuracy is not None:
+            self._best.accuracies[step] = finite_mean(val_accuracy)
         # A copy, because the next chunk of steps is given this state's memory.
         state = jax.tree.map(jnp.copy, state)
+        progress = {"progress": progress, "val_accuracies": dict(self._best.accuracies)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
             ),
-            metrics=None if val_accuracy is None else {"val_accuracy": finite_mean(val_accuracy)},
         )
 
-    def restore_latest(self, like: Any) -> tuple[Any, dict] | None:
-        """Returns (state, progress) of the newest whole checkpoint, or None where there is none.
+    def _add_checksums(self) -> None:
+        """Seals a checkpoint: in the background, when it is written and has no name yet."""
+        (folder,) = _unfinished(self._directory)
+        checksums = {
+            str(path.relative_to(folder)): _checksum(path)
+            for path in sorted(folder.glob("*/**/*"))  # those at the top, orbax writes after this
+            if path.is_file()
+        }
+        (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
 
-        A checkpoint that cannot be read is named on stderr and kept aside, and the one before it
-        is used.
+    def restore_latest(self, like: Any) -> tuple[Any, dict] | None:
+        """Returns (state, progress) of the newest checkpoint, or None where there is none.
 
         Args:
             like: a TrainState of ShapeDtypeStructs with shardings.
 
         Raises:
-            UserError: there are checkpoints, and none can be read.
+            UserError: the checkpoint is of another state than `like`.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
-                    ),
-                )
-            except Exception as error:  # whatever a damaged file leads to, deep in the storage
-                self._set_aside(step, error)
-            else:
-                return restored["state"], restored["progress"]
-        if steps:
-            raise UserError(
-                f"None of the checkpoints in {self._directory} can be read; they are kept as "
-                "broken-*. Run the command again to begin anew."
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
+                ),
             )
-        return None
-
-    def _set_aside(self, step: int, error: Exception) -> None:
-        broken = self._directory / f"broken-{step}"
-        reason = str(error).strip().partition("\n")[0]
-        print(
-            f"Checkpoint {step} in {self._directory} cannot be read and is kept as {broken.name} "
-            f"({type(error).__name__}: {reason[:200]}).",
-            file=sys.stderr,
-        )
-        (self._directory / str(step)).rename(broken)
-        self._manager.close()
-        self._manager = self._open()
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"Checkpoint {step} in {self._directory} is whole, but not of this program's "
+                f"state ({_first_line(error)}): go back to the code that env.json names, or "
+                "choose another --workdir."
+            ) from error
+        progress = restored["progress"]
+        self._best.accuracies = {int(k): v for k, v in progress["val_accuracies"].items()}
+        return restored["state"], progress["progress"]
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Waits until what was saved is on the disk, also when the training ends in an error."""
-        self._manager.close()
-        self._lock.close()
+        try:
+            self._manager.close()
+        finally:
+            self._lock.close()
+
+
+class _BestOnVal:
+    """Orbax's PreservationPolicy for the checkpoint with the best mean accuracy on val."""
+
+    def __init__(self) -> None:
+        self.accuracies: dict[int, float] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        known = {info.step: self.accuracies.get(info.step, math.nan) for info in checkpoints}
+        self.accuracies = {step: x for step, x in known.items() if math.isfinite(x)}
+        best = max(self.accuracies, key=self.accuracies.get, default=None)
+        return [info.step == best for info in checkpoints]
+
+
+def _unfinished(directory: Path) -> list[Path]:
+    """The checkpoints without a name yet; where nothing is being saved, what a kill left behind."""
+    return [path for path in directory.glob("*.orbax-checkpoint-tmp*") if path.is_dir()]
+
+
+def _clear(directory: Path) -> None:
+    """Removes what is half-written, and sets checkpoints aside until the newest is a whole one.
+
+    Orbax would remove it too, but in a thread that prints a traceback where the program ends first.
+    """
+    for folder in _unfinished(directory):
+        shutil.rmtree(folder)
+    steps = [path for path in directory.glob("*") if path.name.isdecimal()]
+    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        problem = damage(path)
+        if problem is None:
+            return
+        aside = path.with_name(f"broken-{path.name}")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
+        path.rename(aside)
+        print(
+            f"Checkpoint {path.name} in {directory} is damaged and kept as {aside.name} "
+            f"({problem}).",
+            file=sys.stderr,
+        )
+    if steps:
+        raise UserError(
+            f"None of the checkpoints in {directory} can be read; they are kept as broken-*. "
+            "Run the command again to begin anew."
+        )
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+        for name, checksum in checksums.items():
+            if _checksum(folder / name) != checksum:
+                return f"{name} does not match its checksum"
+    except (ValueError, TypeError, AttributeError) as error:
+        return f"{CHECKSUMS}: {_first_line(error)}"
+    except OSError as error:
+        # Anything else, such as a lack of permission, is no damage.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+            raise
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    return None
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 @jit_once

@@ -227,10 +227,12 @@ def adopt_workdir(workdir: Path, config: ml_collections.ConfigDict) -> list[str]
         write_atomically(path, to_json(config))
         return []
     try:
-        old = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); choose another --workdir.") from error
-    changed = differences(old, config.to_dict())
+        changed = differences(json.loads(path.read_text()), config.to_dict())
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it if the run there is of this config, or "
+            "choose another --workdir."
+        ) from error
     refused = {key: values for key, values in changed.items() if key not in MAY_CHANGE}
     if refused:
         lines = "".join(f"\n  {key}: there {a!r}, here {b!r}" for key, (a, b) in refused.items())

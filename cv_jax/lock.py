@@ -22,24 +22,23 @@ class Lock:
     def __init__(self, directory: Path):
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = (directory / "lock").open("a+")
+            # Without a buffer, which a full disk would make fail once more when it is closed.
+            self._file = (directory / "lock").open("ab+", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except BlockingIOError as error:
+            self._file.seek(0)
+            owner = self._file.read().decode(errors="replace") or "another process"
+            raise UserError(
+                f"{directory} is in use by {owner}; wait for it, stop it, or choose another "
+                "--workdir."
+            ) from error
         except OSError as error:
             raise UserError(
                 f"Nothing can be written in {directory} ({error.strerror}); choose another "
                 "--workdir."
             ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.seek(0)
-            owner = self._file.read() or "another process"
-            raise UserError(
-                f"{directory} is in use by {owner}; wait for it, stop it, or choose another "
-                "--workdir."
-            ) from error
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
 
     def close(self) -> None:
         """Lets go of the directory."""

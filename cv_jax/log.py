@@ -4,6 +4,7 @@ Numbers come with an axis of runs. The table and `values` of metrics.jsonl are m
 that have not diverged.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cv_jax.board import Board
+from cv_jax.config import write_atomically
 from cv_jax.data import DataSpec
 from cv_jax.errors import UserError
 from cv_jax.evaluate import finite_mean, means
@@ -43,6 +45,7 @@ class Log:
         start_step: steps already made; what an earlier start of this program logged beyond them
             (it was stopped after its last checkpoint) is taken back.
         intervals: the length of the training, in steps.
+        window: what `window()` returned at `start_step`, of a run that goes on.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Log:
         names: Sequence[str],
         start_step: int,
         intervals: Intervals,
+        window: dict[str, Any] | None = None,
     ):
         self._names = names
         self._diverged: set[int] = set()
@@ -62,12 +66,12 @@ class Log:
         self._steps_per_epoch = spec.num_train // config.batch_size
         self._batch_size = config.batch_size
         self._pending: tuple[Chunk, dict] | None = None
-        self._window = _Window()
+        self._window = _Window(window)
         self._row: dict[str, float] = {}
         self._head_is_due = True
         self._started = time.perf_counter()
         self._workdir = workdir
-        self._jsonl = _open_jsonl(workdir / "metrics.jsonl", start_step)
+        self._jsonl = _open_jsonl(workdir / "metrics.jsonl", start_step, intervals.total)
         self._board = Board(workdir, names, start_step)
         self._bar = tqdm(
             total=intervals.total,
@@ -81,9 +85,9 @@ class Log:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bar.close()
-        self._board.close()
-        self._jsonl.close()
+        with contextlib.ExitStack() as stack:  # closes the others where one cannot be written
+            for part in (self._jsonl, self._board, self._bar):
+                stack.callback(part.close)
 
     def begin(self, changes: list[str], notes: list[str]) -> None:
         """Says what runs, and what was changed since an earlier start."""
@@ -126,6 +130,10 @@ class Log:
             self._window = _Window()
             self._row = {"step": chunk.end, **{name: finite_mean(v) for name, v in values.items()}}
             self._write(chunk.end, "train", values)
+
+    def window(self) -> dict[str, Any]:
+        """The sums since the last row as JSON values, which a run that goes on begins with."""
+        return self._window.sums()
 
     def settle(self) -> None:
         """Waits for all that was dispatched and takes its metrics."""
@@ -226,8 +234,8 @@ def scalars(values: dict[str, Any]) -> dict[str, np.ndarray]:
 class _Window:
     """The sums of all steps since the last row, (2, r) each, and the seconds they took."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, np.ndarray] = {}
+    def __init__(self, sums: dict[str, Any] | None = None) -> None:
+        self._sums = {name: np.array(pair) for name, pair in (sums or {}).items()}
         self._num_images = 0
         self._seconds = 0.0
 
@@ -240,6 +248,9 @@ class _Window:
                 sums += pair[:, :, step]
         self._num_images += num_images
         self._seconds += seconds
+
+    def sums(self) -> dict[str, Any]:
+        return {name: pair.tolist() for name, pair in self._sums.items()}
 
     def means(self) -> dict[str, np.ndarray]:
         values = {name: total / count for name, (total, count) in self._sums.items()}
@@ -259,17 +270,22 @@ def _format_row(row: dict[str, float], steps_per_epoch: int, elapsed: float) -> 
     )
 
 
-def _open_jsonl(path: Path, start_step: int) -> Any:
-    """Opens metrics.jsonl for more lines, without those of steps that will be made again."""
+def _open_jsonl(path: Path, start_step: int, total: int) -> Any:
+    """Opens metrics.jsonl for more lines, without those that will be written again."""
     if path.exists():
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                if json.loads(line)["step"] <= start_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
+                record = json.loads(line)
+                final = record["step"] == total and record["split"].startswith("final_")
+                if record["step"] <= start_step and not final:
+                    kept.append(line.decode())
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # the half line that a kill left behind
-        path.write_text("".join(kept))
+        if kept:
+            write_atomically(path, "\n".join(kept))
+        else:
+            path.unlink()
     return path.open("a")
 
 

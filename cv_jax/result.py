@@ -118,9 +118,12 @@ def finished_result(workdir: Path, step: int, total: int) -> dict[str, Any] | No
     path = workdir / "result.json"
     if step < total or not path.exists():
         return None
-    result = json.loads(path.read_text())
-    # A run that was lengthened and then killed before its end left the shorter one's result.
-    return result if result["steps"] == total else None
+    try:
+        result = json.loads(path.read_text())
+        # A run that was lengthened and then killed before its end left the shorter one's result.
+        return result if result["steps"] == total else None
+    except (ValueError, TypeError, KeyError):  # damaged: it is measured and written again
+        return None
 
 
 def write_result(

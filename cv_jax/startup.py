@@ -2,8 +2,11 @@
 
 import math
 import os
+import sys
 from functools import partial
+from logging import getLogger
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -22,11 +25,30 @@ def prepare_jax(num_runs: int = 1) -> None:
     chosen = os.environ.get("XLA_FLAGS", "") + os.environ.get("JAX_NUM_CPU_DEVICES", "")
     if num_runs > 1 and not chosen:
         jax.config.update("jax_num_cpu_devices", math.gcd(num_runs, num_cores()))
-    logging.set_verbosity(logging.WARNING)
+    _silence_background_threads()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _silence_background_threads() -> None:
+    """Leaves out the tracebacks of orbax's threads; it raises the error itself when it is asked.
+
+    They come by a log, from coroutines that were given up, and from callbacks of those.
+    """
+    logging.set_verbosity(logging.WARNING)
+    for name in ("absl", "asyncio"):
+        getLogger(name).addFilter(lambda record: not record.exc_info)
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def num_cores() -> int:

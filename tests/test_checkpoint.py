@@ -1,5 +1,7 @@
 """What is saved comes back to the bit; a damaged checkpoint costs one interval, not the run."""
 
+import errno
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 
 from cv_jax.checkpoint import Checkpoints
 from cv_jax.errors import UserError
+from cv_jax.storage import storage_errors
 from cv_jax.update import TrainState
 
 
@@ -75,27 +78,100 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     assert _steps(tmp_path) == ["3"]
 
 
-def _damage(directory, step):
-    files = [p for p in (directory / "checkpoints" / str(step)).rglob("*") if p.is_file()]
-    for path in files:
-        if path.stat().st_size:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def _in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_checkpoint_is_named_and_kept_aside(tmp_path, capfd):
+def _flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_in_half, _flip_a_bit, lambda path: path.unlink()])
+@pytest.mark.parametrize("pattern", ["state/ocdbt.process_0/d/*", "progress/metadata", "*.json"])
+def test_a_damaged_checkpoint_is_named_and_kept_aside(damage, pattern, tmp_path, capfd):
     _save(tmp_path, {3: None, 5: None})
-    _damage(tmp_path, 5)
-    state, _ = _restore(tmp_path)
+    files = (tmp_path / "checkpoints" / "5").glob(pattern)
+    damage(max(files, key=lambda path: path.stat().st_size))
+    state, seconds = _restore(tmp_path)
     chex.assert_trees_all_equal(state, _state(3))
-    assert "Checkpoint 5" in capfd.readouterr().err
+    assert seconds == {"train": 3.0}
+    said = capfd.readouterr().err
+    assert "Checkpoint 5" in said
+    assert "Traceback" not in said
     assert _steps(tmp_path) == ["3", "broken-5"]
-    _save(tmp_path, {5: None})  # the run comes by there again
-    assert _steps(tmp_path) == ["3", "5", "broken-5"]
+
+
+def test_a_step_can_be_damaged_again(tmp_path):
+    _save(tmp_path, {3: None})
+    for _ in range(2):
+        _save(tmp_path, {5: None})  # the run comes by there again
+        (tmp_path / "checkpoints/5/state/_METADATA").unlink()
+        chex.assert_trees_all_equal(_restore(tmp_path)[0], _state(3))
+    assert _steps(tmp_path) == ["3", "broken-5", "broken-5-again"]
 
 
 def test_only_damaged_checkpoints_stop_the_run(tmp_path):
     _save(tmp_path, {3: None})
-    _damage(tmp_path, 3)
+    (tmp_path / "checkpoints/3/state/_METADATA").unlink()
     with pytest.raises(UserError, match=r"None of the checkpoints in .* can be read"):
         _restore(tmp_path)
     assert _restore(tmp_path) is None
+
+
+def test_what_is_no_checkpoint_does_no_harm(tmp_path):
+    _save(tmp_path, {3: None})
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "notes.txt").write_text("mine")
+    (checkpoints / "old").mkdir()
+    (checkpoints / "7").write_text("")
+    (checkpoints / "9").mkdir()
+    (checkpoints / "5.orbax-checkpoint-tmp").mkdir()  # what a kill left behind
+    chex.assert_trees_all_equal(_restore(tmp_path)[0], _state(3))
+    assert _steps(tmp_path) == ["3", "broken-7", "broken-9", "notes.txt", "old"]
+
+
+def test_no_permission_is_no_damage(tmp_path, monkeypatch):
+    _save(tmp_path, {3: None})
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("cv_jax.checkpoint._checksum", refuse)
+    with pytest.raises(PermissionError):
+        _restore(tmp_path)
+    monkeypatch.undo()
+    chex.assert_trees_all_equal(_restore(tmp_path)[0], _state(3))
+
+
+def test_a_checkpoint_of_other_code_stays_where_it_is(tmp_path):
+    _save(tmp_path, {3: None})
+    other = LIKE.replace(params={"bias": LIKE.params["kernel"]})
+    with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(UserError, match="Checkpoint 3 in"):
+        checkpoints.restore_latest(other)
+    assert _steps(tmp_path) == ["3"]
+
+
+def test_the_best_is_known_after_a_restart(tmp_path):
+    _save(tmp_path, {1: 0.9, 2: 0.5})
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.restore_latest(LIKE)
+        checkpoints.save(_state(3), {}, np.array([0.7]))
+        checkpoints.save(_state(4), {}, np.array([np.nan]))
+    assert _steps(tmp_path) == ["1", "4"]
+
+
+def test_a_disk_that_is_full_in_the_background_leaves_whole_checkpoints(tmp_path, monkeypatch):
+    _save(tmp_path, {3: None})
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, 2)
+    monkeypatch.setattr("cv_jax.checkpoint._checksum", full)
+    with pytest.raises(UserError, match="No space left"), storage_errors(tmp_path), checkpoints:
+        checkpoints.save(_state(5), {}, None)
+    monkeypatch.undo()
+    chex.assert_trees_all_equal(_restore(tmp_path)[0], _state(3))
+    assert _steps(tmp_path) == ["3"]

@@ -69,9 +69,10 @@ def test_a_work_directory_keeps_to_its_config(tmp_path):
     assert json.loads((tmp_path / "a/config.json").read_text())["seed"] == 0
 
 
-def test_an_unreadable_config_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+@pytest.mark.parametrize("damaged", [b"", b"{", b"7", b"\xff"])
+def test_a_damaged_config_is_named(damaged, tmp_path):
+    (tmp_path / "config.json").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"config\.json is damaged .*delete it"):
         adopt_workdir(tmp_path, base_config())
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ def make_log(tmp_path):
     config = base_config()
     config.batch_size = 10  # 7 steps an epoch
 
-    def make(start_step=0, names=("seed=0",)):
+    def make(start_step=0, names=("seed=0",), window=None):
         intervals = Intervals(total=14, log=2, eval=0, save=0)
-        return Log(tmp_path, config, random_dataset().spec, names, start_step, intervals)
+        return Log(tmp_path, config, random_dataset().spec, names, start_step, intervals, window)
 
     return make
 
@@ -92,6 +93,44 @@ def test_a_resumed_log_forgets_the_steps_after_the_checkpoint(make_log, tmp_path
         (4, 1.0),
         (6, 2.0),
     ]
+
+
+def test_a_row_counts_the_steps_before_a_restart_too(make_log, tmp_path):
+    with make_log() as log:
+        log.train(Chunk(0, 1, False, False, True), _metrics([4.0]))
+        window = json.loads(json.dumps(log.window()))
+    with make_log(start_step=1, window=window) as log:
+        log.train(Chunk(1, 2, True, False, False), _metrics([2.0]))
+    assert [(r["step"], r["values"]["loss"]) for r in _records(tmp_path)] == [(2, 3.0)]
+
+
+def test_a_damaged_log_is_mended_and_a_final_evaluation_stands_there_once(make_log, tmp_path):
+    lines = [
+        b'{"step": 2, "split": "final_test"}',  # of the run before it was lengthened
+        b'{"step": 14, "split": "train"}',
+        b'{"step": 14, "split": "final_test"}',
+        b'{"step": "14"}',
+        b"7",
+        b"\xff\x00",
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    with make_log(start_step=14) as log:
+        count = np.array([5.0])
+        sums = {"accuracy": (count, count), "confusion": (np.eye(2)[None], count)}
+        log.finals(14, {"test": sums}, ["a", "b"])
+    records = [(r["step"], r["split"]) for r in _records(tmp_path)]
+    assert records == [(2, "final_test"), (14, "train"), (14, "final_test")]
+
+
+def test_a_clock_that_is_set_back_loses_no_events(make_log, tmp_path, monkeypatch):
+    for start_step, now in ((0, 2e9), (2, 2e9), (4, 1e9)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        with make_log(start_step) as log:
+            chunk = Chunk(start_step, start_step + 2, True, False, False)
+            log.train(chunk, _metrics([start_step, start_step]))
+    values = _events(tmp_path)  # reads files in the order of their names, as TensorBoard does
+    assert [values["train/loss", step].simple_value for step in (2, 4, 6)] == [0.0, 2.0, 4.0]
+    assert len(list(tmp_path.glob("events.*"))) == 3
 
 
 def test_a_loss_that_is_not_finite_names_its_step(make_log):

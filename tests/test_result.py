@@ -43,3 +43,9 @@ def test_a_run_is_finished_at_its_last_step_with_a_result(tmp_path):
     assert finished_result(tmp_path, 20, 20) is None  # the result is the shorter run's
     with pytest.raises(UserError, match="at step 10 already, past the 5 steps"):
         finished_result(tmp_path, 10, 5)
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[1]", "{}", "\x00"])
+def test_a_damaged_result_is_measured_again(damaged, tmp_path):
+    (tmp_path / "result.json").write_text(damaged)
+    assert finished_result(tmp_path, 10, 10) is None
