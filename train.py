@@ -46,7 +46,7 @@ from cv_jax.log import Log
 from cv_jax.loop import Clock, compile_train_chunk, make_intervals, plan_chunks
 from cv_jax.mesh import check_batch_size
 from cv_jax.profile import Profiler
-from cv_jax.programs import make_programs
+from cv_jax.programs import make_programs, try_step
 from cv_jax.result import finished_result, print_result, write_environment, write_result
 from cv_jax.runs import make_runs, num_runs
 from cv_jax.startup import jit_once, prepare_jax
@@ -79,6 +79,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         task = build_task(config, data.spec)
     intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)
     batches = make_batches(config, data.train, runs.own.keys.order, runs.mesh)
+    try_step(task, batches.shapes)
     check_sweep(sweep, config, data.spec, batches.shapes)
     programs = make_programs(config, data.spec, task, sweep, batches, runs)
 
@@ -163,16 +164,19 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a mistake in a config's name or keys gives one clear sentence."""
+    """Parses the command line; a mistake in it gives one clear sentence."""
     try:
         argv = sys.argv = gather_sweeps(argv)  # config_flags looks at sys.argv
         check_command_line(argv)
-    except UserError as error:
+        _, *others = flags.FLAGS(argv)
+        if others:
+            raise UserError(f"{others[0]!r} is not understood; a key is --config.KEY=VALUE.")
+    except (UserError, flags.Error) as error:
         sys.exit(fail(error))
-    return app.parse_flags_with_usage(argv)
+    return argv[:1]
 
 
-def fail(error: UserError) -> int:
+def fail(error: UserError | flags.Error) -> int:
     """Prints the message and returns the exit code."""
     print(f"train.py: {error}", file=sys.stderr)
     return 2

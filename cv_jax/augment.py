@@ -25,6 +25,8 @@ from cv_jax.spec import require
 Batch = dict[str, jax.Array]
 Augment = Callable[[jax.Array, Batch], Batch]
 
+MAX_PIXELS = 4096  # of a length that an argument gives
+
 
 def make_augment(text: str) -> Augment:
     """Builds the augmentation that a spec such as "crop(4)|alternating_flip|cutout(8)" names.
@@ -34,7 +36,7 @@ def make_augment(text: str) -> Augment:
     Raises:
         UserError: an unknown op or a bad argument; the message lists what exists.
     """
-    ops = spec.build(text, AUGMENTATIONS, "augmentation")
+    ops = spec.build(text, AUGMENTATIONS, "config.augment")
 
     def augment(key: jax.Array, batch: Batch) -> Batch:
         for position, op in enumerate(ops):
@@ -89,7 +91,7 @@ def crop(padding: int, mode: str = "reflect") -> Augment:
         mode: what lies outside the image: "reflect" (its mirror image, the border pixels not
             repeated) or "zero".
     """
-    _require_pixels("padding", padding)
+    _require_pixels("padding", padding, most=256)  # by choice, each pixel is two slices more
     _require_mode(mode)
 
     def op(key, batch):
@@ -152,9 +154,12 @@ def affine(
         mode: what lies outside the image: "reflect" or "zero", as in `crop`.
     """
     low, high = scale
-    require(lambda: 0 < low <= high, f"scale={scale} must be 0 < low <= high")
-    require(lambda: degrees >= 0, f"degrees={degrees} must be >= 0")
-    require(lambda: translate >= 0, f"translate={translate} must be pixels, >= 0")
+    require(lambda: 0.01 <= low <= high <= 100, f"scale={scale} must be 0.01 <= low <= high <= 100")
+    require(lambda: 0 <= degrees <= 360, f"degrees={degrees} must lie in [0, 360]")
+    require(
+        lambda: 0 <= translate <= MAX_PIXELS,
+        f"translate={translate} must be pixels, 0 to {MAX_PIXELS}",
+    )
     require(lambda: 0 <= shear < 90, f"shear={shear} must lie in [0, 90)")
     _require_mode(mode)
 
@@ -204,13 +209,14 @@ def random_resized_crop(
     if isinstance(size, int):
         size = (size, size)
     require(
-        lambda: (
-            size is None or (len(size) == 2 and all(isinstance(n, int) and n >= 1 for n in size))
-        ),
-        f"size={size} must be one or two whole numbers of pixels, >= 1",
+        lambda: size is None or all(1 <= n <= MAX_PIXELS for n in size),
+        f"size={size} must be one or two whole numbers of pixels, 1 to {MAX_PIXELS}",
     )
     require(lambda: 0 < scale[0] <= scale[1] <= 1, f"scale={scale} must be 0 < low <= high <= 1")
-    require(lambda: 0 < ratio[0] <= ratio[1], f"ratio={ratio} must be 0 < low <= high")
+    require(
+        lambda: 0.01 <= ratio[0] <= ratio[1] <= 100,
+        f"ratio={ratio} must be 0.01 <= low <= high <= 100",
+    )
 
     def op(key, batch):
         b, h, w, _ = batch["image"].shape
@@ -262,7 +268,7 @@ def cutout(size: int, fill: float = 0.5) -> Augment:
 
     Source: arXiv 1708.04552.
     """
-    _require_pixels("size", size)
+    _require_pixels("size", size, most=MAX_PIXELS)
     require(lambda: 0 <= fill <= 1, f"fill={fill} must lie in [0, 1]")
 
     def op(key, batch):
@@ -341,7 +347,7 @@ def mixup(alpha: float = 0.2) -> Augment:
 
     lam is drawn from Beta(alpha, alpha) for each example. Source: arXiv 1710.09412.
     """
-    require(lambda: alpha > 0, f"alpha={alpha} must be > 0")
+    _require_beta(alpha)
 
     def op(key, batch):
         image, label = batch["image"], batch["label"]
@@ -360,7 +366,7 @@ def cutmix(alpha: float = 1.0) -> Augment:
     down to pixels, the share 1 - lam of its area, where lam is drawn from Beta(alpha, alpha) for
     each example; its centre is uniform over the image. Source: arXiv 1905.04899.
     """
-    require(lambda: alpha > 0, f"alpha={alpha} must be > 0")
+    _require_beta(alpha)
 
     def op(key, batch):
         image, label = batch["image"], batch["label"]
@@ -445,9 +451,13 @@ def _is_zero(number):
     return isinstance(number, int | float) and number == 0
 
 
-def _require_pixels(name, pixels):
-    whole = isinstance(pixels, int) and pixels >= 0
-    require(lambda: whole, f"{name}={pixels} must be a whole number of pixels, >= 0")
+def _require_pixels(name, pixels, most):
+    whole = isinstance(pixels, int) and 0 <= pixels <= most
+    require(lambda: whole, f"{name}={pixels} must be a whole number of pixels, 0 to {most}")
+
+
+def _require_beta(alpha):
+    require(lambda: 1e-3 <= alpha <= 1e6, f"alpha={alpha} must lie in [0.001, 1e6]")
 
 
 def _require_mode(mode):

@@ -2,15 +2,19 @@
 
 import ast
 import json
+import os
 import runpy
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
+from absl import flags
 
+from cv_jax.durations import is_duration
 from cv_jax.errors import UserError, nearest
 
 # What a run may change when it is taken up again; anything else would make it another experiment.
@@ -130,7 +134,8 @@ def check_command_line(argv: list[str]) -> None:
     """Checks --config and every --config.KEY of a command line, before it is parsed.
 
     Raises:
-        UserError: no config, a file that is not there, or a key that the config lacks.
+        UserError: no config, a file that is not there or does not make one, a key that the config
+            lacks, or a value that is not of the key's type.
     """
     arguments = [f"--{a.lstrip('-')}" if a.startswith("-") else a for a in argv[1:]]
     if any(a.startswith("--help") for a in arguments):
@@ -142,15 +147,49 @@ def check_command_line(argv: list[str]) -> None:
     if not chosen:
         raise UserError(f"Say which experiment, --config=FILE. There are: {', '.join(files)}.")
     path, *arg = chosen[-1].split(":", 1)
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"There is no config file {path!r}.{nearest(path, files)} "
             f"There are: {', '.join(files)}."
         )
-    leaves = flatten(runpy.run_path(path)["get_config"](*arg))
+    leaves = flatten(_load(path, *arg))
     for argument in arguments:
         if argument.startswith("--config."):
-            _check_key(argument.removeprefix("--config.").partition("=")[0], leaves)
+            key, equals, text = argument.removeprefix("--config.").partition("=")
+            _check_key(key, leaves)
+            if not equals:
+                raise UserError(f"--config.{key} lacks its value: write --config.{key}=VALUE.")
+            _check_text(key, text, leaves[key])
+
+
+def _load(path: str, *arg: str) -> ml_collections.ConfigDict:
+    try:
+        config = runpy.run_path(path)["get_config"](*arg)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file does
+        raise UserError(
+            f"{path} makes no config ({type(error).__name__}: {error}). It needs a function "
+            "get_config(arg='') that returns one, as the files in configs/ do."
+        ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{path}: get_config returns {config!r} and not a ConfigDict.")
+    return config
+
+
+def _check_text(key: str, text: str, default: Any) -> None:
+    """Checks that a text of the command line can be read as the type of the key's default."""
+    read = {
+        bool: flags.BooleanParser().parse,
+        int: flags.IntegerParser().parse,
+        float: flags.FloatParser().parse,
+        tuple: ast.literal_eval,
+    }.get(type(default), str)
+    try:
+        value = read(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        value = text
+    _check_type(key, value, default)
 
 
 def gather_sweeps(argv: list[str]) -> list[str]:
@@ -167,8 +206,11 @@ def gather_sweeps(argv: list[str]) -> list[str]:
             others.append(argument)
             continue
         try:
-            sweeps.append((key, tuple(ast.literal_eval(text))))
-        except (ValueError, SyntaxError, TypeError) as error:
+            values = ast.literal_eval(text)
+            if not isinstance(values, tuple | list):
+                raise TypeError(values)
+            sweeps.append((key, tuple(values)))
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
             raise UserError(
                 f'{argument}: write the values as "(0.1, 0.2)", and texts in quotes of their own.'
             ) from error
@@ -189,27 +231,126 @@ def _check_key(key: str, leaves: Mapping[str, Any]) -> None:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for a value that no run could use, naming its key."""
-    rules = {
-        "epochs": (lambda v: v > 0, "must be above 0"),
-        "num_seeds": (lambda v: v > 0, "must be above 0"),
-        "seeds.mode": (
-            lambda v: v in ("auto", "batched", "in_turn"),
-            "must be auto, batched or in_turn",
-        ),
-        "steps": (lambda v: v >= 0, "must be 0 or more"),
-        "batch_size": (lambda v: v > 0, "must be above 0"),
-        "eval_batch_size": (lambda v: v > 0, "must be above 0"),
-        "keep_checkpoints": (lambda v: v > 0, "must be above 0"),
-        "label_smoothing": (lambda v: 0 <= v < 1, "must be in [0, 1)"),
-        "data.limit": (lambda v: v >= 0, "must be 0 or more"),
-        "optim.lr": (lambda v: v > 0, "must be above 0"),
-        "optim.ema": (lambda v: 0 <= v < 1, "must be in [0, 1)"),
-    }
-    leaves = flatten(config)
-    for key, (holds, sentence) in rules.items():
-        if not holds(leaves[key]):
-            raise UserError(f"config.{key}={leaves[key]} {sentence}.")
+    """Raises UserError for a key that there is not, or a value that no run could use, naming it.
+
+    A leaf has the type of its default in `base_config`, and keeps to its rule in RULES. What a text
+    names is looked at where it is built.
+    """
+    known, leaves = flatten(base_config()), flatten(config)
+    for key in known:
+        if key not in leaves:
+            raise UserError(
+                f"config lacks the key {key!r}; begin with cv_jax.config.base_config()."
+            )
+    for key, value in leaves.items():
+        like = _in_base(key)
+        if key.startswith("optim.groups") and like not in known:
+            if key.count(".") == 3:
+                continue  # the optimizer says what a group may set
+            raise UserError(
+                f"config.{key}={value!r} must be the settings of a group by their names, such as "
+                '{"head": {"lr": 0.1}} for config.optim.groups.'
+            )
+        _check_key(like, known)
+        _check_type(key, value, known[like])
+        holds, sentence = RULES.get(like, _ANY)
+        if not holds(value):
+            raise UserError(f"config.{key}={_shown(value)} {sentence}.")
+    last = config.seed + config.num_seeds - 1
+    if last > _MAX_INT:
+        raise UserError(
+            f"config.num_seeds={config.num_seeds}: the last seed, {last}, is too large."
+        )
+
+
+def _in_base(key: str) -> str:
+    """The leaf of `base_config` that gives a leaf its type and rule, also in a group."""
+    parts = key.split(".")
+    in_group = parts[:2] == ["optim", "groups"] and len(parts) == 4
+    return f"optim.{parts[3]}" if in_group else key
+
+
+# For the type of a leaf's default: the types of a value, and what it must be, in words.
+_TYPES = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number of at most 32 bits"),
+    float: (int | float, "a finite number of at most 32 bits"),
+    str: (str, "a text"),
+    tuple: (tuple | list, 'a tuple, with texts in quotes, such as (("head/.*", "head"),)'),
+}
+_MAX_INT = 2**31 - 1
+_MAX_FLOAT = float(np.finfo(np.float32).max)
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    types, sentence = _TYPES[type(default)]
+    right = isinstance(value, types) and isinstance(value, bool) == (types is bool)
+    if right and types in (int, int | float):
+        right = abs(value) <= (_MAX_INT if types is int else _MAX_FLOAT)
+    if not right:
+        raise UserError(f"config.{key}={_shown(value)} must be {sentence}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _are_pairs(values: Any, second: Any) -> bool:
+    return all(
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], second)
+        for pair in values
+    )
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+_ANY: _Rule = (lambda v: True, "")
+_ABOVE_0: _Rule = (lambda v: v > 0, "must be above 0")
+_NOT_NEGATIVE: _Rule = (lambda v: v >= 0, "must be 0 or more")
+_BELOW_1: _Rule = (lambda v: 0 <= v < 1, "must be in [0, 1)")
+_DURATION: _Rule = (
+    is_duration,
+    "is not a duration: write '2 epochs', '500 steps', '1e6 examples' or 'never'",
+)
+
+# Leaf -> (whether a value of the right type can be used, what is said of one that cannot).
+RULES: dict[str, _Rule] = {
+    "seed": _NOT_NEGATIVE,
+    "num_seeds": (lambda v: 0 < v <= 10_000, "must be above 0, and 10000 at most"),
+    "seeds.mode": (
+        lambda v: v in ("auto", "batched", "in_turn"),
+        "must be auto, batched or in_turn",
+    ),
+    "sweep": (
+        lambda v: _are_pairs(v, tuple | list) and len({key for key, _ in v}) == len(v),
+        'must be pairs of a key, each once, and its values, such as (("optim.lr", (0.1, 0.2)),)',
+    ),
+    "epochs": _ABOVE_0,
+    "steps": _NOT_NEGATIVE,
+    "batch_size": _ABOVE_0,
+    "eval_batch_size": _ABOVE_0,
+    "log_every": _DURATION,
+    "eval_every": _DURATION,
+    "checkpoint_every": _DURATION,
+    "keep_checkpoints": _ABOVE_0,
+    "label_smoothing": _BELOW_1,
+    "data.num_val": _NOT_NEGATIVE,
+    "data.limit": _NOT_NEGATIVE,
+    "optim.lr": _ABOVE_0,
+    "optim.lr_batch_size": _NOT_NEGATIVE,
+    "optim.momentum": _BELOW_1,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.warmup": _DURATION,
+    "optim.clip_norm": _NOT_NEGATIVE,
+    "optim.ema": _BELOW_1,
+    "optim.rules": (
+        lambda v: _are_pairs(v, str),
+        'must be pairs (regex, group), such as (("head/.*", "head"), (".*", "base"))',
+    ),
+}
 
 
 def adopt_workdir(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:

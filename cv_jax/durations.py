@@ -6,7 +6,17 @@ import ml_collections
 
 from cv_jax.errors import UserError
 
-_DURATION = re.compile(r"(?P<count>\d+(\.\d*)?(e\d+)?)\s*(?P<unit>step|epoch|example)s?", re.I)
+_DURATION = re.compile(
+    r"(?P<count>[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,2})?)\s*(?P<unit>step|epoch|example)s?", re.I
+)
+# `TrainState.step` counts in 32 bits.
+_MAX_STEPS = 2**31 - 1
+
+
+def is_duration(text: str) -> bool:
+    """Whether `steps` understands the text."""
+    text = text.strip()
+    return text.lower() in ("", "never") or bool(_DURATION.fullmatch(text))
 
 
 def steps(duration: str, batch_size: int, num_train: int) -> int:
@@ -21,27 +31,27 @@ def steps(duration: str, batch_size: int, num_train: int) -> int:
         num_train: examples in the training split.
 
     Raises:
-        UserError: the text is none of these.
+        UserError: the text is none of these, or more steps than can be counted.
     """
-    text = duration.strip()
-    if text.lower() in ("", "never"):
-        return 0
-    match = _DURATION.fullmatch(text)
-    if not match:
+    if not is_duration(duration):
         raise UserError(
             f"{duration!r} is not a duration: write '2 epochs', '500 steps', '1e6 examples' "
             "or 'never'."
         )
-    count = float(match["count"])
+    match = _DURATION.fullmatch(duration.strip())
+    count = float(match["count"]) if match else 0.0
+    if not count:
+        return 0
     per_unit = {"step": 1.0, "epoch": num_train // batch_size, "example": 1 / batch_size}
-    return max(1, round(count * per_unit[match["unit"].lower()])) if count else 0
+    total = count * per_unit[match["unit"].lower()]
+    if total > _MAX_STEPS:
+        raise UserError(f"{duration!r} is more than {_MAX_STEPS} steps.")
+    return max(1, round(total))
 
 
 def total_steps(config: ml_collections.ConfigDict, num_train: int) -> int:
     """Length of the training in steps: `config.steps` where set, else `config.epochs`."""
-    if config.steps:
-        return config.steps
-    return steps(f"{config.epochs} epochs", config.batch_size, num_train)
+    return config.steps or steps(f"{config.epochs} epochs", config.batch_size, num_train)
 
 
 def due(step: int, every: int) -> bool:

@@ -15,9 +15,11 @@ from jax.typing import ArrayLike
 from cv_jax.errors import UserError, nearest
 from cv_jax.muon import from_normalized_weights, scale_by_orthogonalization
 from cv_jax.schedules import make_schedule
-from cv_jax.spec import build_one
+from cv_jax.spec import build_one, require
 
 Rate = Callable[[ArrayLike], jax.Array]  # step -> learning rate
+
+_STEPS_AT_ONCE = 1_000_000  # whose rates are looked at together: that bounds the memory
 
 
 def sgd(
@@ -41,6 +43,7 @@ def adam(
     g <- g + weight_decay p;   m, v <- the averages of g, g^2;   p <- p - rate m' / (sqrt(v') + eps)
     where m', v' are corrected for their start at zero.
     """
+    _check_adam(b2, eps)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
         _standard_promotion(optax.adam(rate, momentum, b2, eps)),
@@ -54,6 +57,7 @@ def adamw(
 
     p <- p - rate (m' / (sqrt(v') + eps) + weight_decay p)
     """
+    _check_adam(b2, eps)
     return _standard_promotion(optax.adamw(rate, momentum, b2, eps, weight_decay=weight_decay))
 
 
@@ -65,6 +69,7 @@ def lamb(
     u = m' / (sqrt(v') + eps) + weight_decay p;   p <- p - rate u ||p|| / ||u||
     where the ratio is 1 if either norm is 0.
     """
+    _check_adam(b2, eps)
     return _standard_promotion(optax.lamb(rate, momentum, b2, eps, weight_decay=weight_decay))
 
 
@@ -83,6 +88,7 @@ def muon(
     With `normalize_weights` p is first brought to norm sqrt(output channels), as in the published
     CIFAR-10 recipe (github.com/KellerJordan/cifar10-airbench).
     """
+    require(lambda: 1 <= ns_steps <= 100, f"ns_steps={ns_steps} must be between 1 and 100")
     tx = optax.chain(
         optax.trace(momentum, nesterov),
         scale_by_orthogonalization(ns_steps),
@@ -90,6 +96,11 @@ def muon(
         optax.scale_by_learning_rate(rate),
     )
     return from_normalized_weights(tx) if normalize_weights else tx
+
+
+def _check_adam(b2: float, eps: float) -> None:
+    require(lambda: 0 <= b2 < 1, f"b2={b2} must lie in [0, 1)")
+    require(lambda: eps > 0, f"eps={eps} must be above 0")
 
 
 def _standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -233,7 +244,7 @@ def _apply_rules(
             )
         try:
             matched = [name for name in left if re.fullmatch(pattern, name)]
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(
                 f"config.optim.rules: {pattern!r} is not a regular expression: {error}."
             ) from error
@@ -270,13 +281,17 @@ def _rate(
 
 def _end(rate: Rate, total_steps: int) -> int:
     """The first step from which on the rate is 0 up to the end of the training."""
-    try:
-        with jax.ensure_compile_time_eval():  # also where a task is built in a traced function
-            rates = np.asarray(rate(np.arange(total_steps)))
-    except jax.errors.TracerArrayConversionError:  # a swept schedule: it ends elsewhere in each run
-        return total_steps
-    (above,) = np.nonzero(rates)
-    return int(above[-1]) + 1 if len(above) else 0
+    for stop in range(total_steps, 0, -_STEPS_AT_ONCE):
+        start = max(0, stop - _STEPS_AT_ONCE)
+        try:
+            with jax.ensure_compile_time_eval():  # also where a task is built in a traced function
+                rates = np.asarray(rate(np.arange(start, stop)))
+        except jax.errors.TracerArrayConversionError:  # a swept schedule: each run ends elsewhere
+            return total_steps
+        (above,) = np.nonzero(rates)
+        if len(above):
+            return start + int(above[-1]) + 1
+    return 0
 
 
 def _transform(group: str, settings: dict[str, Any], rate: Rate) -> optax.GradientTransformation:

@@ -34,6 +34,18 @@ class Programs(NamedTuple):
     preview: Callable
 
 
+def try_step(task: Task, batch: dict) -> None:
+    """Traces the start and a step of a run: what is wrong with them shows before there is a run.
+
+    The step that is compiled later takes this trace. `batch`: of training, as ShapeDtypeStructs.
+
+    Raises:
+        UserError: something that the task refuses there.
+    """
+    key = jax.random.key(0)
+    jax.eval_shape(jax.jit(task.train_step), jax.eval_shape(task.init, key), batch, key)
+
+
 def make_programs(
     config: ml_collections.ConfigDict,
     spec: DataSpec,

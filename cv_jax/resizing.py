@@ -28,7 +28,7 @@ def make_stages(text: str, total_steps: int) -> list[Stage]:
     Raises:
         UserError: a text that is not understood, or shares of the training that do not grow.
     """
-    sizes = build(text, {"size": _size}, _KEY)
+    sizes = build(text, SIZES, _KEY)
     shares = [until for _, until in sizes]
     if shares != sorted(set(shares)):
         raise UserError(f"{_KEY}={text!r}: each `until` must be above the one before.")
@@ -42,16 +42,25 @@ def size_at(stages: list[Stage], step: int) -> int | None:
 
 
 def _size(pixels: int, *, until: float) -> tuple[int, float]:
-    if not (isinstance(pixels, int) and pixels > 0):
-        raise ValueError(f"{pixels!r} is not a number of pixels")
+    if pixels < 1:
+        raise ValueError(f"{pixels} is not a number of pixels")
     if not 0 < until < 1:
         raise ValueError(f"until={until} is not between 0 and 1")
     return pixels, until
 
 
+SIZES = {"size": _size}
+
+
 def resize(images: jax.Array, size: int | None) -> jax.Array:
-    """(b, h, w, c) to (b, size, size, c), bilinear and antialiased; as they are for None."""
+    """(b, h, w, c) to (b, size, size, c), bilinear and antialiased; as they are for None.
+
+    Raises:
+        UserError: the images are smaller than `size`.
+    """
     if size is None:
         return images
-    b, _, _, c = images.shape
+    b, h, w, c = images.shape
+    if size > max(h, w):
+        raise UserError(f"{_KEY}: {size} pixels a side are more than the images' {h}x{w}.")
     return jax.image.resize(images, (b, size, size, c), "linear", antialias=True)

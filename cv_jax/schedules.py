@@ -23,7 +23,7 @@ def constant() -> Schedule:
 
 def step_down(at: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> Schedule:
     """f(x) = factor^k, where k counts the points of `at` that x has reached."""
-    _check_fractions(*at)
+    _check_fractions(*at, factor)
 
     def schedule(x):
         multiplier = jnp.ones_like(x)

@@ -6,12 +6,16 @@ are all named this way, so that one string on the command line chooses a thing a
 
 import ast
 import inspect
+import types
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin
 
 import jax
+import numpy as np
 
 from cv_jax.errors import UserError, nearest
+
+_MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
 class Call(NamedTuple):
@@ -22,10 +26,11 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def parse(text: str | list[Call]) -> list[Call]:
+def parse(text: str | list[Call], kind: str = "") -> list[Call]:
     """Parses a spec into its calls; "" is the empty chain. Raises UserError on anything else.
 
-    Calls are returned as they are, so that their arguments may be traced.
+    Calls are returned as they are, so that their arguments may be traced. `kind` is for messages,
+    see `build`.
     """
     if not isinstance(text, str):
         return text
@@ -33,9 +38,10 @@ def parse(text: str | list[Call]) -> list[Call]:
         return []
     try:
         return _calls(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError) as error:  # TypeError: an unhashable key of a dict
+    # TypeError: an unhashable key of a dict; the last two: parentheses without end.
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise UserError(
-            f"{text!r} is not understood: write names with literal arguments, "
+            f"{kind and f'{kind} '}{text!r} is not understood: write names with literal arguments, "
             "joined by |, such as 'crop(4)|flip'."
         ) from error
 
@@ -62,14 +68,14 @@ def build(
     Args:
         text: the spec, e.g. "crop(4)|flip".
         table: the functions that the spec may name.
-        kind: what they are, for messages: "augmentation", "model", ...
+        kind: what they are, for messages: the config's key, as a rule.
         context: what every function is given beside the spec's arguments, if it has a parameter
             of that name. The spec cannot set these, and messages do not show them.
 
     Raises:
         UserError: an unknown name or bad arguments; the message lists what exists.
     """
-    return [_apply(call, table, kind, context) for call in parse(text)]
+    return [_apply(call, table, kind, context) for call in parse(text, kind)]
 
 
 def build_one(
@@ -109,9 +115,42 @@ def _apply(call: Call, table: Mapping[str, Callable], kind: str, context: dict[s
     )
     try:
         given = shown.bind(*call.args, **call.kwargs).arguments
+        for name, value in given.items():
+            _check_argument(shown.parameters[name], value)
         bound = inspect.BoundArguments(signature, {**given, **context})
         return function(*bound.args, **bound.kwargs)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{kind} {call.name!r}: {error}. It is written {call.name}{shown}."
         ) from error
+
+
+def _check_argument(parameter: inspect.Parameter, value: Any) -> None:
+    """Raises ValueError where a literal is not what the parameter's annotation says."""
+    annotation = parameter.annotation
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return
+    if annotation is not parameter.empty and not _fits(value, annotation):
+        raise ValueError(
+            f"{parameter.name}={value!r} must be {inspect.formatannotation(annotation)}, with "
+            "numbers that 32 bits can hold"
+        )
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a literal is of a type; an int is a float, too, and a swept number any number."""
+    if isinstance(annotation, types.UnionType):
+        return any(_fits(value, one) for one in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        kinds = get_args(annotation)
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if annotation in (int, float):
+        if isinstance(value, jax.Array):
+            return True
+        kind, limit = (int, 2**31 - 1) if annotation is int else (int | float, _MAX_FLOAT)
+        return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= limit
+    return isinstance(value, annotation) if isinstance(annotation, type) else True

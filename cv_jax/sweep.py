@@ -146,7 +146,7 @@ def _take_apart(key: str, values: Any, config: ml_collections.ConfigDict) -> Lea
         raise UserError(f"config.sweep.{key}={values!r}: give two values or more, as (0.1, 0.2).")
     try:
         taken = [jax.tree.flatten(parse(v) if isinstance(v, str) else v) for v in values]
-    except UserError as error:
+    except (UserError, ValueError) as error:  # ValueError: keys of a dict that have no order
         raise _refusal(key, str(error)) from error
     structure = taken[0][1]
     if any(other != structure for _, other in taken):
@@ -159,6 +159,8 @@ def _take_apart(key: str, values: Any, config: ml_collections.ConfigDict) -> Lea
         if not all(isinstance(part, int | float) and not isinstance(part, bool) for part in column):
             raise _refusal(key, f"{column[0]!r} is not a number")
         whole = all(isinstance(part, int) for part in column)
+        if whole and any(abs(part) >= 2**31 for part in column):
+            raise _refusal(key, f"{max(column, key=abs)} is more than 32 bits can hold")
         parts.append(None)
         numbers.append(np.array(column, np.int32 if whole else np.float32))
     if not numbers:

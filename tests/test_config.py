@@ -1,6 +1,8 @@
 """Every mistake in a config is named, and a work directory keeps to its config."""
 
 import json
+import math
+import re
 import shlex
 from pathlib import Path
 
@@ -22,6 +24,14 @@ from tests.conftest import ROOT
         ("--config=configs/digits.py --config.lr=3", r"no key 'lr'.*'optim\.lr'"),
         ("--config configs/digits.py --config.data.nam=x", r"'data\.nam'.*'data\.name'"),
         ("--config=configs/digits.py:smok", r"'smoke' or none, not 'smok'"),
+        ("--config=configs/digits.py --config.seed", r"--config\.seed lacks its value"),
+        ("--config=configs/digits.py --config.seed=abc", r"seed='abc' must be a whole number"),
+        ("--config=configs/digits.py --config.num_seeds=two", r"num_seeds='two' must be a whole"),
+        ("--config=configs/digits.py --config.data.num_val=1.5", r"num_val='1\.5' must be a whole"),
+        ("--config=configs/digits.py --config.optim.lr=nan", r"lr=nan must be a finite number"),
+        ("--config=configs/digits.py --config.optim.rules=((", r"rules='\(\(' must be a tuple"),
+        ("--config=configs/digits.py --config.data.stream=2", r"stream='2' must be true or false"),
+        ("--config=tests/conftest.py", r"tests/conftest\.py makes no config \(KeyError"),
     ],
 )
 def test_a_mistyped_command_line_names_the_nearest(monkeypatch, line, message):
@@ -39,12 +49,51 @@ def test_a_right_command_line_passes(monkeypatch):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("epochs", 0.0), ("batch_size", -1), ("label_smoothing", 1.0), ("optim.lr", 0.0)],
+    [
+        *[("epochs", 0.0), ("batch_size", -1), ("eval_batch_size", 0), ("label_smoothing", 1.0)],
+        *[("seed", -1), ("seed", 2**31), ("data.num_val", -3), ("optim.lr", 0.0)],
+        *[("optim.momentum", -0.1), ("optim.weight_decay", -1e-9), ("optim.clip_norm", -1.0)],
+        *[("optim.lr", math.inf), ("optim.ema", math.nan), ("optim.lr", 3.5e38)],
+    ],
 )
 def test_values_out_of_range_name_their_key(key, value):
     config = base_config()
     config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError, match=rf"config\.{key}={value} must"):
+    with pytest.raises(UserError, match=re.escape(f"config.{key}={value} must")):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("num_seeds", "two"), ("seed", True), ("optim.lr", "0.1"), ("data.stream", 1)],
+        *[("log_every", "often"), ("optim.warmup", "2 hours"), ("optim.rules", (1,))],
+        *[("sweep", ("optim.lr", (0.1, 0.2))), ("optim.groups.head", 3), ("optim.lrr", 0.1)],
+        *[("optim.groups.head.lr", -1.0), ("optim.groups.head.warmup", "often")],
+    ],
+)
+def test_a_config_written_in_python_is_checked_too(key, value):
+    config = base_config()
+    with config.ignore_type():
+        config.optim.groups = {"head": {"lr": 0.1, "warmup": "never"}}
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=re.escape(key)):
+        check(config)
+
+
+def test_what_a_config_may_leave_open():
+    config = base_config()
+    config.optim.lr = 1  # ml_collections makes it 1.0
+    config.optim.groups = {"head": {"lr": 0.3, "warmup": "1 epoch"}}
+    config.sweep = (("optim.lr", (1, 2)),)
+    check(config)
+    check(config.lock())
+
+
+def test_a_key_that_is_missing_is_named():
+    config = base_config()
+    del config.optim.ema
+    with pytest.raises(UserError, match=r"lacks the key 'optim\.ema'"):
         check(config)
 
 

@@ -40,9 +40,17 @@ def test_other_text_is_refused(duration):
     assert f"{duration!r} is not a duration: write '2 epochs'" in str(error.value)
 
 
+def test_more_steps_than_can_be_counted_are_refused():
+    for duration in ("1e10 steps", "1e99 epochs"):
+        with pytest.raises(UserError, match="is more than 2147483647 steps"):
+            steps(duration, batch_size=11, num_train=103)
+
+
 def test_total_steps_prefers_steps_to_epochs():
     config = ml_collections.ConfigDict({"steps": 0, "epochs": 2.5, "batch_size": 10})
     assert total_steps(config, num_train=49) == 10
+    config.epochs = 1e-05
+    assert total_steps(config, num_train=49) == 1
     config.steps = 7
     assert total_steps(config, num_train=49) == 7
 

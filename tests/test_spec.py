@@ -123,3 +123,32 @@ def test_build_one_wants_exactly_one_call():
     for text in ("", "flip|flip"):
         with pytest.raises(UserError, match="expected one of crop, flip, sizes"):
             build_one(text, TABLE, "augmentation")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("f('a')", "number='a' must be float, with numbers that 32 bits can hold"),
+        ("f(True)", "number=True must be float"),
+        ("f(1e999)", "number=inf must be float"),
+        ("f(1, whole=1.0)", "whole=1.0 must be int"),
+        (f"f(1, {2**31})", "whole=2147483648 must be int"),
+        ("f(1, pair=(1, 2, 3))", "pair=(1, 2, 3) must be tuple[float, float] | None"),
+        ("f(1, mode=1)", "mode=1 must be str"),
+    ],
+)
+def test_an_argument_is_what_its_annotation_says(text, message):
+    def f(
+        number: float,
+        whole: int = 1,
+        pair: tuple[float, float] | None = None,
+        mode: str = "a",
+    ):
+        return number
+
+    table = {"f": f}
+    assert build_one("f(1, 2, [1, 0.5], 'b')", table, "key") == 1
+    assert build_one("f(0.5, pair=None)", table, "key") == 0.5
+    with pytest.raises(UserError) as error:
+        build_one(text, table, "key")
+    assert message in str(error.value)

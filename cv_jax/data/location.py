@@ -22,7 +22,7 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
     Returns:
         None if there is none.
     """
-    if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
+    if not re.fullmatch(r"\w{1,99}(/[\w.-]{1,99})?(:\d+\.\d+\.\d+)?", name):
         return None
     name, _, wanted = name.partition(":")
     versions = _versions(data_dir / name)

@@ -44,7 +44,7 @@ def build_model(text: str, num_classes: int, dtype: jnp.dtype) -> nn.Module:
     Raises:
         UserError: an unknown name or bad arguments.
     """
-    return build_one(text, MODELS, "model", num_classes=num_classes, dtype=dtype)
+    return build_one(text, MODELS, "config.model", num_classes=num_classes, dtype=dtype)
 
 
 def compute_dtype(text: str) -> jnp.dtype:

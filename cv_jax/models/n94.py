@@ -26,6 +26,7 @@ from cv_jax.models.layers import (
 PATCH = 2  # side of the whitened patches
 WHITEN_IMAGES = 5_000
 WHITEN_EPSILON = 5e-4
+MAX_WIDTH = 65_536
 
 
 class N94(nn.Module):
@@ -152,7 +153,8 @@ def n96(
 
 
 def _build(widths, residual, num_classes, dtype):
-    counts = isinstance(widths, tuple | list) and all(isinstance(w, int) and w > 0 for w in widths)
-    if not (counts and widths):
-        raise ValueError(f"widths are channel counts, one a group, not {widths!r}")
+    if not (widths and all(0 < width <= MAX_WIDTH for width in widths)):
+        raise ValueError(
+            f"widths are channel counts up to {MAX_WIDTH}, one a group, not {widths!r}"
+        )
     return N94(tuple(widths), residual, num_classes, dtype)
