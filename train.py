@@ -17,6 +17,7 @@ SIGTERM.
 import sys
 from pathlib import Path
 
+import jax
 import ml_collections
 import numpy as np
 from absl import app, flags
@@ -77,7 +78,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
 
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         changes = adopt_workdir(workdir, config)
-        init = jit_once(programs.init, out_shardings=runs.state_sharding)
+        layout = runs.state_sharding(jax.eval_shape(programs.init, runs.own))
+        init = jit_once(programs.init, out_shardings=layout)
         restored = checkpoints.restore_latest(like=init.eval_shape(runs.own))
         with clock("compile"):
             state, seconds = restored or (init(runs.own), {})
@@ -87,7 +89,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
             return result
 
         write_environment(workdir)
-        train_chunk = compile_train_chunk(programs.train_chunk, runs.own, state, batches, clock)
+        train_chunk = compile_train_chunk(
+            programs.train_chunk, runs.own, state, batches, runs.mesh, clock
+        )
         evaluate = Evaluator(
             programs.evals, runs.own, data, config.eval_batch_size, runs.mesh, clock
         )

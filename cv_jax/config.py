@@ -23,6 +23,9 @@ MAY_CHANGE = {
     "keep_checkpoints",
     "eval_batch_size",
     "data.dir",
+    "mesh.seed",
+    "mesh.data",
+    "mesh.fsdp",
 }
 
 # The leaves in which runs of one experiment differ.
@@ -59,7 +62,13 @@ def base_config() -> ml_collections.ConfigDict:
     seeds = ml_collections.ConfigDict()
     seeds.mode = "auto"  # how a device treats its runs: batched, in_turn; auto: in_turn on a CPU
 
-    config = ml_collections.ConfigDict({"data": data, "optim": optim, "seeds": seeds})
+    mesh = ml_collections.ConfigDict()  # devices along each axis; a product of all there are
+    mesh.seed = 0  # which take runs of their own; 0: as many as divide the runs
+    mesh.data = 0  # which share every batch; 0: all that the others leave
+    mesh.fsdp = 1  # which share every batch, the parameters and the optimizer's state
+
+    parts = {"data": data, "optim": optim, "seeds": seeds, "mesh": mesh}
+    config = ml_collections.ConfigDict(parts)
     config.task = "classification"  # a file in cv_jax/tasks
     config.seed = 0  # of the first run
     config.num_seeds = 1  # runs in one program, with the seeds seed, seed + 1, ...
@@ -203,6 +212,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         "keep_checkpoints": (lambda v: v > 0, "must be above 0"),
         "label_smoothing": (lambda v: 0 <= v < 1, "must be in [0, 1)"),
         "data.limit": (lambda v: v >= 0, "must be 0 or more"),
+        "mesh.seed": (lambda v: v >= 0, "must be 0 or more"),
+        "mesh.data": (lambda v: v >= 0, "must be 0 or more"),
+        "mesh.fsdp": (lambda v: v > 0, "must be above 0"),
         "optim.lr": (lambda v: v > 0, "must be above 0"),
         "optim.ema": (lambda v: 0 <= v < 1, "must be in [0, 1)"),
     }

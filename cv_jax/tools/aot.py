@@ -37,10 +37,9 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
 from cv_jax.config import check, check_command_line
@@ -191,7 +190,7 @@ def examine(config: ml_collections.ConfigDict, topology: str, scaling: bool) -> 
         DoesNotFit: a program or its data is too large for the chip.
     """
     chip, devices = find_devices(topology)
-    check_batch_size(config.batch_size, Mesh(np.array(devices), ("data",)))
+    check_batch_size(config.batch_size, make_mesh(devices=devices))
     data = load_dataset(config.data)
     report = {
         "config": config.to_dict(),
@@ -222,7 +221,7 @@ def compile_steps(
     The step is the one of the training loop, in the last of its stages; the loop runs it on a batch
     that it gathers from the resident (or streamed) examples; these count in the memory.
     """
-    mesh = Mesh(np.array(devices), ("data",))
+    mesh = make_mesh(devices=devices)
     everywhere, divided = replicated(mesh), batch_sharding(mesh)
     task = build_task(config, data.spec)
     keys = derive_keys(config.seed)
