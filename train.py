@@ -23,6 +23,7 @@ if __name__ == "__main__":
         signal.SIGINT, signal.SIG_DFL
     )  # while it imports there is nothing to end in order
 
+import jax
 import ml_collections
 import numpy as np
 from absl import app, flags
@@ -85,7 +86,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
 
     with storage_errors(workdir), Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         changes = adopt_workdir(workdir, config)
-        init = jit_once(programs.init, out_shardings=runs.state_sharding)
+        layout = runs.state_sharding(jax.eval_shape(programs.init, runs.own))
+        init = jit_once(programs.init, out_shardings=layout)
         restored = checkpoints.restore_latest(like=init.eval_shape(runs.own))
         with clock("compile"):
             state, progress = restored or (init(runs.own), {"seconds": {}, "window": {}})
@@ -95,7 +97,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
             return result
 
         write_environment(workdir)
-        train_chunk = compile_train_chunk(programs.train_chunk, runs.own, state, batches, clock)
+        train_chunk = compile_train_chunk(
+            programs.train_chunk, runs.own, state, batches, runs.mesh, clock
+        )
         evaluate = Evaluator(
             programs.evals, runs.own, data, config.eval_batch_size, runs.mesh, clock
         )

@@ -27,6 +27,9 @@ MAY_CHANGE = {
     "keep_checkpoints",
     "eval_batch_size",
     "data.dir",
+    "mesh.seed",
+    "mesh.data",
+    "mesh.fsdp",
 }
 
 # The leaves in which runs of one experiment differ.
@@ -63,7 +66,13 @@ def base_config() -> ml_collections.ConfigDict:
     seeds = ml_collections.ConfigDict()
     seeds.mode = "auto"  # how a device treats its runs: batched, in_turn; auto: in_turn on a CPU
 
-    config = ml_collections.ConfigDict({"data": data, "optim": optim, "seeds": seeds})
+    mesh = ml_collections.ConfigDict()  # devices along each axis; a product of all there are
+    mesh.seed = 0  # which take runs of their own; 0: as many as divide the runs
+    mesh.data = 0  # which share every batch; 0: all that the others leave
+    mesh.fsdp = 1  # which share every batch, the parameters and the optimizer's state
+
+    parts = {"data": data, "optim": optim, "seeds": seeds, "mesh": mesh}
+    config = ml_collections.ConfigDict(parts)
     config.task = "classification"  # a file in cv_jax/tasks
     config.seed = 0  # of the first run
     config.num_seeds = 1  # runs in one program, with the seeds seed, seed + 1, ...
@@ -339,6 +348,9 @@ RULES: dict[str, _Rule] = {
     "label_smoothing": _BELOW_1,
     "data.num_val": _NOT_NEGATIVE,
     "data.limit": _NOT_NEGATIVE,
+    "mesh.seed": _NOT_NEGATIVE,
+    "mesh.data": _NOT_NEGATIVE,
+    "mesh.fsdp": _ABOVE_0,
     "optim.lr": _ABOVE_0,
     "optim.lr_batch_size": _NOT_NEGATIVE,
     "optim.momentum": _BELOW_1,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from cv_jax.data import Dataset, Split
 from cv_jax.errors import UserError, nearest
 from cv_jax.loop import Clock
-from cv_jax.mesh import batch_sharding
+from cv_jax.mesh import batch_sharding, num_sharing, put, replicated
 
 _Logits = Callable[[jax.Array], jax.Array]
 
@@ -113,7 +113,7 @@ class Evaluator:
         self._own = own
         self._data = data
         self._batch_size = batch_size
-        self._sharding = batch_sharding(mesh)
+        self._mesh = mesh
         self._clock = clock
         self._batches: dict[str, list[dict]] = {}
         self._programs: dict[tuple[str, int], Callable] = {}
@@ -125,17 +125,18 @@ class Evaluator:
             return {}
         with self._clock("eval"):
             if split not in self._batches:
-                sharing = self._sharding.mesh.shape["data"]
+                sharing = num_sharing(self._mesh)
                 batch_size = min(self._batch_size, len(arrays.label))
                 batch_size = -(-batch_size // sharing) * sharing
                 laid_out = padded_batches(arrays, batch_size)
-                self._batches[split] = jax.device_put(laid_out, self._sharding)
+                self._batches[split] = put(laid_out, batch_sharding(self._mesh))
             batches = self._batches[split]
             program = (name, len(batches[0]["label"]))  # splits with batches of one size share it
             if program not in self._programs:
                 with self._clock("compile"):
-                    evaluate = jax.jit(self._evals[name]).lower(self._own, state, batches[0])
-                    self._programs[program] = evaluate.compile()
+                    evaluate = jax.jit(self._evals[name], out_shardings=replicated(self._mesh))
+                    lowered = evaluate.lower(self._own, state, batches[0])
+                    self._programs[program] = lowered.compile()
             return sum_batches(partial(self._programs[program], self._own, state), batches)
 
 

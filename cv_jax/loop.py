@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from cv_jax import durations
 from cv_jax.data.batches import Batches
+from cv_jax.mesh import replicated
 
 # The most steps in a dispatch; their metrics are kept step by step, so it bounds that memory too.
 MAX_STEPS = 512
@@ -107,12 +109,16 @@ def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
 
 
 def compile_train_chunk(
-    train_chunk: Callable, own: Any, state: Any, batches: Batches, clock: "Clock"
+    train_chunk: Callable, own: Any, state: Any, batches: Batches, mesh: Mesh, clock: "Clock"
 ) -> Callable:
-    """`programs.Programs.train_chunk` compiled: another shape is an error, not a retrace."""
+    """`programs.Programs.train_chunk` compiled: another shape is an error, not a retrace.
+
+    The state stays laid out as it is; every device knows the metrics.
+    """
     with clock("compile"):
         feed = batches.feed(int(state.step), 1)
-        jitted = jax.jit(train_chunk, donate_argnums=1)
+        layout = jax.tree.map(lambda x: x.sharding, state)
+        jitted = jax.jit(train_chunk, donate_argnums=1, out_shardings=(layout, replicated(mesh)))
         return jitted.lower(own, state, feed, np.int32(1)).compile()
 
 

@@ -10,7 +10,7 @@ import ml_collections
 from cv_jax.data import DataSpec
 from cv_jax.data.batches import Batches
 from cv_jax.loop import make_train_chunk
-from cv_jax.mesh import divide
+from cv_jax.mesh import divide, replicated
 from cv_jax.runs import Runs, take_run
 from cv_jax.sweep import Sweep
 from cv_jax.tasks import Task, build_task
@@ -69,7 +69,7 @@ def make_programs(
     def evaluate(own, state, batch, name):
         return task_of(own.values).evals[name](state, divide(batch, runs.mesh))
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=replicated(runs.mesh))
     def preview(own, feed, step):
         own, feed = take_run((own, feed), (0, batches.axes), 0)
         return task.preview(batches.pick(feed, step), own.keys.step)[:64]

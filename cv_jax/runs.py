@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from cv_jax.keys import Keys, derive_keys
-from cv_jax.mesh import make_mesh, replicated, run_sharding
+from cv_jax.mesh import make_mesh, parameter_sharding, replicated, run_sharding
 from cv_jax.sweep import Sweep, make_sweep
-from cv_jax.update import RUN_AXES
+from cv_jax.update import RUN_AXES, TrainState
 
 
 class Own(NamedTuple):
@@ -76,11 +76,18 @@ class Runs(NamedTuple):
             check_vma=False,
         )
 
-    @property
-    def state_sharding(self) -> Any:
-        """The layout of a state of all runs."""
+    def state_sharding(self, state: TrainState) -> TrainState:
+        """The layout of a state of all runs, of which only the shapes are looked at."""
         shared, own = replicated(self.mesh), run_sharding(self.mesh)
-        return _map_axes(lambda axis: shared if axis is None else own, RUN_AXES)
+
+        def divided(x):
+            return parameter_sharding(self.mesh, x.shape)
+
+        layout = _map_axes(lambda axis: shared if axis is None else own, RUN_AXES)
+        return layout.replace(
+            params=jax.tree.map(divided, state.params),
+            opt_state=jax.tree.map(divided, state.opt_state),
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -106,7 +113,7 @@ def make_runs(config: ml_collections.ConfigDict, sweep: Sweep) -> Runs:
         for setting in sweep.settings
         for seed in seeds
     ]
-    mesh = make_mesh(len(names))
+    mesh = make_mesh(len(names), config.mesh)
     keys = jax.tree.map(lambda *keys: jnp.stack(keys), *map(derive_keys, seeds))
     keys = jax.tree.map(lambda keys: jnp.tile(keys, len(sweep.settings)), keys)
     values = jax.tree.map(lambda x: np.repeat(x, len(seeds)), sweep.values)

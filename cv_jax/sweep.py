@@ -23,6 +23,7 @@ from cv_jax.tasks import build_task
 # What is read outside of the training step, by prefix: all runs of a program share it.
 _SHARED = (
     "data.",
+    "mesh.",
     "seed",
     "num_seeds",
     "sweep",

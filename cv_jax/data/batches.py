@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from cv_jax.data.dataset import Split
 from cv_jax.errors import UserError
-from cv_jax.mesh import divide, replicated, run_sharding
+from cv_jax.mesh import divide, put, replicated, run_sharding, stream_sharding
 
 # Batches that a stream hands over at once: enough to hide the dispatch, little enough to hold.
 STREAM_STEPS = 8
@@ -103,11 +103,11 @@ def resident_batches(split: Split, batch_size: int, key: jax.Array, mesh: Mesh) 
         split: image (m, h, w, c) uint8 and label (m,) int32; a copy goes to every device.
         batch_size: examples in a batch.
         key: of the data order; or (r,) keys, of r runs.
-        mesh: a batch is divided over its axis "data", runs over "seed".
+        mesh: its devices share each batch, and runs.
     """
     steps_per_epoch = _steps_per_epoch(len(split.label), batch_size)
     arrays = {"image": np.asarray(split.image), "label": split.label}
-    arrays = jax.device_put(arrays, replicated(mesh))
+    arrays = put(arrays, replicated(mesh))
     order_of = _make_order_of(key, len(split.label), batch_size, _own_sharding(key, mesh))
     orders: dict[int, jax.Array] = {}
     key = jax.device_put(key, _own_sharding(key, mesh))
@@ -142,20 +142,30 @@ def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: 
         source: the training split; `source[indices]` gives these examples as a Split.
         batch_size: examples in a batch.
         key: of the data order, which is the one of `resident_batches`; or (r,) keys, of r runs.
-        mesh: a batch is divided over its axis "data", runs over "seed".
+        mesh: its devices share each batch, and runs; a process reads what its own devices need.
     """
     num_train = len(source)
     steps_per_epoch = _steps_per_epoch(num_train, batch_size)
     order_of = _make_order_of(key, num_train, batch_size, replicated(mesh))
     orders: dict[int, np.ndarray] = {}
-    sharding = _own_sharding(key, mesh)
-    key = jax.device_put(key, sharding)
+    sharding = stream_sharding(mesh, of_runs=key.ndim > 0)
+    key = jax.device_put(key, _own_sharding(key, mesh))
+    image_shape = source[np.arange(1)].image.shape[1:]
 
-    def fill_up(array):
-        """Zeros for the steps that a feed could hold and does not."""
+    def read(index):
+        """The examples at (r, k, b) or (k, b), with zeros for the steps that are not there."""
+        image, label = source[index.reshape(-1)]
+        arrays = {
+            "image": np.asarray(image).reshape(*index.shape, *image_shape),
+            "label": np.asarray(label).reshape(index.shape),
+            "index": index,
+        }
         steps_axis = key.ndim
-        spare = STREAM_STEPS - array.shape[steps_axis]
-        return np.pad(array, [(0, spare * (axis == steps_axis)) for axis in range(array.ndim)])
+        spare = STREAM_STEPS - index.shape[steps_axis]
+        return {
+            name: np.pad(array, [(0, spare * (axis == steps_axis)) for axis in range(array.ndim)])
+            for name, array in arrays.items()
+        }
 
     def limit(step):
         return min(STREAM_STEPS, steps_per_epoch - step % steps_per_epoch)
@@ -167,14 +177,17 @@ def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: 
             orders[epoch] = np.asarray(order_of(epoch))
         first = step % steps_per_epoch
         index = orders[epoch][..., first : first + num_steps, :]
-        image, label = source[index.reshape(-1)]
+        held = (*index.shape[:-2], STREAM_STEPS, batch_size)
+        shards: dict[str, list[jax.Array]] = {}
+        for device, part in sharding.addressable_devices_indices_map(held).items():
+            for name, array in read(index[part]).items():
+                shards.setdefault(name, []).append(jax.device_put(array, device))
         arrays = {
-            "image": np.asarray(image).reshape(*index.shape, *image.shape[1:]),
-            "label": np.asarray(label).reshape(index.shape),
-            "index": index,
+            name: jax.make_array_from_single_device_arrays(
+                (*held, *parts[0].shape[len(held) :]), sharding, parts
+            )
+            for name, parts in shards.items()
         }
-        arrays = {name: fill_up(array) for name, array in arrays.items()}
-        arrays = jax.device_put(arrays, sharding)
         return {**arrays, "first": np.int32(step), "epoch": np.int32(epoch), "key": key}
 
     def pick(feed, step):
@@ -186,7 +199,6 @@ def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: 
         tag = _tag(feed["key"], batch["index"], feed["epoch"])
         return jax.lax.optimization_barrier({**batch, **tag})
 
-    image_shape = source[np.arange(1)].image.shape[1:]
     axes = {"image": 0, "label": 0, "index": 0, "first": None, "epoch": None, "key": 0}
     return Batches(limit, feed, pick, _shapes(image_shape, batch_size), axes)
 

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cv_jax.models.layers import (
     batch_norm,
@@ -59,13 +60,13 @@ class N94(nn.Module):
         )
         return logits / self.widths[-1], features  # b n
 
-    def params_from_images(self, images: jax.Array) -> dict[str, Any]:
+    def params_from_images(self, images: np.ndarray) -> dict[str, Any]:
         """Returns the parameters that start from the data: {"whiten": {"kernel"}}.
 
         Args:
             images: (m, h, w, c) float32, normalised training images; the first 5,000 are used.
         """
-        return {"whiten": {"kernel": jax.jit(whitening_kernel)(images[:WHITEN_IMAGES])}}
+        return {"whiten": {"kernel": jnp.asarray(whitening_kernel(images[:WHITEN_IMAGES]))}}
 
 
 class Group(nn.Module):
@@ -97,12 +98,16 @@ def _norm(x: jax.Array, train: bool, name: str) -> jax.Array:
     return batch_norm(x, train, momentum=0.6, epsilon=1e-12, use_scale=False, name=name)
 
 
-def whitening_kernel(images: jax.Array) -> jax.Array:
+def whitening_kernel(images: np.ndarray) -> np.ndarray:
     """The filters that decorrelate the 2x2 patches of `images`, and their negatives.
 
     With the second moments C = E[p p^T] = sum_i l_i v_i v_i^T of all patches p, filter i is
     v_i / sqrt(l_i + 5e-4), by decreasing l_i, so that the responses of the first 4c filters have
-    the identity as their second moments (section 3.2 of the paper).
+    the identity as their second moments (section 3.2 of the paper). Of v_i and -v_i, which are both
+    eigenvectors, v_i is the one whose largest entry is positive.
+
+    Computed in float64: the eigenvectors of values that are close to each other would otherwise
+    depend on the order of the sum, and a run on how many threads and devices there are.
 
     Args:
         images: (m, h, w, c) float32.
@@ -111,16 +116,23 @@ def whitening_kernel(images: jax.Array) -> jax.Array:
         (2, 2, c, 8c) float32.
     """
     _, h, w, c = images.shape
-    shifted = [
-        images[:, dy : h - PATCH + 1 + dy, dx : w - PATCH + 1 + dx]
-        for dy in range(PATCH)
-        for dx in range(PATCH)
-    ]
-    patches = jnp.concatenate(shifted, axis=-1).reshape(-1, PATCH * PATCH * c)
-    moments = jnp.matmul(patches.T, patches, precision="highest") / patches.shape[0]
-    values, vectors = jnp.linalg.eigh(moments)  # ascending; one eigenvector a column
-    filters = (vectors / jnp.sqrt(values + WHITEN_EPSILON)[None, :])[:, ::-1]
-    return jnp.concatenate([filters, -filters], axis=1).reshape(PATCH, PATCH, c, -1)
+    total = np.zeros((PATCH * PATCH * c,) * 2)
+    for start in range(0, len(images), 500):  # little enough to stay in memory as float64
+        part = images[start : start + 500].astype(np.float64)
+        shifted = [
+            part[:, dy : h - PATCH + 1 + dy, dx : w - PATCH + 1 + dx]
+            for dy in range(PATCH)
+            for dx in range(PATCH)
+        ]
+        patches = np.concatenate(shifted, axis=-1).reshape(-1, PATCH * PATCH * c)
+        total += patches.T @ patches
+    moments = total / (len(images) * (h - PATCH + 1) * (w - PATCH + 1))
+    values, vectors = np.linalg.eigh(moments)  # ascending; one eigenvector a column
+    largest = np.abs(vectors).argmax(axis=0)
+    vectors *= np.sign(vectors[largest, np.arange(len(values))])
+    filters = (vectors / np.sqrt(values + WHITEN_EPSILON))[:, ::-1]
+    kernel = np.concatenate([filters, -filters], axis=1).reshape(PATCH, PATCH, c, -1)
+    return kernel.astype(np.float32)
 
 
 def identity_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cv_jax import durations, update
@@ -121,9 +123,7 @@ def _make_init_variables(model: nn.Module, normalize: Callable, spec: DataSpec) 
     """Returns key -> the model's variables, with what it takes from the training images."""
     from_images = {}
     if hasattr(model, "params_from_images"):
-        with jax.ensure_compile_time_eval():  # also where a task is built in a traced function
-            images = normalize(_to_unit(jnp.asarray(spec.sample)))
-            from_images = flatten_dict(model.params_from_images(images))
+        from_images = flatten_dict(model.params_from_images(normalize(_to_unit(spec.sample))))
 
     def init_variables(key):
         image = jnp.zeros((1, *spec.image_shape), jnp.float32)
@@ -134,17 +134,20 @@ def _make_init_variables(model: nn.Module, normalize: Callable, spec: DataSpec) 
     return init_variables
 
 
-def _to_unit(image: jax.Array) -> jax.Array:
+def _to_unit(image: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """uint8 0..255 to float32 in [0, 1]."""
-    return image.astype(jnp.float32) / 255
+    return image.astype(np.float32) / np.float32(255)
 
 
-def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[jax.Array], jax.Array]:
-    """Returns x -> (x - mean) / std per channel of the training split, or x -> x."""
+def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
+    """Returns x -> (x - mean) / std per channel of the training split, or x -> x.
+
+    The images may be NumPy's or JAX's, and are that after it.
+    """
     if not normalize:
         return lambda image: image
-    mean = jnp.asarray(spec.mean)[None, None, None]
-    std = jnp.maximum(jnp.asarray(spec.std), 1 / 255)[None, None, None]  # of a constant channel: 0
+    mean = np.float32(spec.mean)
+    std = np.maximum(np.float32(spec.std), np.float32(1 / 255))  # of a constant channel: 0
     return lambda image: (image - mean) / std
 
 

@@ -44,7 +44,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
 from cv_jax.config import check, check_command_line
@@ -242,7 +242,7 @@ def examine(
         DoesNotFit: a program or its data is too large for the chip.
     """
     chip, devices = find_devices(topology)
-    check_batch_size(config.batch_size, Mesh(np.array(devices), ("data",)))
+    check_batch_size(config.batch_size, make_mesh(devices=devices))
     report = {
         "config": config.to_dict(),
         "topology": topology,
@@ -282,7 +282,7 @@ def training_cost(
     The step is the one of the training loop, in the dearest of its stages; the loop runs it on a
     batch that it gathers from the resident (or streamed) examples; these count in the memory.
     """
-    mesh = Mesh(np.array(devices), ("data",))
+    mesh = make_mesh(devices=devices)
     everywhere = replicated(mesh)
     task = build_task(config, data.spec)
     keys = derive_keys(config.seed)
@@ -307,7 +307,7 @@ def evaluation_cost(
     config: ml_collections.ConfigDict, data: Dataset, chip: str, devices: list[jax.Device]
 ) -> dict[str, Any]:
     """`cost` of the final evaluation of one batch."""
-    mesh = Mesh(np.array(devices), ("data",))
+    mesh = make_mesh(devices=devices)
     task = build_task(config, data.spec)
     state = _placed(jax.eval_shape(task.init, jax.random.key(0)), replicated(mesh))
     size = min(config.eval_batch_size, data.spec.num_test)
