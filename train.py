@@ -16,6 +16,7 @@ SIGTERM.
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -42,10 +43,19 @@ from cv_jax.data import load_dataset
 from cv_jax.data.batches import make_batches
 from cv_jax.errors import UserError
 from cv_jax.evaluate import Evaluator, means
+from cv_jax.facts import of_data, of_program
 from cv_jax.flops import evaluation_flops, step_flops, training_flops
 from cv_jax.log import Log
 from cv_jax.loop import Clock, compile_train_chunk, make_intervals, plan_chunks
 from cv_jax.mesh import check_batch_size
+from cv_jax.processes import (
+    all_do,
+    check_same,
+    first_does,
+    first_says,
+    join,
+    lost_process_ends_this,
+)
 from cv_jax.profile import Profiler
 from cv_jax.programs import make_programs, try_step
 from cv_jax.result import finished_result, print_result, write_environment, write_result
@@ -65,17 +75,24 @@ _WORKDIR = flags.DEFINE_string(
 _PROFILE_STEPS = flags.DEFINE_integer(
     "profile_steps", 0, "Steps to trace into <workdir>/profile; 0: none."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several processes, where nothing says so."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0) -> dict:
     """Trains as `config` says, from where `workdir` stopped if it did. Returns the result."""
+    check_same(of_program(config, workdir))
     check(config)
     sweep = make_sweep(config)
     runs = make_runs(config, sweep)
     check_batch_size(config.batch_size, runs.mesh)
     clock = Clock()
     with clock("data"):
-        data = load_dataset(config.data)
+        data = all_do(partial(load_dataset, config.data))
+        check_same(of_data(data))
     with clock("init"):
         task = build_task(config, data.spec)
     intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)
@@ -84,8 +101,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     check_sweep(sweep, config, data.spec, batches.shapes)
     programs = make_programs(config, data.spec, task, sweep, batches, runs)
 
-    with storage_errors(workdir), Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-        changes = adopt_workdir(workdir, config)
+    with (
+        storage_errors(workdir),
+        Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+        lost_process_ends_this(),
+    ):
+        changes = first_does(partial(adopt_workdir, workdir, config))
         layout = runs.state_sharding(jax.eval_shape(programs.init, runs.own))
         init = jit_once(programs.init, out_shardings=layout)
         restored = checkpoints.restore_latest(like=init.eval_shape(runs.own))
@@ -93,7 +114,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
             state, progress = restored or (init(runs.own), {"seconds": {}, "window": {}})
         clock.add(progress["seconds"])
         if result := finished_result(workdir, int(state.step), intervals.total):
-            print(f"{workdir}: this run is complete.")
             return result
 
         write_environment(workdir)
@@ -127,15 +147,15 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                         log.train(chunk, metrics)
                     val = means(evaluate("watch", state, "val")) if chunk.evals else {}
                     log.evals(chunk.end, "val", val)
-                    stops = stop.requested  # looked at once: what stops the run has been saved
-                    if chunk.saves or stops:
+                    signum = stop()  # looked at once: what stops the run has been saved
+                    if chunk.saves or signum:
                         log.settle()
                         progress = {"seconds": clock.read(), "window": log.window()}
                         with clock("save"):
                             checkpoints.save(state, progress, val.get("accuracy"))
                     log.row()
-                    if stops:
-                        raise Stopped(stop.signum, chunk.end)
+                    if signum:
+                        raise Stopped(signum, chunk.end)
             sums = {split: evaluate("final", state, split) for split in ("val", "test")}
             log.finals(intervals.total, sums, data.spec.class_names)
 
@@ -153,13 +173,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
 def main(argv: list[str]) -> None:
     """Runs one training; whatever the user can mend comes as one message, without a traceback."""
     del argv
-    workdir = Path(
-        _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
-    )
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = _WORKDIR.value or default_workdir(name)
     raise_when_signalled()
     try:
         prepare_jax(num_runs(_CONFIG.value))
-        print_result(run(_CONFIG.value, workdir, _PROFILE_STEPS.value), workdir)
+        join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        workdir = Path(first_says(workdir))
+        result = run(_CONFIG.value, workdir, _PROFILE_STEPS.value)
+        if jax.process_index() == 0:
+            print_result(result, workdir)
     except UserError as error:
         sys.exit(fail(error))
     except Stopped as stopped:

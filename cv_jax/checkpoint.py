@@ -7,6 +7,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from cv_jax.errors import UserError
 from cv_jax.evaluate import finite_mean
 from cv_jax.lock import Lock
+from cv_jax.processes import first_does
 from cv_jax.startup import jit_once
 
 # In each checkpoint, of its files: TensorStore would take a flipped bit for data, and orbax prints
@@ -34,7 +35,7 @@ class Checkpoints:
     kept aside, and the one before it is the newest then.
 
     Args:
-        workdir: the run's directory; no other process can have it meanwhile.
+        workdir: the run's directory; no other program can have it meanwhile.
         keep: how many of the newest are kept.
 
     Raises:
@@ -43,13 +44,11 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int):
-        self._lock = Lock(workdir)
+        self._lock = first_does(partial(Lock, workdir))
         self._directory = workdir.absolute() / "checkpoints"
         self._best = _BestOnVal()
         try:
-            if jax.process_index() == 0:
-                _clear(self._directory)
-            multihost_utils.sync_global_devices("checkpoints are verified")
+            first_does(partial(_clear, self._directory))
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
@@ -58,7 +57,7 @@ class Checkpoints:
                 ),
             )
         except BaseException:
-            self._lock.close()
+            self._unlock()
             raise
 
     def save(self, state: Any, progress: dict, val_accuracy: np.ndarray | None) -> None:
@@ -141,6 +140,10 @@ class Checkpoints:
         try:
             self._manager.close()
         finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock:
             self._lock.close()
 
 

@@ -1,7 +1,7 @@
 """What the runs of a program say: a table on the console, metrics.jsonl, and TensorBoard.
 
 Numbers come with an axis of runs. The table and `values` of metrics.jsonl are means over the runs
-that have not diverged.
+that have not diverged. Of several processes the first one says it; all of them watch the loss.
 """
 
 import contextlib
@@ -71,14 +71,16 @@ class Log:
         self._head_is_due = True
         self._started = time.perf_counter()
         self._workdir = workdir
-        self._jsonl = _open_jsonl(workdir / "metrics.jsonl", start_step, intervals.total)
-        self._board = Board(workdir, names, start_step)
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            self._jsonl = _open_jsonl(workdir / "metrics.jsonl", start_step, intervals.total)
+            self._board = Board(workdir, names, start_step)
         self._bar = tqdm(
             total=intervals.total,
             initial=start_step,
             unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (self._writes and sys.stderr.isatty()),
         )
 
     def __enter__(self) -> "Log":
@@ -86,11 +88,15 @@ class Log:
 
     def __exit__(self, *exc: object) -> None:
         with contextlib.ExitStack() as stack:  # closes the others where one cannot be written
-            for part in (self._jsonl, self._board, self._bar):
-                stack.callback(part.close)
+            stack.callback(self._bar.close)
+            if self._writes:
+                stack.callback(self._board.close)
+                stack.callback(self._jsonl.close)
 
     def begin(self, changes: list[str], notes: list[str]) -> None:
         """Says what runs, and what was changed since an earlier start."""
+        if not self._writes:
+            return
         spec = self._spec
         shape = "x".join(map(str, spec.image_shape))
         self.line(f"workdir {self._workdir}")
@@ -110,11 +116,15 @@ class Log:
 
     def preview(self, images: jax.Array) -> None:
         """Shows augmented images (b, h, w, c) of the first batch in TensorBoard."""
+        if not self._writes:
+            return
         grid = image_grid(np.asarray(images))
         self._board.image("augmented", grid, self._start_step)
 
     def line(self, text: str) -> None:
         """Prints a line above the progress bar."""
+        if not self._writes:
+            return
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -200,6 +210,8 @@ class Log:
         self._row = {}
 
     def _write(self, step: int, split: str, values: dict[str, np.ndarray]) -> None:
+        if not self._writes:
+            return
         record = {
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 6),
@@ -219,7 +231,7 @@ class Log:
     def finals(self, step: int, sums: dict[str, dict], class_names: Sequence[str]) -> None:
         """Takes the (sum, count) pairs of the final evaluation of each split."""
         for split, metrics in sums.items():
-            if metrics:
+            if metrics and self._writes:
                 self._write(step, f"final_{split}", scalars(means(metrics)))
                 confusion = metrics["confusion"][0].sum(axis=0)
                 image = draw_confusion(confusion, class_names)

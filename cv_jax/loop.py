@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from cv_jax import durations
 from cv_jax.data.batches import Batches
 from cv_jax.mesh import replicated
+from cv_jax.processes import Largest
 
 # The most steps in a dispatch; their metrics are kept step by step, so it bounds that memory too.
 MAX_STEPS = 512
@@ -177,13 +178,13 @@ class Pace:
     """Watches how long a step takes, and says how many make a dispatch of pleasant length."""
 
     def __init__(self) -> None:
-        self.seconds_per_step: float | None = None
+        self.seconds_per_step = 0.0
+        self._slowest = Largest()
         self._mark = time.perf_counter()
 
     def __call__(self) -> int:
-        if self.seconds_per_step is None:
-            return 1
-        return max(1, int(SECONDS_PER_CHUNK / self.seconds_per_step))
+        seconds = self._slowest(self.seconds_per_step)
+        return max(1, int(SECONDS_PER_CHUNK / seconds)) if seconds else 1
 
     def resume(self) -> None:
         """Begins to count after a pause."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -94,9 +95,12 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Lays arrays of the host out; every process has them, and hands over its devices' part."""
+    """Lays arrays or keys out; every process has them all, and hands over its devices' part."""
 
     def lay_out(array):
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(lay_out(jax.random.key_data(array)))
+        array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
     return jax.tree.map(lay_out, tree)

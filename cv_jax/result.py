@@ -101,11 +101,12 @@ def environment() -> dict[str, Any]:
 
 def write_environment(workdir: Path) -> None:
     """Writes env.json; of a run that goes on, the newest start's counts."""
-    write_json(workdir / "env.json", environment())
+    if jax.process_index() == 0:
+        write_json(workdir / "env.json", environment())
 
 
 def finished_result(workdir: Path, step: int, total: int) -> dict[str, Any] | None:
-    """Returns the result of a run that has nothing left to do, else None.
+    """Returns the result of a run that has nothing left to do, and says so; else None.
 
     Raises:
         UserError: the run has already gone further than it is now asked to go.
@@ -121,9 +122,13 @@ def finished_result(workdir: Path, step: int, total: int) -> dict[str, Any] | No
     try:
         result = json.loads(path.read_text())
         # A run that was lengthened and then killed before its end left the shorter one's result.
-        return result if result["steps"] == total else None
+        if result["steps"] != total:
+            return None
     except (ValueError, TypeError, KeyError):  # damaged: it is measured and written again
         return None
+    if jax.process_index() == 0:
+        print(f"{workdir}: this run is complete.")
+    return result
 
 
 def write_result(
@@ -185,10 +190,12 @@ def write_result(
             {"setting": setting, "val": split["val"]}
             for setting, split in zip(settings, per_setting, strict=True)
         ]
-        from cv_jax.plot import draw_sweep  # slow to import, and most programs sweep nothing
+    if jax.process_index() == 0:
+        if config.sweep:
+            from cv_jax.plot import draw_sweep  # slow to import, and most programs sweep nothing
 
-        draw_sweep(result["sweep"], result["best"]).savefig(workdir / "sweep.png")
-    write_json(workdir / "result.json", result)
+            draw_sweep(result["sweep"], result["best"]).savefig(workdir / "sweep.png")
+        write_json(workdir / "result.json", result)
     return result
 
 

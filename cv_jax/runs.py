@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from cv_jax.keys import Keys, derive_keys
-from cv_jax.mesh import make_mesh, parameter_sharding, replicated, run_sharding
+from cv_jax.mesh import make_mesh, parameter_sharding, put, replicated, run_sharding
 from cv_jax.sweep import Sweep, make_sweep
 from cv_jax.update import RUN_AXES, TrainState
 
@@ -117,7 +117,7 @@ def make_runs(config: ml_collections.ConfigDict, sweep: Sweep) -> Runs:
     keys = jax.tree.map(lambda *keys: jnp.stack(keys), *map(derive_keys, seeds))
     keys = jax.tree.map(lambda keys: jnp.tile(keys, len(sweep.settings)), keys)
     values = jax.tree.map(lambda x: np.repeat(x, len(seeds)), sweep.values)
-    own = jax.device_put(Own(keys, values), run_sharding(mesh))
+    own = put(Own(keys, values), run_sharding(mesh))
     mode = config.seeds.mode
     if mode == "auto":
         mode = "in_turn" if jax.default_backend() == "cpu" else "batched"

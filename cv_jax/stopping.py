@@ -3,6 +3,8 @@
 import signal
 from typing import Any
 
+from cv_jax.processes import Largest
+
 
 class Stopped(KeyboardInterrupt):
     """A signal ends the program; whatever it had to save by then is saved.
@@ -32,14 +34,18 @@ def raise_when_signalled() -> None:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request; the second stops the program at once."""
+    """Turns the first SIGINT or SIGTERM into a request; the second stops the program at once.
+
+    Of several processes each one is asked to stop by the signal of any, at the same call.
+    """
 
     def __init__(self) -> None:
-        self.signum: int | None = None
+        self._signum = 0
+        self._of_any = Largest()
 
-    @property
-    def requested(self) -> bool:
-        return self.signum is not None
+    def __call__(self) -> int:
+        """The number of the signal that asks to stop; 0 without one."""
+        return int(self._of_any(self._signum))
 
     def __enter__(self) -> "StopRequest":
         self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -48,7 +54,7 @@ class StopRequest:
         return self
 
     def _note(self, signum: int, frame: Any) -> None:
-        self.signum = signum
+        self._signum = signum
         self.__exit__()
 
     def __exit__(self, *exc: object) -> None:

@@ -52,10 +52,10 @@ class _StopAfter:
     """A StopRequest that comes after the given step, wherever in an epoch that is."""
 
     def __init__(self, log, step):
-        self.signum = signal.SIGTERM
         self._log, self._step = log, step
 
-    requested = property(lambda self: self._log.seen >= self._step)
+    def __call__(self):
+        return signal.SIGTERM if self._log.seen >= self._step else 0
 
     def __enter__(self):
         return self
@@ -99,12 +99,11 @@ def test_stop_in_the_middle_of_an_epoch_and_go_on(several, tiny_config, tmp_path
 class _StopLater:
     """A StopRequest that comes just after it was looked at for the first time."""
 
-    signum = signal.SIGTERM
-
     def __init__(self):
-        self._looks = iter([False])
+        self._looks = iter([0])
 
-    requested = property(lambda self: next(self._looks, True))
+    def __call__(self):
+        return next(self._looks, signal.SIGTERM)
 
     def __enter__(self):
         return self

@@ -1,0 +1,185 @@
+"""One program on several devices and processes: the same curve, one end, no silent wait.
+
+    python -m benchmarks.processes --out=results/processes.json
+
+curves      20 steps, logged one by one, on 1, 2, 4 and 8 CPU devices of one process, and on 2 and 4
+            processes that exchange by gloo: how far the loss is at most from that on one device,
+            relative to it; and how many images the final evaluation counts.
+signalled   SIGTERM to one of two processes: the seconds until both have ended, and whether they
+            agree on the step.
+lost        the seconds from the end of one of two processes to that of the other: killed, stopped
+            for good (SIGSTOP) as a machine that hangs, and for both the first and the second.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT, make_parser, save
+
+STEPS = 20
+CONFIGS = {
+    "digits": ["--config=configs/digits.py"],
+    "cifar10_lenet": ["--config=configs/cifar10_lenet.py", "--config.batch_size=64"],
+}
+# Takes minutes, in steps of milliseconds: whatever ends it comes before its end.
+LONG = ["--config=configs/digits.py", "--config.epochs=3000", "--config.checkpoint_every=never"]
+
+
+@contextlib.contextmanager
+def start(
+    workdir: Path, arguments: list[str], processes: int = 1, devices: int = 1
+) -> Iterator[list[subprocess.Popen]]:
+    """train.py in so many processes of so many CPU devices; what is left of them is killed."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "train.py", f"--workdir={workdir}", *arguments]
+    if processes > 1:
+        command += [f"--coordinator=localhost:{_free_port()}", f"--num_processes={processes}"]
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    running = []
+    for i in range(processes):
+        with (workdir.parent / f"{workdir.name}-{i}.log").open("w") as output:
+            running.append(
+                subprocess.Popen(
+                    command + [f"--process_id={i}"] * (processes > 1),
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def printed(workdir: Path, process: int = 0) -> str:
+    """What a process of `start` has printed."""
+    return (workdir.parent / f"{workdir.name}-{process}.log").read_text()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def finish(workdir: Path, arguments: list[str], processes: int = 1, devices: int = 1) -> None:
+    """Runs `start` to its end; an AssertionError with what was printed where it fails."""
+    with start(workdir, arguments, processes, devices) as running:
+        for i, process in enumerate(running):
+            assert process.wait() == 0, printed(workdir, i)
+
+
+def losses(workdir: Path) -> list[float]:
+    """The training loss of each row."""
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [record["values"]["loss"] for record in records if record["split"] == "train"]
+
+
+def counts(workdir: Path) -> dict[str, int]:
+    """How many images the final evaluation counted, by split."""
+    result = json.loads((workdir / "result.json").read_text())
+    return {split: result[split]["count"] for split in ("val", "test") if result[split]}
+
+
+def largest_difference(losses: list[float], reference: list[float]) -> float:
+    """Of two curves, relative to the second."""
+    return max(abs(x - y) / abs(y) for x, y in zip(losses, reference, strict=True))
+
+
+def curves(scratch: Path, config: str) -> dict[str, Any]:
+    """The curve of a config in each layout beside that on one device."""
+    arguments = [*CONFIGS[config], f"--config.steps={STEPS}", "--config.log_every=1 steps"]
+    layouts = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (2, 4)]
+    results, reference = {}, None
+    for processes, devices in layouts:
+        workdir = scratch / f"{config}-{processes}-{devices}"
+        finish(workdir, arguments, processes, devices)
+        reference = reference or losses(workdir)
+        name = f"{processes} processes x {devices} devices"
+        results[name] = {
+            "largest_difference": largest_difference(losses(workdir), reference),
+            "counts": counts(workdir),
+        }
+        print(f"{config:<14} {name:<24} {results[name]}", flush=True)
+    return {"steps": STEPS, "losses": reference, "layouts": results}
+
+
+def wait_until_it_trains(workdir: Path, running: list[subprocess.Popen]) -> None:
+    """Waits for a row of the training's table."""
+    path = workdir / "metrics.jsonl"
+    while not (path.exists() and path.read_text()):
+        assert all(process.poll() is None for process in running), printed(workdir)
+        time.sleep(0.1)
+
+
+def signalled(scratch: Path, process: int) -> dict[str, Any]:
+    """SIGTERM to one of two processes."""
+    workdir = scratch / f"signalled-{process}"
+    with start(workdir, LONG, processes=2) as running:
+        wait_until_it_trains(workdir, running)
+        began = time.perf_counter()
+        running[process].terminate()
+        codes = [other.wait() for other in running]
+        seconds = time.perf_counter() - began
+    steps = [
+        re.findall(r"Stopped by SIGTERM after step (\d+)", printed(workdir, i)) for i in (0, 1)
+    ]
+    saved = [path.name for path in (workdir / "checkpoints").iterdir()]
+    assert codes == [143, 143], codes
+    assert steps[0] == steps[1] == saved, (steps, saved)
+    return {"to": process, "seconds": round(seconds, 1), "step": int(steps[0][0])}
+
+
+def lost(scratch: Path, process: int, signum: signal.Signals) -> dict[str, Any]:
+    """One of two processes dies or hangs: how and when the other ends."""
+    workdir = scratch / f"lost-{process}-{signum.name}"
+    with start(workdir, LONG, processes=2) as running:
+        wait_until_it_trains(workdir, running)
+        began = time.perf_counter()
+        running[process].send_signal(signum)
+        code = running[1 - process].wait()
+        seconds = time.perf_counter() - began
+    said = [line for line in printed(workdir, 1 - process).splitlines() if "train.py:" in line]
+    return {
+        "signal": signum.name,
+        "to": process,
+        "seconds": round(seconds, 1),
+        "exit_code": code,
+        "said": said,
+    }
+
+
+def main() -> None:
+    """Measures all of it, prints it, and writes the record where it is asked."""
+    args = make_parser(__doc__, rounds=1).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        results: dict[str, Any] = {"curves": {name: curves(scratch, name) for name in CONFIGS}}
+        results["signalled"], results["lost"] = [], []
+        for i in range(args.rounds):
+            for process in (0, 1):
+                results["signalled"].append(signalled(scratch / str(i), process))
+                print(results["signalled"][-1], flush=True)
+                for signum in (signal.SIGKILL, signal.SIGSTOP):
+                    results["lost"].append(lost(scratch / str(i), process, signum))
+                    print(results["lost"][-1], flush=True)
+    save("processes", args, results)
+
+
+if __name__ == "__main__":
+    main()
