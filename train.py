@@ -131,10 +131,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
             return len(runs.names) * step_flops(task, batches.shapes, int(state.step) - 1)
 
         num_left = intervals.total - int(state.step)
-        profiler = Profiler(
-            profile_steps, num_left, workdir, config.dtype, last_step_flops, log, clock
-        )
-        with log, profiler:
+        with (
+            log,
+            Profiler(
+                profile_steps, num_left, workdir, config.dtype, last_step_flops, log, clock
+            ) as profiler,
+        ):
             log.begin(changes, [*task.notes, *runs.notes])
             log.preview(programs.preview(runs.own, batches.feed(int(state.step), 1), state.step))
             with StopRequest() as stop, clock("train"):

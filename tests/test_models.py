@@ -326,10 +326,10 @@ def test_whitened_patches_have_identity_second_moments():
 
 def test_params_from_images_are_the_whitening_kernel_alone():
     model, size = small_models(F32)["n94"]
-    x = images(20, size, size, 3)
+    x = np.asarray(images(20, size, size, 3))
     params = model.params_from_images(x)
     assert jax.tree.structure(params) == jax.tree.structure({"whiten": {"kernel": 0}})
-    np.testing.assert_array_equal(params["whiten"]["kernel"], whitening_kernel(np.asarray(x)))
+    np.testing.assert_array_equal(params["whiten"]["kernel"], whitening_kernel(x))
     initial = some_variables(model, x)["params"]["whiten"]["kernel"]
     chex.assert_equal_shape([params["whiten"]["kernel"], initial])
 
