@@ -10,7 +10,6 @@ import pytest
 import train
 from cv_jax.mesh import make_mesh
 from cv_jax.runs import Own, Runs, num_runs
-from tests.conftest import on_devices
 from tests.test_resume import final_arrays
 
 
@@ -95,42 +94,6 @@ def test_seeds_at_once_are_the_single_runs_nearly(tiny_config, tmp_path):
         _, _, records = _run(config, tmp_path / mode)
         losses[mode] = records[0]["runs"]["loss"]
     np.testing.assert_allclose(losses["batched"], losses["in_turn"], rtol=1e-4)
-
-
-TINY = ("--config=configs/digits.py:smoke", "--config.model=n94(widths=(4,))")
-
-
-@pytest.mark.slow
-def test_devices_share_runs_and_batches(train_py, tmp_path):
-    results, losses = {}, {}
-    for devices in (1, 4):  # 4: two runs, each over two devices
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        workdir = tmp_path / str(devices)
-        done = train_py(*TINY, "--config.num_seeds=2", f"--workdir={workdir}", **flags)
-        assert done.returncode == 0, done.stderr
-        results[devices] = json.loads((workdir / "result.json").read_text())
-        first = (workdir / "metrics.jsonl").read_text().splitlines()[0]
-        losses[devices] = json.loads(first)["runs"]["loss"]
-    assert "runs    2: seed=0 ... seed=1; over 2 devices" in done.stdout
-    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-4)
-    for split in ("val", "test"):
-        assert results[4][split]["count"] == results[1][split]["count"]
-
-    # What 4 devices saved goes on where there is one.
-    longer = (*TINY, "--config.num_seeds=2", "--config.steps=6", f"--workdir={tmp_path / '4'}")
-    done = train_py(*longer, XLA_FLAGS="--xla_force_host_platform_device_count=1")
-    assert done.returncode == 0, done.stderr
-    assert "resumes after step 4" in done.stdout
-
-
-def test_the_mesh_gives_runs_their_own_devices_first():
-    assert on_devices(4, "tests.test_runs", "check_mesh").split() == ["1,4", "2,2", "4,1", "2,2"]
-
-
-def check_mesh():
-    for count in (1, 2, 8, 6):
-        mesh = make_mesh(count)
-        print(f"{mesh.shape['seed']},{mesh.shape['data']}")
 
 
 @pytest.mark.slow
