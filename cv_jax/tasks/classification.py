@@ -146,8 +146,9 @@ def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
     """
     if not normalize:
         return lambda image: image
-    mean = np.float32(spec.mean)
+    mean = np.float32(spec.mean)[None, None, None]
     std = np.maximum(np.float32(spec.std), np.float32(1 / 255))  # of a constant channel: 0
+    std = std[None, None, None]
     return lambda image: (image - mean) / std
 
 
