@@ -131,6 +131,7 @@ _RIGHT = {
     "optim.momentum": ("0", "0.9", "0.999", "1", "-0.1"),
     "optim.weight_decay": ("0", "0.1", "1e30", "-0.1"),
     "optim.clip_norm": ("0", "1", "1e-30", "-1"),
+    "optim.skip_nonfinite": ("true", "false"),
     "optim.ema": ("0", "0.5", "0.999", "1e-30", "1"),
     "optim.rules": (
         "(('.*', 'base'),)",

@@ -497,7 +497,11 @@ def test_a_damaged_tfrecord_is_named(tmp_path):
     path.write_bytes(data[:-30] + b"?" + data[-29:])
     message = _error(tmp_path)
     assert "tiny/1.0.0, split train, record 6 is damaged" in message
-    assert f"(in {path.name})" in message  # the second of two
+    assert f"(in {path.name})" in message
+    path.write_bytes(data[:30] + b"?" + data[31:])  # the first record of the second file
+    message = _error(tmp_path)
+    assert "record 4 is damaged" in message
+    assert f"(in {path.name})" in message
     path.write_bytes(data[:-30])
     assert f"record 6 is damaged: {path} is cut off" in _error(tmp_path)
     path.write_bytes(b"")
