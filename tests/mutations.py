@@ -168,6 +168,7 @@ _RIGHT = {
         "('optim.lr', (0.1, 0.2))",
     ),
 }
+_RIGHT |= dict.fromkeys(("mesh.seed", "mesh.data", "mesh.fsdp"), ("0", "1", "2", "-1"))
 _RIGHT |= dict.fromkeys(("log_every", "eval_every", "checkpoint_every", "optim.warmup"), _DURATIONS)
 _KEYS = sorted(flatten(base_config()))
 
