@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "keep_checkpoints",
     "eval_batch_size",
     "data.dir",
+    "optim.skip_nonfinite",
     "mesh.seed",
     "mesh.data",
     "mesh.fsdp",
@@ -59,6 +60,7 @@ def base_config() -> ml_collections.ConfigDict:
     optim.schedule = "cosine"  # one of cv_jax.schedules.SCHEDULES
     optim.warmup = "never"  # a duration; linear from 0
     optim.clip_norm = 0.0  # of the whole gradient; 0: off
+    optim.skip_nonfinite = False  # go on without a step whose loss or new state is not finite
     optim.ema = 0.0  # decay of the averaged parameters that evaluation uses; 0: off
     optim.rules = ((".*", "base"),)  # (regex of the parameter's path, group): the first match
     optim.groups = ml_collections.ConfigDict()  # group -> the settings in which it differs

@@ -32,6 +32,15 @@ _HEAD = (
 )
 
 
+_REMEDIES = (
+    "Earlier checkpoints are kept; lower config.optim.lr, lengthen config.optim.warmup or set "
+    "config.optim.clip_norm"
+)
+# So many steps in a row that every run has skipped stop the program. The number does not depend on
+# how steps fall into chunks and rows, which may be of one step.
+MAX_SKIPPED = 10
+
+
 class Log:
     """The log of one program.
 
@@ -60,6 +69,8 @@ class Log:
     ):
         self._names = names
         self._diverged: set[int] = set()
+        self._skipped_in_a_row = np.zeros(len(names), int)
+        self._max_skipped = min(MAX_SKIPPED, intervals.total)
         self.pace = Pace()
         self._spec = spec
         self._start_step = start_step
@@ -137,8 +148,14 @@ class Log:
             self.settle()
         if chunk.logs:
             values = self._window.means()
+            skipped, num_steps = self._window.skipped()
+            if skipped:
+                self.line(
+                    f"{skipped} of {num_steps} steps up to step {chunk.end} skipped: not finite"
+                )
             self._window = _Window()
-            self._row = {"step": chunk.end, **{name: finite_mean(v) for name, v in values.items()}}
+            means = {name: finite_mean(v) for name, v in values.items()}
+            self._row = {"step": chunk.end, **{k: v for k, v in means.items() if not math.isnan(v)}}
             self._write(chunk.end, "train", values)
 
     def window(self) -> dict[str, Any]:
@@ -158,8 +175,8 @@ class Log:
             name: tuple(np.asarray(part[:, : chunk.num_steps], np.float64) for part in pair)
             for name, pair in metrics.items()
         }
-        loss = rows["loss"][0] / rows["loss"][1]
-        self._watch(chunk.start, loss)
+        loss = _divide(*rows["loss"])
+        self._watch(chunk.start, loss, skipped=rows["loss"][1] == 0)
         num_images = chunk.num_steps * self._batch_size * len(self._names)
         self._window.add(rows, num_images, seconds)
         self._bar.set_postfix_str(
@@ -169,9 +186,20 @@ class Log:
         )
         self._bar.update(chunk.num_steps)
 
-    def _watch(self, start: int, loss: np.ndarray) -> None:
-        """Looks for runs that diverge in losses (r, k) from step `start` on; an error if all do."""
-        finite = np.isfinite(loss)
+    def _watch(self, start: int, loss: np.ndarray, skipped: np.ndarray) -> None:
+        """Looks for runs that diverge in losses (r, k) from step `start` on; an error if all do.
+
+        A skipped step has no loss. One of many in a row, of all runs, is an error.
+        """
+        for step, at_step in enumerate(skipped.T, start + 1):
+            self._skipped_in_a_row = (self._skipped_in_a_row + 1) * at_step
+            if self._skipped_in_a_row.min() >= self._max_skipped:
+                raise UserError(
+                    f"The steps from {step - self._max_skipped + 1} to {step} "
+                    f"({self._epoch(step)}) were all skipped: their loss or what they made of the "
+                    f"state was not finite. {_REMEDIES}."
+                )
+        finite = np.isfinite(loss) | skipped
         for run in np.flatnonzero(~finite.all(axis=1)):
             if run in self._diverged:
                 continue
@@ -179,11 +207,13 @@ class Log:
             step = start + int(np.argmin(finite[run])) + 1
             if len(self._diverged) == len(self._names):
                 raise UserError(
-                    f"The loss is not finite at step {step}. "
-                    "The checkpoints before it are kept; lower config.optim.lr, lengthen "
-                    "config.optim.warmup or set config.optim.clip_norm."
+                    f"The loss is not finite at step {step} ({self._epoch(step)}). {_REMEDIES}; "
+                    "if it is a single step, config.optim.skip_nonfinite goes on without it."
                 )
             self.line(f"{self._names[run]}: the loss is not finite at step {step}; others go on")
+
+    def _epoch(self, step: int) -> str:
+        return f"epoch {step / self._steps_per_epoch:.2f}"
 
     def evals(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Takes the means of an evaluation, (r,) or more; {} where there was none."""
@@ -264,10 +294,20 @@ class _Window:
     def sums(self) -> dict[str, Any]:
         return {name: pair.tolist() for name, pair in self._sums.items()}
 
+    def skipped(self) -> tuple[int, int]:
+        """How many steps were skipped, over all runs, and of how many."""
+        skipped, steps = self._sums.get("skipped", np.zeros((2, 1))).sum(axis=1)
+        return int(skipped), int(steps)
+
     def means(self) -> dict[str, np.ndarray]:
-        values = {name: total / count for name, (total, count) in self._sums.items()}
+        values = {name: _divide(total, count) for name, (total, count) in self._sums.items()}
         speed = self._num_images / self._seconds if self._seconds else math.nan
         return {**values, "images_per_second": np.array([speed])}
+
+
+def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """total / count, NaN where nothing was counted."""
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
 def _format_row(row: dict[str, float], steps_per_epoch: int, elapsed: float) -> str:

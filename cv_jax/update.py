@@ -88,3 +88,25 @@ def in_stages(starts: Sequence[int], train_steps: Sequence[Callable]) -> Callabl
         return jax.lax.switch(stage, train_steps, state, batch, key)
 
     return train_step
+
+
+def skip_nonfinite(train_step: Callable) -> Callable:
+    """The train_step without those steps whose loss or new state is not finite.
+
+    Such a step leaves the state as it was, but counts: `step` goes up, so that the batches and the
+    learning rate go on. Its metrics are (0, 0); the metric "skipped" is (1, 1) for it, and (0, 1)
+    for all others. A gradient that is not finite makes what it trains so. `last_loss`, infinite at
+    the start, follows from the losses.
+    """
+
+    def guarded(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+        new, metrics = train_step(state, batch, key)
+        looked_at = (metrics["loss"], new.params, new.model_state, new.opt_state)
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(looked_at)]).all()
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        state = state.replace(step=new.step)  # the same in all runs
+        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics)
+        skipped = jnp.where(finite, jnp.float32(0), jnp.float32(1))
+        return state, {**metrics, "skipped": (skipped, jnp.float32(1))}
+
+    return guarded

@@ -131,6 +131,7 @@ _RIGHT = {
     "optim.momentum": ("0", "0.9", "0.999", "1", "-0.1"),
     "optim.weight_decay": ("0", "0.1", "1e30", "-0.1"),
     "optim.clip_norm": ("0", "1", "1e-30", "-1"),
+    "optim.skip_nonfinite": ("true", "false"),
     "optim.ema": ("0", "0.5", "0.999", "1e-30", "1"),
     "optim.rules": (
         "(('.*', 'base'),)",
@@ -167,6 +168,7 @@ _RIGHT = {
         "('optim.lr', (0.1, 0.2))",
     ),
 }
+_RIGHT |= dict.fromkeys(("mesh.seed", "mesh.data", "mesh.fsdp"), ("0", "1", "2", "-1"))
 _RIGHT |= dict.fromkeys(("log_every", "eval_every", "checkpoint_every", "optim.warmup"), _DURATIONS)
 _KEYS = sorted(flatten(base_config()))
 

@@ -18,9 +18,11 @@ from PIL import Image
 from cv_jax.data import load_dataset
 from cv_jax.data.cache import cached
 from cv_jax.data.dataset import Split, Stored, histogram, hold_out, mean_and_std, stratified
+from cv_jax.data.load import OWN
 from cv_jax.data.location import find_prepared, tfds_data_dir
 from cv_jax.data.tfrecord import crc32c, read_records
 from cv_jax.errors import UserError
+from tests.conftest import random_split
 
 
 @pytest.fixture(autouse=True)
@@ -475,7 +477,14 @@ def test_a_damaged_array_record_is_named(tmp_path):
     data = path.read_bytes()
     fifth = data.index(png(random_images(7)[4]).getvalue())
     path.write_bytes(data[: fifth + 30] + b"?" + data[fifth + 31 :])
-    assert "tiny/1.0.0, split train, record 4 is damaged" in _error(tmp_path)
+    message = _error(tmp_path)
+    assert "tiny/1.0.0, split train, record 4 is damaged" in message
+    assert f"(in {path.name}). Remove {directory}" in message
+    for kept in (len(data) - 1, len(data) // 2, 10, 0):
+        path.write_bytes(data[:kept])
+        message = _error(tmp_path)
+        assert "record 0 is damaged" in message
+        assert f"(in {path.name})" in message
     path.unlink()
     assert str(path) in _error(tmp_path)
 
@@ -488,7 +497,11 @@ def test_a_damaged_tfrecord_is_named(tmp_path):
     path.write_bytes(data[:-30] + b"?" + data[-29:])
     message = _error(tmp_path)
     assert "tiny/1.0.0, split train, record 6 is damaged" in message
-    assert str(path) in message
+    assert f"(in {path.name})" in message
+    path.write_bytes(data[:30] + b"?" + data[31:])  # the first record of the second file
+    message = _error(tmp_path)
+    assert "record 4 is damaged" in message
+    assert f"(in {path.name})" in message
     path.write_bytes(data[:-30])
     assert f"record 6 is damaged: {path} is cut off" in _error(tmp_path)
     path.write_bytes(b"")
@@ -499,7 +512,9 @@ def test_an_image_that_is_none_is_named(tmp_path):
     splits = tiny_splits()
     splits["train"][3]["image"] = io.BytesIO(b"no image")
     prepare_tiny(tmp_path, features_of(), splits)
-    assert "split train, record 3 is damaged" in _error(tmp_path)
+    message = _error(tmp_path)
+    assert "split train, record 3 is damaged" in message
+    assert "NoneType" not in message
 
 
 def test_a_damaged_description_is_named(tmp_path):
@@ -514,6 +529,71 @@ def test_another_file_format_is_refused(tmp_path):
     info["fileFormat"] = "riegeli"
     (directory / "dataset_info.json").write_text(json.dumps(info))
     assert "stored as riegeli: only array_record and tfrecord" in _error(tmp_path)
+
+
+def test_another_shape_in_test_is_refused(tmp_path):
+    splits = tiny_splits()
+    splits["test"] = examples_of(random_images(2, (4, 5, 3)), [0, 1])
+    prepare_tiny(tmp_path, features_of((None, None, 3)), splits)
+    assert "the images of train are (6, 5, 3) and those of test (4, 5, 3)" in _error(tmp_path)
+
+
+# ---- what a function of OWN may do wrong
+
+
+def _own(**changes):
+    """A sound data set with these changes; train__label replaces the labels of train."""
+    parts = {"class_names": ("ant", "bee", "cat")}
+    parts |= {split: random_split(m, (4, 4, 1), 3) for split, m in (("train", 6), ("test", 3))}
+    for key, value in changes.items():
+        name, _, field = key.partition("__")
+        parts[name] = parts[name]._replace(**{field: value}) if field else value
+    return Stored(**parts)
+
+
+IMAGE, LABEL = random_split(6, (4, 4, 1), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (None, "its function returns NoneType and not cv_jax.data.dataset.Stored"),
+        (_own(class_names=()), "class_names=() must be a tuple of names"),
+        (_own(class_names="abc"), "class_names='abc' must be a tuple of names"),
+        (_own(class_names=("a", "b", "a")), "class_names[2]='a' must be a text that no other"),
+        (_own(class_names=("a", "b", "")), "class_names[2]='' must be a text"),
+        (_own(class_names=(0, 1, 2)), "class_names[0]=0 must be a text"),
+        (_own(test=(IMAGE, LABEL)), "test must be a Split(image, label) of NumPy arrays"),
+        (_own(train__label=[0] * 6), "train must be a Split(image, label) of NumPy arrays"),
+        (_own(train=Split(IMAGE[:0], LABEL[:0])), "train has no examples"),
+        (_own(test=Split(IMAGE[:0], LABEL[:0])), "test has no examples"),
+        (_own(train__image=IMAGE / 255), "train.image is float64 and not uint8: scale it to 0"),
+        (_own(test__image=IMAGE[:3, ..., 0]), "test.image has the shape (3, 4, 4) and not (m, h,"),
+        (_own(train__image=np.tile(IMAGE, 5)), "(6, 4, 4, 5) and not (m, h, w, c) with 1 to 4"),
+        (_own(train__label=LABEL[:5]), "train has 6 images and 5 labels"),
+        (_own(train__label=LABEL / 2), "train.label is float64 of shape (6,) and not whole"),
+        (_own(train__label=np.eye(6, 3, dtype=int)), "train.label is int64 of shape (6, 3) and"),
+        (_own(train__label=np.arange(1, 7) % 4), "train.label[2] is 3, and its 3 class_names"),
+        (_own(test__label=np.array([0, -1, -1])), "test.label[1] is -1, and its 3 class_names"),
+        (_own(test__image=IMAGE[:3, :3]), "train are (4, 4, 1) and those of test (3, 4, 1)"),
+        (_own(histogram=histogram(IMAGE)[:, 0]), "its histogram, of shape (256,), does not"),
+        (_own(histogram=histogram(IMAGE[:5])), "its histogram, of shape (256, 1), does not"),
+    ],
+)
+def test_a_mistake_in_a_data_set_of_ones_own_is_explained(stored, message, monkeypatch):
+    monkeypatch.setitem(OWN, "own", lambda: stored)
+    with pytest.raises(UserError) as error:
+        load_dataset(config_of("own"))
+    assert str(error.value).startswith("The data set 'own': ")
+    assert message in str(error.value)
+
+
+def test_a_data_set_of_ones_own_needs_no_histogram_and_any_whole_labels(monkeypatch):
+    monkeypatch.setitem(OWN, "own", lambda: _own(train__label=LABEL.astype(np.uint8)))
+    data = load_dataset(config_of("own"))
+    assert data.train.label.dtype == np.int32
+    np.testing.assert_array_equal(data.train.label, LABEL)
+    assert data.spec.mean == pytest.approx(IMAGE.mean() / 255)
 
 
 # ---- the cache

@@ -11,7 +11,7 @@ import pytest
 from cv_jax import models
 from cv_jax.augment import AUGMENTATIONS, make_augment
 from cv_jax.data import Split
-from cv_jax.data.dataset import Stored, histogram, hold_out
+from cv_jax.data.dataset import Stored, check_stored, hold_out
 from cv_jax.models.layers import conv, dense, global_avg_pool
 from tests.conftest import ROOT
 
@@ -28,7 +28,6 @@ def _example(name):
         "conv": conv,
         "dense": dense,
         "global_avg_pool": global_avg_pool,
-        "histogram": histogram,
         "jax": jax,
         "jnp": jnp,
         "nn": nn,
@@ -74,7 +73,7 @@ def test_the_model_example_runs(monkeypatch):
 
 
 def test_the_data_example_is_a_data_set():
-    data = hold_out("stripes", _example("def load_stripes")(), 100)
+    data = hold_out("stripes", check_stored("stripes", _example("def load_stripes")()), 100)
     assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (700, 100, 200)
     assert data.spec.mean == pytest.approx(0.5)
 

@@ -221,6 +221,6 @@ def _steps_per_epoch(num_train: int, batch_size: int) -> int:
     if not 0 < batch_size <= num_train:
         raise UserError(
             f"config.batch_size={batch_size} must be between 1 and the {num_train} training "
-            "examples."
+            "examples that config.data.num_val and config.data.limit leave."
         )
     return num_train // batch_size

@@ -1,6 +1,6 @@
 """What a data set is: uint8 images with labels in three splits, and the facts about them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,13 +60,85 @@ class Stored(NamedTuple):
         class_names: one for each label.
         train, test: the two splits.
         histogram: (256, c) int64, how often each channel of train has each value. Mean and std
-            of what remains of train follow from it without another look at every pixel.
+            of what remains of train follow from it without another look at every pixel. Where a
+            source has none, `check_stored` counts it.
     """
 
     class_names: tuple[str, ...]
     train: Split
     test: Split
-    histogram: np.ndarray
+    histogram: np.ndarray | None = None
+
+
+def check_stored(name: str, stored: Stored) -> Stored:
+    """Returns a data set that is sound, its labels as int32, and with its histogram.
+
+    Raises:
+        UserError: it is not what `Stored` says; the message names the split and what to do.
+    """
+    if problem := _problem(stored):
+        raise UserError(f"The data set {name!r}: {problem}.")
+    train, test = (Split(s.image, s.label.astype(np.int32, copy=False)) for s in stored[1:3])
+    counts = histogram(train.image) if stored.histogram is None else stored.histogram
+    return Stored(tuple(stored.class_names), train, test, counts)
+
+
+def _problem(stored: Any) -> str | None:
+    if not isinstance(stored, Stored):
+        return f"its function returns {type(stored).__name__} and not cv_jax.data.dataset.Stored"
+    class_names, train, test, counts = stored
+    if not isinstance(class_names, tuple | list) or not class_names:
+        return f"class_names={class_names!r} must be a tuple of names, such as ('cat', 'dog')"
+    first: dict[str, int] = {}
+    for i, class_name in enumerate(class_names):
+        is_name = isinstance(class_name, str) and class_name
+        if not is_name or first.setdefault(class_name, i) < i:
+            return f"class_names[{i}]={class_name!r} must be a text that no other class has"
+    for split in ("train", "test"):
+        if problem := _split_problem(split, getattr(stored, split), len(class_names)):
+            return problem
+    if train.image.shape[1:] != test.image.shape[1:]:
+        return (
+            f"the images of train are {train.image.shape[1:]} and those of test "
+            f"{test.image.shape[1:]}; bring them to one shape (h, w, c)"
+        )
+    if counts is not None:
+        shape = 256, train.image.shape[-1]
+        if np.shape(counts) != shape or (np.sum(counts, axis=0) != train.image[..., 0].size).any():
+            return (
+                f"its histogram, of shape {np.shape(counts)}, does not count the pixels of train, "
+                f"which makes {shape}; leave it out of Stored, and it is counted"
+            )
+    return None
+
+
+def _split_problem(name: str, split: Any, num_classes: int) -> str | None:
+    if not isinstance(split, Split) or not all(isinstance(x, np.ndarray) for x in split):
+        return f"{name} must be a Split(image, label) of NumPy arrays"
+    image, label = split
+    if image.dtype != np.uint8:
+        return f"{name}.image is {image.dtype} and not uint8: scale it to 0..255, whole numbers"
+    if image.ndim != 4 or 0 in image.shape[1:] or image.shape[-1] > 4:
+        return (
+            f"{name}.image has the shape {image.shape} and not (m, h, w, c) with 1 to 4 channels; "
+            "grey images take [..., None]"
+        )
+    if not np.issubdtype(label.dtype, np.integer) or label.ndim != 1:
+        return (
+            f"{name}.label is {label.dtype} of shape {label.shape} and not whole numbers (m,), "
+            "one for each image"
+        )
+    if len(image) != len(label):
+        return f"{name} has {len(image)} images and {len(label)} labels; each image takes one"
+    if not len(image):
+        return f"{name} has no examples; train and test need some, val is held out of train"
+    if label.min() < 0 or label.max() >= num_classes:
+        i = int(np.argmax((label < 0) | (label >= num_classes)))
+        return (
+            f"{name}.label[{i}] is {label[i]}, and its {num_classes} class_names are counted from "
+            f"0 to {num_classes - 1}"
+        )
+    return None
 
 
 def hold_out(name: str, stored: Stored, num_val: int) -> Dataset:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cv_jax.data.dataset import Split, Stored, histogram, stratified
+from cv_jax.data.dataset import Split, Stored, stratified
 from cv_jax.errors import UserError
 
 NUM_TEST = 360
@@ -34,5 +34,4 @@ def load_digits() -> Stored:
         class_names=tuple("0123456789"),
         train=Split(image[~is_test], label[~is_test]),
         test=Split(image[is_test], label[is_test]),
-        histogram=histogram(image[~is_test]),
     )

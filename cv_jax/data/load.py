@@ -3,7 +3,7 @@
 import ml_collections
 
 from cv_jax.data.cache import cached
-from cv_jax.data.dataset import Dataset, Stored, first_examples, hold_out
+from cv_jax.data.dataset import Dataset, Stored, check_stored, first_examples, hold_out
 from cv_jax.data.digits import load_digits
 from cv_jax.data.location import find_prepared, tfds_data_dir
 from cv_jax.errors import UserError
@@ -22,12 +22,12 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
             `limit` keeps only so many examples of each split, the first ones.
 
     Raises:
-        UserError: the name is unknown, the data cannot be fetched or read, it is not an
+        UserError: the name is unknown, the data cannot be fetched or read, it is not a sound
             image-classification data set, or `num_val` does not fit.
     """
     name = config_data.name
     stored = OWN[name]() if name in OWN else _load_tfds(name, config_data.dir)
-    data = hold_out(name, stored, config_data.num_val)
+    data = hold_out(name, check_stored(name, stored), config_data.num_val)
     return first_examples(data, config_data.limit) if config_data.limit else data
 
 

@@ -93,8 +93,13 @@ def _read_split(
         except StopIteration as end:
             raise UserError(f"{where} ends before record {i}. {_again(builder.data_dir)}") from end
         except Exception as error:  # of files, of protos, of the image decoder
-            message = f"{where}, record {i} is damaged: {error}. {_again(builder.data_dir)}"
-            raise UserError(message) from error
+            # Where OpenCV cannot decode, it returns None, over which TFDS stumbles.
+            stumbles = isinstance(error, AttributeError | TypeError)
+            reason = "its image cannot be decoded" if stumbles else error
+            raise UserError(
+                f"{where}, record {i} is damaged: {reason} (in {_file_of(info, split, i)}). "
+                f"{_again(builder.data_dir)}"
+            ) from error
         pixels, label[i] = example[image_key], example[label_key]
         if image is None:
             image = np.empty((num_examples, *pixels.shape), np.uint8)
@@ -110,6 +115,13 @@ def _read_split(
             )
         image[i] = pixels
     return Split(image, label)
+
+
+def _file_of(info: tfds.core.DatasetInfo, split: str, record: int) -> str:
+    """The name of the file with this record of a split."""
+    ends = np.cumsum(info.splits[split].shard_lengths)
+    file = info.splits[split].filepaths[int(np.searchsorted(ends, record, side="right"))]
+    return Path(file).name
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[bytes]:

@@ -93,6 +93,8 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
 
     starts = tuple(sorted({*(stage.start for stage in sizes), *optimizer.ends}))
     step = update.in_stages(starts, [step_from(start) for start in starts])
+    if config.optim.skip_nonfinite:
+        step = update.skip_nonfinite(step)
 
     def train_step(state, batch, key):
         rates = {name: (rate, jnp.float32(1)) for name, rate in optimizer.lr(state.step).items()}
