@@ -38,9 +38,16 @@ LONG = ["--config=configs/digits.py", "--config.epochs=3000", "--config.checkpoi
 
 @contextlib.contextmanager
 def start(
-    workdir: Path, arguments: list[str], processes: int = 1, devices: int = 1
+    workdir: Path,
+    arguments: list[str],
+    processes: int = 1,
+    devices: int = 1,
+    last: tuple[str, ...] = (),
 ) -> Iterator[list[subprocess.Popen]]:
-    """train.py in so many processes of so many CPU devices; what is left of them is killed."""
+    """train.py in so many processes of so many CPU devices; what is left of them is killed.
+
+    The last process is given the arguments `last` beside those of all.
+    """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "train.py", f"--workdir={workdir}", *arguments]
     if processes > 1:
@@ -48,10 +55,12 @@ def start(
     workdir.parent.mkdir(parents=True, exist_ok=True)
     running = []
     for i in range(processes):
+        own = [f"--process_id={i}"] if processes > 1 else []
+        own += last if i == processes - 1 else ()
         with (workdir.parent / f"{workdir.name}-{i}.log").open("w") as output:
             running.append(
                 subprocess.Popen(
-                    command + [f"--process_id={i}"] * (processes > 1),
+                    [*command, *own],
                     cwd=ROOT,
                     env=environment,
                     stdout=output,
@@ -119,22 +128,22 @@ def curves(scratch: Path, config: str) -> dict[str, Any]:
     return {"steps": STEPS, "losses": reference, "layouts": results}
 
 
-def wait_until_it_trains(workdir: Path, running: list[subprocess.Popen]) -> None:
-    """Waits for a row of the training's table."""
+def wait_until_it_trains(workdir: Path, running: list[subprocess.Popen], rows: int = 1) -> None:
+    """Waits for so many rows of metrics.jsonl."""
     path = workdir / "metrics.jsonl"
-    while not (path.exists() and path.read_text()):
+    while not (path.exists() and path.read_text().count("\n") >= rows):
         assert all(process.poll() is None for process in running), printed(workdir)
         time.sleep(0.1)
 
 
-def signalled(scratch: Path, process: int) -> dict[str, Any]:
-    """SIGTERM to one of two processes."""
+def signalled(scratch: Path, process: int, *arguments: str, rows: int = 1) -> dict[str, Any]:
+    """SIGTERM to one of two processes, after so many rows of the log."""
     workdir = scratch / f"signalled-{process}"
-    with start(workdir, LONG, processes=2) as running:
-        wait_until_it_trains(workdir, running)
+    with start(workdir, [*LONG, *arguments], processes=2) as running:
+        wait_until_it_trains(workdir, running, rows)
         began = time.perf_counter()
         running[process].terminate()
-        codes = [other.wait() for other in running]
+        codes = [other.wait(timeout=120) for other in running]
         seconds = time.perf_counter() - began
     steps = [
         re.findall(r"Stopped by SIGTERM after step (\d+)", printed(workdir, i)) for i in (0, 1)
@@ -145,14 +154,14 @@ def signalled(scratch: Path, process: int) -> dict[str, Any]:
     return {"to": process, "seconds": round(seconds, 1), "step": int(steps[0][0])}
 
 
-def lost(scratch: Path, process: int, signum: signal.Signals) -> dict[str, Any]:
+def lost(scratch: Path, process: int, signum: signal.Signals, *arguments: str) -> dict[str, Any]:
     """One of two processes dies or hangs: how and when the other ends."""
     workdir = scratch / f"lost-{process}-{signum.name}"
-    with start(workdir, LONG, processes=2) as running:
+    with start(workdir, [*LONG, *arguments], processes=2) as running:
         wait_until_it_trains(workdir, running)
         began = time.perf_counter()
         running[process].send_signal(signum)
-        code = running[1 - process].wait()
+        code = running[1 - process].wait(timeout=120)
         seconds = time.perf_counter() - began
     said = [line for line in printed(workdir, 1 - process).splitlines() if "train.py:" in line]
     return {

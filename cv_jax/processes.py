@@ -6,6 +6,7 @@ decides on the next step is agreed on. A single process pays nothing for any of 
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -48,6 +49,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f"--process_id={process_id} must be between 0 and {num_processes - 1}, one less than "
             "--num_processes."
         )
+    # Where another process hangs, the runtime aborts this one, and says why: its stack says nothing.
+    faulthandler.disable()
     # A signal is the business of StopRequest, on which the processes agree.
     jax.config.update("jax_enable_preemption_service", False)
     try:

@@ -1,0 +1,82 @@
+"""Several processes are one program: on the CPU they exchange by gloo."""
+
+import signal
+
+import pytest
+
+import train
+from benchmarks import processes as two
+from configs.digits import get_config
+from cv_jax.errors import UserError
+from cv_jax.facts import of_data, of_program
+from cv_jax.processes import LOST, Largest, all_do, check_same, first_does, first_says, join
+from tests.conftest import random_dataset
+
+SMALL = ("--config.model=n94(widths=(8,))",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("host:1", None, 0), "--num_processes: given all three or none"),
+        ((None, 2, None), "--coordinator and --process_id: given all three or none"),
+        (("host:1", 2, 2), "--process_id=2 must be between 0 and 1"),
+        (("host:1", 2, -1), "--process_id=-1 must be between 0 and 1"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, message):
+    with pytest.raises(UserError, match=message):
+        join(*flags)
+
+
+def test_a_process_alone_agrees_with_itself(tmp_path):
+    assert first_says("here") == "here"
+    assert all_do(lambda: 1) == first_does(lambda: 1) == 1
+    assert [Largest()(x) for x in (3, 2)] == [3, 2]
+    check_same(of_program(get_config(), tmp_path))
+    assert of_data(random_dataset()) == {}  # not read through for nothing
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_stop_together(tmp_path):
+    constant = ("--config.optim.schedule=constant", "--config.optim.warmup=0 steps")
+    rows = ("--config.optim.name=sgd", "--config.optim.lr=0.005", "--config.log_every=1 steps")
+    stopped = two.signalled(tmp_path, 1, *SMALL, *constant, *rows, rows=20)
+    losses = two.losses(tmp_path / "signalled-1")
+    assert len(losses) == stopped["step"]
+
+    config = get_config()
+    config.model = "n94(widths=(8,))"
+    config.optim.schedule, config.optim.warmup = "constant", "0 steps"
+    config.optim.name, config.optim.lr = "sgd", 0.005
+    config.log_every, config.steps = "1 steps", 20
+    train.run(config.lock(), tmp_path / "alone")
+    assert two.largest_difference(losses[:20], two.losses(tmp_path / "alone")) < 1e-5
+    assert "Stopped by SIGTERM" in two.printed(tmp_path / "signalled-1", 1)
+    assert "workdir /" not in two.printed(tmp_path / "signalled-1", 1)  # the first one has the log
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other(tmp_path):
+    seen = two.lost(tmp_path, 1, signal.SIGKILL, *SMALL)
+    assert seen["exit_code"] == LOST
+    assert "process 0 of 2 has lost another one" in seen["said"][0]
+    assert "The same command goes on from the last checkpoint." in seen["said"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ("--config.optim.lr=0.5", "Process 1 of 2 has another config.optim.lr than process 0: 0.5"),
+        ("--config.data.dir=/nowhere", "config.data.dir"),
+    ],
+)
+def test_processes_of_different_configs_do_not_begin(last, message, tmp_path):
+    workdir = tmp_path / "run"
+    with two.start(workdir, two.LONG, processes=2, last=(last,)) as running:
+        assert [process.wait(timeout=60) for process in running] == [2, 2]
+    for i in (0, 1):
+        assert message in two.printed(workdir, i)
+        assert "Traceback" not in two.printed(workdir, i)
+    assert not workdir.exists()
