@@ -49,8 +49,6 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f"--process_id={process_id} must be between 0 and {num_processes - 1}, one less than "
             "--num_processes."
         )
-    # Where another process hangs, the runtime aborts this one, and says why: its stack says nothing.
-    faulthandler.disable()
     # A signal is the business of StopRequest, on which the processes agree.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -66,6 +64,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             raise
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"The processes did not meet: {_first_line(error)}") from error
+    if jax.process_count() > 1:
+        # Where another one hangs, the runtime aborts this one and says why; a stack says nothing.
+        faulthandler.disable()
 
 
 def all_do(function: Callable[[], Any]) -> Any:
