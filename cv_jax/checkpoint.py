@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from cv_jax.errors import UserError
+from cv_jax.errors import UserError, first_line
 from cv_jax.evaluate import finite_mean
 from cv_jax.lock import Lock
 from cv_jax.processes import first_does
@@ -125,7 +125,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"Checkpoint {step} in {self._directory} is whole, but not of this program's "
-                f"state ({_first_line(error)}): go back to the code that env.json names, or "
+                f"state ({first_line(error)}): go back to the code that env.json names, or "
                 "choose another --workdir."
             ) from error
         progress = restored["progress"]
@@ -201,7 +201,7 @@ def damage(folder: Path) -> str | None:
             if _checksum(folder / name) != checksum:
                 return f"{name} does not match its checksum"
     except (ValueError, TypeError, AttributeError) as error:
-        return f"{CHECKSUMS}: {_first_line(error)}"
+        return f"{CHECKSUMS}: {first_line(error)}"
     except OSError as error:
         # Anything else, such as a lack of permission, is no damage.
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
@@ -216,10 +216,6 @@ def _checksum(path: Path) -> int:
         while block := file.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 @jit_once

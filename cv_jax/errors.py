@@ -15,3 +15,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'X'?" for the known word closest to `word`, or "" if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of what it says, for a message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

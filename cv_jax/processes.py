@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cv_jax.errors import UserError
+from cv_jax.errors import UserError, first_line
 
 # After how long without a sign of life a process counts as dead, and how long one that has ended
 # waits for the others to end: together less than a minute until all know.
@@ -38,12 +39,18 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             Open MPI says counts. Where they say nothing, the process stays alone.
 
     Raises:
-        UserError: only some of the three are given, they make no sense, or not all processes came.
+        UserError: only some of the three are given, or they make no sense here. Where not all
+            processes have come after five minutes, the runtime aborts this one, and says why.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) in (1, 2):
-        raise UserError(f"{' and '.join(missing)}: given all three or none.")
+        raise UserError(
+            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id "
+            "come together, or none of them."
+        )
+    if not missing and not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"--coordinator={coordinator!r} must be HOST:PORT of the first process.")
     if not missing and not 0 <= process_id < num_processes:
         raise UserError(
             f"--process_id={process_id} must be between 0 and {num_processes - 1}, one less than "
@@ -63,7 +70,10 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         if not missing:
             raise
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"The processes did not meet: {_first_line(error)}") from error
+        raise UserError(
+            f"The processes cannot meet at --coordinator={coordinator} ({first_line(error)}); "
+            "is its port free on the first process's host?"
+        ) from error
     if jax.process_count() > 1:
         # Where another one hangs, the runtime aborts this one and says why; a stack says nothing.
         faulthandler.disable()
@@ -163,7 +173,7 @@ def lost_process_ends_this() -> Iterator[None]:
             raise
         print(
             f"train.py: process {jax.process_index()} of {jax.process_count()} has lost another "
-            f"one ({_first_line(error)}). The same command goes on from the last checkpoint.",
+            f"one ({first_line(error)}). The same command goes on from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )
@@ -173,7 +183,3 @@ def lost_process_ends_this() -> Iterator[None]:
 def _is_of_connection(error: Exception) -> bool:
     words = ("gloo", "connection", "unavailable", "deadline", "heartbeat", "socket", "peer")
     return any(word in str(error).lower() for word in words)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

@@ -18,8 +18,9 @@ SMALL = ("--config.model=n94(widths=(8,))",)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("host:1", None, 0), "--num_processes: given all three or none"),
-        ((None, 2, None), "--coordinator and --process_id: given all three or none"),
+        (("host:1", None, 0), "--num_processes missing: --coordinator, "),
+        ((None, 2, None), "--coordinator and --process_id missing: "),
+        (("host", 2, 1), "--coordinator='host' must be HOST:PORT"),
         (("host:1", 2, 2), "--process_id=2 must be between 0 and 1"),
         (("host:1", 2, -1), "--process_id=-1 must be between 0 and 1"),
     ],
