@@ -175,8 +175,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
 def main(argv: list[str]) -> None:
     """Runs one training; whatever the user can mend comes as one message, without a traceback."""
     del argv
-    name = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = _WORKDIR.value or default_workdir(name)
+    workdir = _WORKDIR.value or str(
+        default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+    )
     raise_when_signalled()
     try:
         prepare_jax(num_runs(_CONFIG.value))

@@ -24,6 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 from absl import flags
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -250,8 +251,9 @@ def call_train(arguments: Sequence[str]) -> tuple[int, str]:
         values.mark_as_parsed()
     argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     output = io.StringIO()
+    alone = mock.patch.object(train, "join")  # which comes before anything was computed
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with alone, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             train.main(train.parse_flags(["train.py", *arguments]))
         return 0, output.getvalue()
     except SystemExit as end:

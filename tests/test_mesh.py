@@ -93,6 +93,7 @@ def check_layouts():
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(mesh, "SMALLEST_DIVIDED", 64):
         scratch = Path(folder)
         one = _losses(_train(scratch / "1", 1))
+        _same_evaluation(scratch / "1", 8)
         whole = _train(scratch / "8", 8)
         _compare(_losses(whole), one)
         _train(scratch / "half", 8, steps=5)
@@ -128,6 +129,18 @@ def _train(workdir, devices, steps=10, **changes):
         result = train.run(config.lock(), workdir)
     assert {split: result[split]["count"] for split in ("val", "test")} == {"val": 200, "test": 360}
     return workdir
+
+
+def _same_evaluation(workdir, devices):
+    """Evaluates a finished training again on other devices."""
+    results = [json.loads((workdir / "result.json").read_text())]
+    (workdir / "result.json").unlink()
+    results.append(json.loads((_train(workdir, devices) / "result.json").read_text()))
+    for split in ("val", "test"):
+        first, second = (result[split] for result in results)
+        for name in ("count", "accuracy", "per_class_accuracy", "top5"):
+            assert first[name] == second[name], (split, name)
+        assert first["loss"]["mean"] == pytest.approx(second["loss"]["mean"])
 
 
 def _losses(workdir):
