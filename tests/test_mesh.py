@@ -116,6 +116,7 @@ def check_layouts():
 def _train(workdir, devices, steps=10, **changes):
     config = get_config()
     config.model = "n94(widths=(8,))"
+    config.augment = "translate(1)"
     config.steps = steps
     config.log_every = "1 steps"
     config.eval_every = "never"
