@@ -136,10 +136,12 @@ def wait_until_it_trains(workdir: Path, running: list[subprocess.Popen], rows: i
         time.sleep(0.1)
 
 
-def signalled(scratch: Path, process: int, *arguments: str, rows: int = 1) -> dict[str, Any]:
-    """SIGTERM to one of two processes, after so many rows of the log."""
+def signalled(
+    scratch: Path, process: int, *arguments: str, rows: int = 1, devices: int = 1
+) -> dict[str, Any]:
+    """SIGTERM to one of two processes of so many devices, after so many rows of the log."""
     workdir = scratch / f"signalled-{process}"
-    with start(workdir, [*LONG, *arguments], processes=2) as running:
+    with start(workdir, [*LONG, *arguments], 2, devices) as running:
         wait_until_it_trains(workdir, running, rows)
         began = time.perf_counter()
         running[process].terminate()

@@ -153,10 +153,12 @@ class Largest:
 
 
 def _largest(value: float) -> jax.Array:
-    first_devices = {device.process_index: device for device in reversed(jax.devices())}
-    mesh = Mesh(np.array([first_devices[i] for i in sorted(first_devices)]), ("process",))
-    sharding = NamedSharding(mesh, PartitionSpec("process"))
-    values = jax.make_array_from_process_local_data(sharding, np.array([value], np.float32))
+    # Over all devices, as the training's programs are: on the CPU, programs of other devices would
+    # run at the same time, and their messages be taken for each other's.
+    mesh = Mesh(np.array(jax.devices()), ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec("device"))
+    values = np.full(jax.local_device_count(), value, np.float32)
+    values = jax.make_array_from_process_local_data(sharding, values)
     return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))(values)
 
 

@@ -41,13 +41,16 @@ def test_a_process_alone_agrees_with_itself(tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_together(tmp_path):
     constant = ("--config.optim.schedule=constant", "--config.optim.warmup=0 steps")
-    rows = ("--config.optim.name=sgd", "--config.optim.lr=0.005", "--config.log_every=1 steps")
-    stopped = two.signalled(tmp_path, 1, *SMALL, *constant, *rows, rows=20)
+    sgd = ("--config.optim.name=sgd", "--config.optim.lr=0.005", "--config.log_every=1 steps")
+    # A seed for each process, whose devices share its batches.
+    stopped = two.signalled(
+        tmp_path, 1, *SMALL, *constant, *sgd, "--config.num_seeds=2", rows=20, devices=2
+    )
     losses = two.losses(tmp_path / "signalled-1")
     assert len(losses) == stopped["step"]
 
     config = get_config()
-    config.model = "n94(widths=(8,))"
+    config.model, config.num_seeds = "n94(widths=(8,))", 2
     config.optim.schedule, config.optim.warmup = "constant", "0 steps"
     config.optim.name, config.optim.lr = "sgd", 0.005
     config.log_every, config.steps = "1 steps", 20

@@ -110,7 +110,6 @@ def resident_batches(split: Split, batch_size: int, key: jax.Array, mesh: Mesh) 
     arrays = put(arrays, replicated(mesh))
     order_of = _make_order_of(key, len(split.label), batch_size, _own_sharding(key, mesh))
     orders: dict[int, jax.Array] = {}
-    key = put(key, _own_sharding(key, mesh))
 
     def feed(step, num_steps):
         epoch = step // steps_per_epoch
@@ -149,7 +148,6 @@ def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: 
     order_of = _make_order_of(key, num_train, batch_size, replicated(mesh))
     orders: dict[int, np.ndarray] = {}
     sharding = stream_sharding(mesh, of_runs=key.ndim > 0)
-    key = put(key, _own_sharding(key, mesh))
     image_shape = source[np.arange(1)].image.shape[1:]
 
     def read(index):
