@@ -63,6 +63,9 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
     seen = two.lost(tmp_path, 1, signal.SIGKILL, *SMALL, "--config.log_every=1 steps")
+    if seen["exit_code"] == -signal.SIGABRT:  # it waited where only the heartbeat was missing
+        assert "another task died" in two.printed(tmp_path / "lost-1-SIGKILL", 0)
+        return
     assert seen["exit_code"] == LOST
     assert "process 0 of 2 has lost another one" in seen["said"][0]
     assert "The same command goes on from the last checkpoint." in seen["said"][0]
