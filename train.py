@@ -17,7 +17,6 @@ SIGTERM.
 import signal
 import sys
 from functools import partial
-from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(
@@ -28,8 +27,10 @@ import jax
 import ml_collections
 import numpy as np
 from absl import app, flags
+from etils.epath import Path
 from ml_collections import config_flags
 
+from cv_jax.bucket import work_directory
 from cv_jax.checkpoint import Checkpoints
 from cv_jax.config import (
     adopt_workdir,
@@ -70,7 +71,10 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: configs/NAME.py, or configs/NAME.py:smoke.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run keeps everything; runs/<config>/<time> when not given."
+    "workdir",
+    None,
+    "Where the run keeps everything, a directory or gs://BUCKET/PATH; runs/<config>/<time> when "
+    "not given.",
 )
 _PROFILE_STEPS = flags.DEFINE_integer(
     "profile_steps", 0, "Steps to trace into <workdir>/profile; 0: none."
@@ -151,7 +155,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                     log.evals(chunk.end, "val", val)
                     signum = stop()  # looked at once: what stops the run has been saved
                     if chunk.saves or signum:
-                        log.settle()
+                        log.save()
                         progress = {"seconds": clock.read(), "window": log.window()}
                         with clock("save"):
                             checkpoints.save(state, progress, val.get("accuracy"))
@@ -182,7 +186,7 @@ def main(argv: list[str]) -> None:
     try:
         prepare_jax(num_runs(_CONFIG.value))
         join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        workdir = Path(first_says(workdir))
+        workdir = all_do(partial(work_directory, first_says(str(workdir))))
         result = run(_CONFIG.value, workdir, _PROFILE_STEPS.value)
         if jax.process_index() == 0:
             print_result(result, workdir)

@@ -5,10 +5,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
+
+from cv_jax.bucket import Growing
 
 # What "custom scalars" show of several runs: the mean, and one standard deviation to either side.
 BANDS = ("train/loss", "val/loss", "val/accuracy")
@@ -77,8 +80,10 @@ class _Events:
 
     def __init__(self, folder: Path, start_step: int):
         with _without_pytorch():
-            from tensorboardX import RecordWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.record_writer import RecordWriter, register_writer_factory
+        # Its own for gs:// knows no interval, and writes once more when it is forgotten.
+        register_writer_factory("gs", SimpleNamespace(open=lambda path: Growing(Path(path))))
         self._event = Event
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("events.out.tfevents.*")))

@@ -3,20 +3,20 @@
 import errno
 import json
 import math
-import shutil
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import Path
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
+from cv_jax.bucket import in_bucket, refusal
 from cv_jax.errors import UserError, first_line
 from cv_jax.evaluate import finite_mean
 from cv_jax.lock import Lock
@@ -45,7 +45,10 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int):
         self._lock = first_does(partial(Lock, workdir))
-        self._directory = workdir.absolute() / "checkpoints"
+        workdir = Path(workdir)
+        # absolute() would take a bucket for a directory of the current one.
+        workdir = workdir if workdir.is_absolute() else workdir.absolute()
+        self._directory = workdir / "checkpoints"
         self._best = _BestOnVal()
         try:
             first_does(partial(_clear, self._directory))
@@ -94,12 +97,13 @@ class Checkpoints:
         )
 
     def _add_checksums(self) -> None:
-        """Seals a checkpoint: in the background, when it is written and has no name yet."""
+        """Seals a checkpoint: in the background, when it is written and not finished yet."""
         (folder,) = _unfinished(self._directory)
         checksums = {
             str(path.relative_to(folder)): _checksum(path)
-            for path in sorted(folder.glob("*/**/*"))  # those at the top, orbax writes after this
-            if path.is_file()
+            for item in sorted(folder.iterdir())
+            if item.is_dir()  # the files at the top, orbax writes after this
+            for path in _files(item)
         }
         (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
 
@@ -123,6 +127,8 @@ class Checkpoints:
                 ),
             )
         except (ValueError, KeyError, TypeError) as error:
+            if refusal(error):
+                raise
             raise UserError(
                 f"Checkpoint {step} in {self._directory} is whole, but not of this program's "
                 f"state ({first_line(error)}): go back to the code that env.json names, or "
@@ -161,8 +167,24 @@ class _BestOnVal:
 
 
 def _unfinished(directory: Path) -> list[Path]:
-    """The checkpoints without a name yet; where nothing is being saved, what a kill left behind."""
+    """The checkpoint that is being saved; where nothing is, what a kill left behind.
+
+    On a disk it has no name yet. A bucket cannot rename: there the last object to be written says
+    that the others are whole.
+    """
+    if in_bucket(directory):
+        steps = [path for path in directory.glob("*") if path.name.isdecimal()]
+        return [path for path in steps if not (path / "commit_success.txt").exists()]
     return [path for path in directory.glob("*.orbax-checkpoint-tmp*") if path.is_dir()]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files in it and below it."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
 
 
 def _clear(directory: Path) -> None:
@@ -171,7 +193,7 @@ def _clear(directory: Path) -> None:
     Orbax would remove it too, but in a thread that prints a traceback where the program ends first.
     """
     for folder in _unfinished(directory):
-        shutil.rmtree(folder)
+        folder.rmtree()
     steps = [path for path in directory.glob("*") if path.name.isdecimal()]
     for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
         problem = damage(path)
@@ -195,6 +217,7 @@ def _clear(directory: Path) -> None:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
+    name = CHECKSUMS
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
         for name, checksum in checksums.items():
@@ -204,9 +227,10 @@ def damage(folder: Path) -> str | None:
         return f"{CHECKSUMS}: {first_line(error)}"
     except OSError as error:
         # Anything else, such as a lack of permission, is no damage.
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        if not gone and error.errno != errno.EIO:
             raise
-        return f"{Path(error.filename or folder).name}: {error.strerror}"
+        return f"{name}: {error.strerror or 'it is not there'}"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 from absl import flags
+from etils import epath
 
 from cv_jax.durations import is_duration
 from cv_jax.errors import UserError, nearest
@@ -367,7 +368,7 @@ RULES: dict[str, _Rule] = {
 }
 
 
-def adopt_workdir(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
+def adopt_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> list[str]:
     """Writes the config into a new work directory, or checks it against the one that is there.
 
     Returns:
@@ -399,7 +400,7 @@ def adopt_workdir(workdir: Path, config: ml_collections.ConfigDict) -> list[str]
     return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: epath.Path, text: str) -> None:
     """Writes a whole file or nothing: a reader, or a kill, never meets half of it."""
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(text + "\n")
@@ -413,7 +414,7 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
 
 
-def resume_command(argv: list[str], workdir: Path) -> str:
+def resume_command(argv: list[str], workdir: epath.Path) -> str:
     """The command line that takes up the run again, to be pasted into a shell."""
     given = any(argument.lstrip("-").partition("=")[0] == "workdir" for argument in argv)
     return "python " + shlex.join(argv if given else [*argv, f"--workdir={workdir}"])

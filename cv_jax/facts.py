@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from cv_jax.config import flatten
 from cv_jax.data import Dataset
 from cv_jax.result import PACKAGES
 
 
-def of_program(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+def of_program(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     """The code, the versions of what it is built on, and what it was asked to do."""
     root = Path(__file__).resolve().parent
     sources = [root.parent / "train.py", *sorted(root.rglob("*.py"))]

@@ -3,8 +3,10 @@
 import fcntl
 import os
 import socket
-from pathlib import Path
 
+from etils.epath import Path
+
+from cv_jax.bucket import in_bucket, refusal
 from cv_jax.errors import UserError
 
 
@@ -13,20 +15,26 @@ class Lock:
 
     It is flock's: the operating system lets go of it however its owner ends, kill -9 included, so
     that none is ever left behind. It holds between processes of one machine, and on a shared file
-    system where that passes flock on.
+    system where that passes flock on. A bucket has no such thing: there the file only says who was
+    the last to begin, and that it can be written.
 
     Raises:
         UserError: another process has it, or nothing can be written there.
     """
 
     def __init__(self, directory: Path):
+        path = directory / "lock"
+        me = f"process {os.getpid()} on {socket.gethostname()}"
+        if in_bucket(directory):
+            _write_object(path, me)
+            return
         try:
             directory.mkdir(parents=True, exist_ok=True)
             # Without a buffer, which a full disk would make fail once more when it is closed.
-            self._file = (directory / "lock").open("ab+", buffering=0)
+            self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 (it stays open)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            self._file.write(me.encode())
         except BlockingIOError as error:
             self._file.seek(0)
             owner = self._file.read().decode(errors="replace") or "another process"
@@ -46,3 +54,16 @@ class Lock:
             self._file.close()
 
     __del__ = close
+
+
+def _write_object(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except Exception as error:
+        if (reason := refusal(error)) is None:
+            raise
+        if isinstance(error, FileNotFoundError):
+            reason = f"there is no bucket {path.parts[2]}"
+        raise UserError(
+            f"Nothing can be written in {path.parent} ({reason}); choose another --workdir."
+        ) from error

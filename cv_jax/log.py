@@ -10,15 +10,16 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from etils.epath import Path
 from tqdm import tqdm
 
 from cv_jax.board import Board
+from cv_jax.bucket import Growing, open_to_append
 from cv_jax.config import write_atomically
 from cv_jax.data import DataSpec
 from cv_jax.errors import UserError
@@ -122,8 +123,8 @@ class Log:
             self.line(f"resumes after step {self._start_step:,}")
         for change in changes:
             self.line(f"changed config.{change}")
-            with (self._workdir / "changes.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self._start_step, "change": change}) + "\n")
+            with open_to_append(self._workdir / "changes.jsonl") as file:
+                file.write(_json_line({"step": self._start_step, "change": change}))
 
     def preview(self, images: jax.Array) -> None:
         """Shows augmented images (b, h, w, c) of the first batch in TensorBoard."""
@@ -167,6 +168,12 @@ class Log:
         if self._pending:
             self._fetch(*self._pending)
             self._pending = None
+
+    def save(self) -> None:
+        """Settles and keeps no line back: no checkpoint is ahead of metrics.jsonl."""
+        self.settle()
+        if self._writes and isinstance(self._jsonl, Growing):
+            self._jsonl.save()
 
     def _fetch(self, chunk: Chunk, metrics: dict) -> None:
         metrics = jax.device_get(metrics)
@@ -254,7 +261,7 @@ class Log:
                 for name, v in values.items()
                 if len(v) == len(self._names)
             }
-        self._jsonl.write(json.dumps(record) + "\n")
+        self._jsonl.write(_json_line(record))
         self._jsonl.flush()
         self._board.scalars(split, values, step)
 
@@ -338,7 +345,11 @@ def _open_jsonl(path: Path, start_step: int, total: int) -> Any:
             write_atomically(path, "\n".join(kept))
         else:
             path.unlink()
-    return path.open("a")
+    return open_to_append(path)
+
+
+def _json_line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 def image_grid(images: np.ndarray, columns: int = 8, gap: int = 2) -> np.ndarray:

@@ -3,10 +3,10 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils.epath import Path
 
 from cv_jax.errors import UserError
 from cv_jax.log import Log

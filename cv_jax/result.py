@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from cv_jax.config import write_atomically
 from cv_jax.data import DataSpec
@@ -99,13 +100,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_environment(workdir: Path) -> None:
+def write_environment(workdir: epath.Path) -> None:
     """Writes env.json; of a run that goes on, the newest start's counts."""
     if jax.process_index() == 0:
         write_json(workdir / "env.json", environment())
 
 
-def finished_result(workdir: Path, step: int, total: int) -> dict[str, Any] | None:
+def finished_result(workdir: epath.Path, step: int, total: int) -> dict[str, Any] | None:
     """Returns the result of a run that has nothing left to do, and says so; else None.
 
     Raises:
@@ -132,7 +133,7 @@ def finished_result(workdir: Path, step: int, total: int) -> dict[str, Any] | No
 
 
 def write_result(
-    workdir: Path,
+    workdir: epath.Path,
     config: ml_collections.ConfigDict,
     spec: DataSpec,
     settings: Sequence[dict[str, Any]],
@@ -194,7 +195,8 @@ def write_result(
         if config.sweep:
             from cv_jax.plot import draw_sweep  # slow to import, and most programs sweep nothing
 
-            draw_sweep(result["sweep"], result["best"]).savefig(workdir / "sweep.png")
+            with (workdir / "sweep.png").open("wb") as file:
+                draw_sweep(result["sweep"], result["best"]).savefig(file)
         write_json(workdir / "result.json", result)
     return result
 
@@ -217,7 +219,7 @@ def _on_val(splits: dict[str, dict]) -> float:
     return mean if np.isfinite(mean) else -1.0
 
 
-def print_result(result: dict[str, Any], workdir: Path) -> None:
+def print_result(result: dict[str, Any], workdir: epath.Path) -> None:
     """Prints what came of the runs, for a person."""
     for point in result.get("sweep", ()):
         accuracy = point["val"]["accuracy"]
@@ -248,7 +250,7 @@ def _with_spread(values: dict[str, Any]) -> str:
     return f"{values['mean']:.4f}{spread}"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON that any reader takes (no NaN), whole or not at all."""
     write_atomically(path, json.dumps(_finite(value), indent=2, allow_nan=False))
 

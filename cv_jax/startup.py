@@ -35,10 +35,11 @@ def prepare_jax(num_runs: int = 1) -> None:
 def _silence_background_threads() -> None:
     """Leaves out the tracebacks of orbax's threads; it raises the error itself when it is asked.
 
-    They come by a log, from coroutines that were given up, and from callbacks of those.
+    They come by a log, from coroutines that were given up, and from callbacks of those. gcsfs, too,
+    logs what it raises.
     """
     logging.set_verbosity(logging.WARNING)
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "gcsfs"):
         getLogger(name).addFilter(lambda record: not record.exc_info)
     usual = sys.unraisablehook
 

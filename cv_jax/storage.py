@@ -1,12 +1,14 @@
-"""What storage refuses, in one sentence: a full disk, a directory that is read-only or gone."""
+"""What storage refuses, in one sentence: a full disk, a place that is read-only or gone."""
 
 import contextlib
 import errno
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
+from etils.epath import Path
+
+from cv_jax.bucket import in_bucket, refusal
 from cv_jax.errors import UserError
 
 # What is the matter with a place, and not with the program that writes there.
@@ -39,7 +41,7 @@ def storage_errors(directory: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if not (directory / "lock").exists():
+        if not in_bucket(directory) and not (directory / "lock").exists():
             raise UserError(
                 f"{directory} was there and is gone; once it is back, the same command goes on."
             ) from error
@@ -52,6 +54,8 @@ def storage_errors(directory: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception, directory: Path) -> str | None:
+    if in_bucket(directory):
+        return refusal(error)
     if isinstance(error, OSError):
         number, where = error.errno, error.filename
     else:  # TensorStore's, which orbax passes on: the number and the path stand in the text

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from cv_jax.bucket import work_directory
 from cv_jax.config import SEED_KEYS, differences
 from cv_jax.errors import UserError
 from cv_jax.result import percent, summarize, write_json
@@ -67,18 +70,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="work directories")
+    parser.add_argument("runs", nargs="+", help="work directories")
     parser.add_argument("--out", required=True, type=Path, help="the JSON file to write")
     arguments = parser.parse_args()
     try:
-        record = collect([_read(run / "result.json") for run in arguments.runs])
+        record = collect([_read(work_directory(run) / "result.json") for run in arguments.runs])
     except UserError as error:
         sys.exit(f"collect: {error}")
     write_json(arguments.out, record)
     print(row(arguments.out.stem, record))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: epath.Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

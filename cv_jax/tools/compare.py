@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from scipy import stats
 
+from cv_jax.bucket import work_directory
 from cv_jax.config import SEED_KEYS, differences
 from cv_jax.errors import UserError
 from cv_jax.result import summarize, write_json
@@ -132,7 +134,7 @@ def _values(name: str, run: dict[str, Any], split: str, metric: str) -> list[flo
     return numbers["values"]
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: epath.Path) -> dict[str, Any]:
     """The content of a record, or of the result.json of a work directory."""
     file = path / "result.json" if path.is_dir() else path
     try:
@@ -183,15 +185,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="work directories or records")
+    parser.add_argument("runs", nargs="+", help="work directories or records")
     parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--metric", default="accuracy")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
-    if len(set(arguments.runs)) < 2:
-        parser.error("give two different runs or more")
     try:
-        runs = {str(path): read_run(path) for path in arguments.runs}
+        paths = dict.fromkeys(map(work_directory, arguments.runs))
+        if len(paths) < 2:
+            parser.error("give two different runs or more")
+        runs = {str(path): read_run(path) for path in paths}
         report = compare(runs, arguments.split, arguments.metric)
     except UserError as error:
         sys.exit(f"compare: {error}")
