@@ -10,8 +10,8 @@ run leaves config.json, env.json, metrics.jsonl, TensorBoard events, checkpoints
 its work directory. Ctrl-C or SIGTERM saves a checkpoint and says how to go on; a second one stops
 at once.
 
-Exit codes: 0 done; 2 something to mend, the message says what; 130 or 143 stopped by Ctrl-C or
-SIGTERM.
+Exit codes: 0 done; 2 something to mend, the message says what; 3 another process of the same
+program was lost; 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 import signal
@@ -88,7 +88,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 
 def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0) -> dict:
     """Trains as `config` says, from where `workdir` stopped if it did. Returns the result."""
-    check_same(of_program(config, workdir))
+    check_same(partial(of_program, config, workdir))
     check(config)
     sweep = make_sweep(config)
     runs = make_runs(config, sweep)
@@ -96,7 +96,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     clock = Clock()
     with clock("data"):
         data = all_do(partial(load_dataset, config.data))
-        check_same(of_data(data))
+        check_same(partial(of_data, data))
     with clock("init"):
         task = build_task(config, data.spec)
     intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)

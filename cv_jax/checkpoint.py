@@ -20,7 +20,7 @@ from cv_jax.bucket import in_bucket, refusal
 from cv_jax.errors import UserError, first_line
 from cv_jax.evaluate import finite_mean
 from cv_jax.lock import Lock
-from cv_jax.processes import first_does
+from cv_jax.processes import all_do, first_does, first_says
 from cv_jax.startup import jit_once
 
 # In each checkpoint, of its files: TensorStore would take a flipped bit for data, and orbax prints
@@ -39,8 +39,8 @@ class Checkpoints:
         keep: how many of the newest are kept.
 
     Raises:
-        UserError: another process has it, nothing can be written there, or there are checkpoints
-            and all of them are damaged.
+        UserError: another program has it, nothing can be written there, not all processes see it,
+            or there are checkpoints and all of them are damaged.
     """
 
     def __init__(self, workdir: Path, keep: int):
@@ -51,6 +51,7 @@ class Checkpoints:
         self._directory = workdir / "checkpoints"
         self._best = _BestOnVal()
         try:
+            all_do(partial(_check_shared, workdir))
             first_does(partial(_clear, self._directory))
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -151,6 +152,17 @@ class Checkpoints:
     def _unlock(self) -> None:
         if self._lock:
             self._lock.close()
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raises UserError where this process does not see what the first one has locked."""
+    path = workdir / "lock"
+    owner = path.read_text() if path.exists() else ""
+    if owner != first_says(owner):
+        raise UserError(
+            f"{workdir} is another directory here than in process 0: choose a --workdir on storage "
+            "that all processes share."
+        )
 
 
 class _BestOnVal:

@@ -175,3 +175,11 @@ def test_a_disk_that_is_full_in_the_background_leaves_whole_checkpoints(tmp_path
     monkeypatch.undo()
     chex.assert_trees_all_equal(_restore(tmp_path)[0], _state(3))
     assert _steps(tmp_path) == ["3"]
+
+
+def test_a_directory_that_is_not_the_first_process_s(tmp_path, monkeypatch):
+    monkeypatch.setattr("cv_jax.checkpoint.first_says", lambda text: "process 7 on elsewhere")
+    with pytest.raises(UserError, match="is another directory here than in process 0"):
+        Checkpoints(tmp_path, 1)
+    monkeypatch.undo()
+    assert _restore(tmp_path) is None  # and the lock is free

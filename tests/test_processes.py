@@ -30,12 +30,24 @@ def test_flags_that_make_no_sense(flags, message):
         join(*flags)
 
 
-def test_a_process_alone_agrees_with_itself(tmp_path):
+def test_a_process_alone_agrees_with_itself():
     assert first_says("here") == "here"
     assert all_do(lambda: 1) == first_does(lambda: 1) == 1
     assert [Largest()(x) for x in (3, 2)] == [3, 2]
-    check_same(of_program(get_config(), tmp_path))
-    assert of_data(random_dataset()) == {}  # not read through for nothing
+    check_same(lambda: pytest.fail("read through for nothing"))
+
+
+def test_facts_name_what_differs(tmp_path):
+    config, data = get_config(), random_dataset()
+    program, read = of_program(config, tmp_path), of_data(data)
+    config.optim.lr *= 2
+    data.val.label[0] += 1
+
+    def changed(facts, others):
+        return [name for name in facts if facts[name] != others[name]]
+
+    assert changed(program, of_program(config, tmp_path)) == ["config.optim.lr"]
+    assert changed(read, of_data(data)) == ["data set (val, CRC-32 of the labels)"]
 
 
 @pytest.mark.slow
