@@ -108,7 +108,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     with (
         storage_errors(workdir),
         Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
-        lost_process_ends_this(),
+        lost_process_ends_this(),  # before the checkpoints wait for it
     ):
         changes = first_does(partial(adopt_workdir, workdir, config))
         layout = runs.state_sharding(jax.eval_shape(programs.init, runs.own))
@@ -187,7 +187,8 @@ def main(argv: list[str]) -> None:
         prepare_jax(num_runs(_CONFIG.value))
         join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         workdir = all_do(partial(work_directory, first_says(str(workdir))))
-        result = run(_CONFIG.value, workdir, _PROFILE_STEPS.value)
+        with lost_process_ends_this():
+            result = run(_CONFIG.value, workdir, _PROFILE_STEPS.value)
         if jax.process_index() == 0:
             print_result(result, workdir)
     except UserError as error:

@@ -23,8 +23,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keeps decoded data and compiled programs of the tests away from the user's."""
-    directory = tmp_path_factory.mktemp("cache")
+    """Keeps decoded data and compiled programs of the tests away from the user's.
+
+    The workers of pytest-xdist, each in a folder of its own there, share it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    directory.mkdir(exist_ok=True)
     os.environ["CV_JAX_CACHE"] = str(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
