@@ -1,6 +1,9 @@
 """Ctrl-C and SIGTERM: a run ends in order, and says how to go on."""
 
+import os
 import signal
+import sys
+import threading
 from typing import Any
 
 from cv_jax.processes import Largest
@@ -15,6 +18,7 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int, step: int | None = None):
         after = "" if step is None else f" after step {step}"
         super().__init__(f"{signal.Signals(signum).name}{after}")
+        self.signum = signum
         self.exit_code = 128 + signum
 
 
@@ -24,7 +28,21 @@ def raise_when_signalled() -> None:
     In the training loop StopRequest takes their place. What is being saved in the background ends
     before the program does.
     """
+    usual = sys.unraisablehook
 
+    def once_more(unraisable: Any) -> None:
+        """Python drops what is raised in a destructor: that is raised again, after its end."""
+        if isinstance(unraisable.exc_value, Stopped):
+            _set_handlers()
+            threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signum)).start()
+        else:
+            usual(unraisable)
+
+    sys.unraisablehook = once_more
+    _set_handlers()
+
+
+def _set_handlers() -> None:
     def stop(signum: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise Stopped(signum)

@@ -51,25 +51,29 @@ def test_facts_name_what_differs(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_stop_together(tmp_path):
+def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
     constant = ("--config.optim.schedule=constant", "--config.optim.warmup=0 steps")
     sgd = ("--config.optim.name=sgd", "--config.optim.lr=0.005", "--config.log_every=1 steps")
     # A seed for each process, whose devices share its batches.
     stopped = two.signalled(
         tmp_path, 1, *SMALL, *constant, *sgd, "--config.num_seeds=2", rows=20, devices=2
     )
-    losses = two.losses(tmp_path / "signalled-1")
-    assert len(losses) == stopped["step"]
+    workdir = tmp_path / "signalled-1"
+    assert len(two.losses(workdir)) == stopped["step"]
+    assert "Stopped by SIGTERM" in two.printed(workdir, 1)
+    assert "workdir /" not in two.printed(workdir, 1)  # the first one has the log
 
     config = get_config()
     config.model, config.num_seeds = "n94(widths=(8,))", 2
     config.optim.schedule, config.optim.warmup = "constant", "0 steps"
     config.optim.name, config.optim.lr = "sgd", 0.005
-    config.log_every, config.steps = "1 steps", 20
-    train.run(config.lock(), tmp_path / "alone")
-    assert two.largest_difference(losses[:20], two.losses(tmp_path / "alone")) < 1e-5
-    assert "Stopped by SIGTERM" in two.printed(tmp_path / "signalled-1", 1)
-    assert "workdir /" not in two.printed(tmp_path / "signalled-1", 1)  # the first one has the log
+    config.log_every, config.checkpoint_every = "1 steps", "never"
+    config.steps = stopped["step"] + 5
+    train.run(config, tmp_path / "alone")
+    train.run(config, workdir)
+    losses, alone = two.losses(workdir), two.losses(tmp_path / "alone")
+    assert two.largest_difference(losses[:20], alone[:20]) < 1e-5
+    assert two.largest_difference(losses, alone) < 1e-3
 
 
 @pytest.mark.slow

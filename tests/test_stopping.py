@@ -17,7 +17,9 @@ from tests.conftest import ROOT
 @pytest.fixture
 def handlers():
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
     yield
+    sys.unraisablehook = hook
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
@@ -38,6 +40,18 @@ def test_elsewhere_a_signal_is_raised_and_the_second_kills(handlers, signum):
         signal.raise_signal(signum)
     assert stopped.value.exit_code == 128 + signum
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class _SignalledInItsEnd:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_a_destructor_is_not_lost(handlers):
+    raise_when_signalled()
+    with pytest.raises(Stopped, match="SIGTERM"):  # noqa: PT012 (it comes a moment later)
+        _SignalledInItsEnd()
+        time.sleep(60)
 
 
 @pytest.mark.slow
