@@ -55,6 +55,7 @@ from cv_jax.processes import (
     first_does,
     first_says,
     join,
+    leave,
     lost_process_ends_this,
 )
 from cv_jax.profile import Profiler
@@ -192,10 +193,10 @@ def main(argv: list[str]) -> None:
         if jax.process_index() == 0:
             print_result(result, workdir)
     except UserError as error:
-        sys.exit(fail(error))
+        leave(fail(error))
     except Stopped as stopped:
         print(f"Stopped by {stopped}. To go on:\n  {resume_command(sys.argv, workdir)}")
-        sys.exit(stopped.exit_code)
+        leave(stopped.exit_code)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from benchmarks import processes as two
 from configs.digits import get_config
 from cv_jax.errors import UserError
 from cv_jax.facts import of_data, of_program
-from cv_jax.processes import LOST, Largest, all_do, check_same, first_does, first_says, join
+from cv_jax.processes import LOST, Largest, all_do, check_same, first_does, first_says, join, leave
 from tests.conftest import random_dataset
 
 SMALL = ("--config.model=n94(widths=(8,))",)
@@ -48,6 +48,17 @@ def test_facts_name_what_differs(tmp_path):
 
     assert changed(program, of_program(config, tmp_path)) == ["config.optim.lr"]
     assert changed(read, of_data(data)) == ["data set (val, CRC-32 of the labels)"]
+
+
+@pytest.mark.parametrize(("index", "waits"), [(0, [1]), (1, [])])
+def test_one_of_several_leaves_without_the_others(index, waits, monkeypatch):
+    left, waited = [], []
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.process_index", lambda: index)
+    monkeypatch.setattr("os._exit", left.append)
+    monkeypatch.setattr("time.sleep", waited.append)
+    leave(2)
+    assert (left, waited) == ([2], waits)
 
 
 @pytest.mark.slow
