@@ -187,7 +187,7 @@ def main(argv: list[str]) -> None:
     try:
         prepare_jax(num_runs(_CONFIG.value))
         join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        workdir = all_do(partial(work_directory, first_says(str(workdir))))
+        workdir = all_do(partial(work_directory, first_says(workdir)))
         with lost_process_ends_this():
             result = run(_CONFIG.value, workdir, _PROFILE_STEPS.value)
         if jax.process_index() == 0:

@@ -7,6 +7,7 @@ decides on the next step is agreed on. A single process pays nothing for any of 
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import re
@@ -159,13 +160,19 @@ class Largest:
 
 
 def _largest(value: float) -> jax.Array:
+    sharding, maximum = _maximum()
+    values = np.full(jax.local_device_count(), value, np.float32)
+    return maximum(jax.make_array_from_process_local_data(sharding, values))
+
+
+@functools.cache
+def _maximum() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """The program of `_largest`, and the layout of what it takes; made once for all chunks."""
     # Over all devices, as the training's programs are: on the CPU, programs of other devices would
     # run at the same time, and their messages be taken for each other's.
     mesh = Mesh(np.array(jax.devices()), ("device",))
-    sharding = NamedSharding(mesh, PartitionSpec("device"))
-    values = np.full(jax.local_device_count(), value, np.float32)
-    values = jax.make_array_from_process_local_data(sharding, values)
-    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))(values)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec("device")), jax.jit(jnp.max, out_shardings=everywhere)
 
 
 def leave(code: int) -> NoReturn:
