@@ -60,7 +60,13 @@ from cv_jax.processes import (
 )
 from cv_jax.profile import Profiler
 from cv_jax.programs import make_programs, try_step
-from cv_jax.result import finished_result, print_result, write_environment, write_result
+from cv_jax.result import (
+    finished_result,
+    print_result,
+    write_data,
+    write_environment,
+    write_result,
+)
 from cv_jax.runs import make_runs, num_runs
 from cv_jax.startup import jit_once, prepare_jax
 from cv_jax.stopping import Stopped, StopRequest, raise_when_signalled
@@ -118,6 +124,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         with clock("compile"):
             state, progress = restored or (init(runs.own), {"seconds": {}, "window": {}})
         clock.add(progress["seconds"])
+        write_data(workdir, data.spec)
         if result := finished_result(workdir, int(state.step), intervals.total):
             return result
 

@@ -227,6 +227,41 @@ def _clear(directory: Path) -> None:
         )
 
 
+def read_newest(workdir: Path, like: Any) -> Any:
+    """Returns the state in the newest whole checkpoint. Only reads: a run may be going on there.
+
+    Args:
+        workdir: the run's directory.
+        like: a TrainState of ShapeDtypeStructs with shardings.
+
+    Raises:
+        UserError: there is none, none is whole, or it is of another state than `like`.
+    """
+    directory = workdir.absolute() / "checkpoints"
+    directory = workdir / "checkpoints" if in_bucket(workdir) else directory
+    unfinished = set(_unfinished(directory))
+    steps = [path for path in directory.glob("*") if path.name.isdecimal()]
+    problem = "there is none"
+    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        if path in unfinished:
+            continue
+        problem = damage(path)
+        if problem:
+            problem = f"{path.name}: {problem}"
+            continue
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                return checkpointer.restore(path / "state", like)
+        except (ValueError, KeyError, TypeError) as error:
+            if refusal(error):
+                raise
+            raise UserError(
+                f"Checkpoint {path.name} in {directory} is whole, but not of this program's "
+                f"state ({first_line(error)}): go back to the code that env.json names."
+            ) from error
+    raise UserError(f"{directory} has no checkpoint that can be read ({problem}).")
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     name = CHECKSUMS

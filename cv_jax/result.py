@@ -1,4 +1,4 @@
-"""What a run was and what came of it: env.json and result.json."""
+"""What a run was and what came of it: env.json, data.json and result.json."""
 
 import json
 import platform
@@ -17,10 +17,13 @@ from etils import epath
 
 from cv_jax.config import write_atomically
 from cv_jax.data import DataSpec
+from cv_jax.data.dataset import spec_to_json
 from cv_jax.errors import UserError
 from cv_jax.evaluate import means
 from cv_jax.loop import CLOCKS
 
+# Of which result.json has the confusion matrix.
+MOST_CLASSES = 100
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
@@ -106,6 +109,12 @@ def write_environment(workdir: epath.Path) -> None:
         write_json(workdir / "env.json", environment())
 
 
+def write_data(workdir: epath.Path, spec: DataSpec) -> None:
+    """Writes data.json, with which the trained network can be used without the data set."""
+    if jax.process_index() == 0:
+        write_json(workdir / "data.json", spec_to_json(spec))
+
+
 def finished_result(workdir: epath.Path, step: int, total: int) -> dict[str, Any] | None:
     """Returns the result of a run that has nothing left to do, and says so; else None.
 
@@ -160,7 +169,7 @@ def write_result(
     values = {split: means(metrics) for split, metrics in sums.items()}
     per_setting = [
         {
-            split: _split_result(v, spec.class_names, i, config.num_seeds)
+            split: _split_result(v, spec.class_names, _runs_of(i, config.num_seeds))
             for split, v in values.items()
         }
         for i in range(len(settings))
@@ -170,7 +179,11 @@ def write_result(
         "config": config.to_dict(),
         "seeds": list(range(config.seed, config.seed + config.num_seeds)),
         **{
-            split: {**per_setting[best][split], "count": int(metrics["accuracy"][1][0])}
+            split: {
+                **per_setting[best][split],
+                **_counts(metrics, _runs_of(best, config.num_seeds)),
+                "count": int(metrics["accuracy"][1][0]),
+            }
             if metrics
             else None
             for split, metrics in sums.items()
@@ -201,11 +214,25 @@ def write_result(
     return result
 
 
+def _runs_of(setting: int, num_seeds: int) -> slice:
+    """Where the seeds of a setting are among all runs."""
+    return slice(setting * num_seeds, (setting + 1) * num_seeds)
+
+
+def _counts(metrics: dict[str, tuple], runs: slice) -> dict[str, Any]:
+    """What is counted and not averaged, over some runs; see `tasks.classification`."""
+    counts = {
+        name: metrics[name][0][runs].sum(axis=0)
+        for name in ("confusion", "calibration")
+        if name in metrics
+    }
+    return {name: x.tolist() for name, x in counts.items() if len(x) <= MOST_CLASSES}
+
+
 def _split_result(
-    values: dict[str, np.ndarray], class_names: Sequence[str], setting: int, num_seeds: int
+    values: dict[str, np.ndarray], class_names: Sequence[str], runs: slice
 ) -> dict[str, Any]:
     """The statistics over the seeds of a setting."""
-    runs = slice(setting * num_seeds, (setting + 1) * num_seeds)
     result = {name: summarize(v[runs]) for name, v in values.items() if np.ndim(v) == 1}
     if "per_class_accuracy" in values:
         per_class = values["per_class_accuracy"][runs].mean(axis=0)

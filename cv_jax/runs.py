@@ -105,14 +105,19 @@ def num_runs(config: ml_collections.ConfigDict) -> int:
     return len(make_sweep(config).settings) * config.num_seeds
 
 
+def run_names(config: ml_collections.ConfigDict, sweep: Sweep) -> list[str]:
+    """The names of the runs, such as "optim.lr=0.1 seed=3", in their order."""
+    return [
+        " ".join([*(f"{key}={value}" for key, value in setting.items()), f"seed={seed}"])
+        for setting in sweep.settings
+        for seed in range(config.seed, config.seed + config.num_seeds)
+    ]
+
+
 def make_runs(config: ml_collections.ConfigDict, sweep: Sweep) -> Runs:
     """The runs of each setting with each seed: (setting 0, seed 0), (0, 1), ..., (1, 0), ..."""
     seeds = range(config.seed, config.seed + config.num_seeds)
-    names = [
-        " ".join([*(f"{key}={value}" for key, value in setting.items()), f"seed={seed}"])
-        for setting in sweep.settings
-        for seed in seeds
-    ]
+    names = run_names(config, sweep)
     mesh = make_mesh(len(names), config.mesh)
     keys = jax.tree.map(lambda *keys: jnp.stack(keys), *map(derive_keys, seeds))
     keys = jax.tree.map(lambda keys: jnp.tile(keys, len(sweep.settings)), keys)

@@ -43,6 +43,11 @@ def test_any_batch_size_gives_the_same_numbers(batch_size):
     np.testing.assert_array_equal(sums["per_class_accuracy"][1], np.bincount(SPLIT.label))
     loss = -log_probs[np.arange(37), SPLIT.label].sum()
     np.testing.assert_allclose(sums["loss"][0], loss, rtol=1e-5)
+    confidence = np.exp(log_probs.max(1))
+    counts, _ = np.histogram(confidence, 15, (0, 1))
+    hits, _ = np.histogram(confidence, 15, (0, 1), weights=right)
+    total, _ = np.histogram(confidence, 15, (0, 1), weights=confidence)
+    np.testing.assert_allclose(sums["calibration"][0], [counts, hits, total], rtol=1e-5)
 
 
 def test_top5_is_left_out_where_it_says_nothing():

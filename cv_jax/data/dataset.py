@@ -44,6 +44,21 @@ class DataSpec(NamedTuple):
         return len(self.class_names)
 
 
+def spec_to_json(spec: DataSpec) -> dict[str, Any]:
+    """The facts as JSON values, without the sample of images."""
+    arrays = {"mean": spec.mean.tolist(), "std": spec.std.tolist()}
+    return {**spec._replace(**arrays)._asdict(), "sample": None}
+
+
+def spec_from_json(values: dict[str, Any]) -> DataSpec:
+    """What `spec_to_json` was given; the sample is one black image."""
+    shape = tuple(values["image_shape"])
+    arrays = {name: np.float32(values[name]) for name in ("mean", "std")}
+    sample = np.zeros((1, *shape), np.uint8)
+    texts = {"image_shape": shape, "class_names": tuple(values["class_names"])}
+    return DataSpec(**{**values, **arrays, **texts, "sample": sample})
+
+
 class Dataset(NamedTuple):
     """Three splits in host memory, memory-mapped where they come from the cache, and their spec."""
 

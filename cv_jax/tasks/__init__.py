@@ -24,6 +24,9 @@ class Task(NamedTuple):
             during the training uses, "final" what the result is made of.
         preview: (batch, key) -> (b, h, w, c) float32 in [0, 1], augmented images.
         notes: lines that the log shows at the start.
+        predict: (state, image, tta) -> (logits (b, n), features by name), what evaluation sees in
+            images (b, h, w, c), uint8 or float32 in [0, 1]; `tta` is a name of `evaluate.TTA`, and
+            the features are those of the images as they are. None for a task without classes.
         stages: the steps from which on a train_step costs something else, the first is 0.
     """
 
@@ -32,6 +35,7 @@ class Task(NamedTuple):
     evals: dict[str, Callable]
     preview: Callable
     notes: list[str]
+    predict: Callable | None = None
     stages: tuple[int, ...] = (0,)
 
 

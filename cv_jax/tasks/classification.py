@@ -22,6 +22,9 @@ from cv_jax.resizing import make_stages, resize, size_at
 from cv_jax.selection import make_select
 from cv_jax.tasks import Task
 
+# Bins of the reliability diagram, as in C. Guo et al., arXiv 1706.04599.
+CONFIDENCE_BINS = 15
+
 
 def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     """Builds the task: the model, its augmentation and its optimizer, closed over by functions."""
@@ -38,6 +41,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         config.optim, shapes["params"], total_steps, config.batch_size, to_steps
     )
     use_ema = config.optim.ema > 0
+    find_tta(config.tta)  # a mistake in it shows here
     select = make_select(config.select)
     label_smoothing = config.label_smoothing
 
@@ -72,15 +76,20 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             {"loss": (losses.sum(), count), "accuracy": (correct.sum(dtype=jnp.float32), count)},
         )
 
-    def evaluate(state, batch, tta):
+    def predict(state, image, tta):
         params = ema_params(state.opt_state) if use_ema else state.params
 
         @jax.jit  # traced once for all views
         def apply(image):
-            return model.apply({"params": params, **state.model_state}, image, train=False)[0]
+            return model.apply({"params": params, **state.model_state}, image, train=False)
 
-        image = normalize(_to_unit(batch["image"]))
-        return classification_metrics(tta(apply, image), batch["label"], batch["mask"])
+        image = normalize(image if image.dtype == jnp.float32 else _to_unit(image))
+        logits = find_tta(tta)(lambda view: apply(view)[0], image)
+        return logits, apply(image)[1]
+
+    def evaluate(state, batch, tta):
+        logits, _ = predict(state, batch["image"], tta)
+        return classification_metrics(logits, batch["label"], batch["mask"])
 
     def step_from(start):
         size = size_at(sizes, start)
@@ -112,11 +121,12 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         init=init,
         train_step=train_step,
         evals={
-            "watch": partial(evaluate, tta=find_tta("none")),
-            "final": partial(evaluate, tta=find_tta(config.tta)),
+            "watch": partial(evaluate, tta="none"),
+            "final": partial(evaluate, tta=config.tta),
         },
         preview=lambda batch, key: augmented(batch, key)["image"],
         notes=notes,
+        predict=predict,
         stages=starts,
     )
 
@@ -163,8 +173,11 @@ def classification_metrics(logits: jax.Array, label: jax.Array, mask: jax.Array)
         mask: (b,) float32, 1 for an example that counts and 0 for padding.
 
     Returns:
-        loss (cross-entropy, nats), accuracy, top5 where n > 5, per_class_accuracy ((n,) pairs) and
-        confusion, whose sum is the (n, n) matrix of counts, rows the labels, columns the answers.
+        loss (cross-entropy, nats), accuracy, top5 where n > 5, per_class_accuracy ((n,) pairs);
+        confusion, whose sum is the (n, n) matrix of counts, rows the labels, columns the answers;
+        calibration, whose sum is (3, 15): of the examples whose confidence (the probability of the
+        answer) lies in each of 15 bins of equal width, the number, how many are right, and the
+        sum of the confidences.
     """
     n = logits.shape[-1]
     answer = logits.argmax(-1)
@@ -172,11 +185,16 @@ def classification_metrics(logits: jax.Array, label: jax.Array, mask: jax.Array)
     confusion = label_one_hot.T @ jax.nn.one_hot(answer, n)
     count = mask.sum()
     losses = cross_entropy(logits, jax.nn.one_hot(label, n))
+    correct = (answer == label).astype(mask.dtype)
+    confidence = jax.nn.softmax(logits).max(-1)
+    bins = jnp.minimum((confidence * CONFIDENCE_BINS).astype(jnp.int32), CONFIDENCE_BINS - 1)
+    binned = jnp.stack([jnp.ones_like(mask), correct, confidence]) * mask[None]
     metrics = {
         "loss": ((losses * mask).sum(), count),
-        "accuracy": (((answer == label).astype(mask.dtype) * mask).sum(), count),
+        "accuracy": ((correct * mask).sum(), count),
         "per_class_accuracy": (jnp.diagonal(confusion), confusion.sum(1)),
         "confusion": (confusion, count),
+        "calibration": (binned @ jax.nn.one_hot(bins, CONFIDENCE_BINS), count),
     }
     if n > 5:
         hit = (jax.lax.top_k(logits, 5)[1] == label[:, None]).any(-1)

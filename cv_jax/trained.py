@@ -1,0 +1,134 @@
+"""A trained network, out of the work directory that a run has left, for whatever one does with it.
+
+It needs neither the data set nor the training, and only reads: the run may still be going on.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from etils import epath
+
+from cv_jax.checkpoint import read_newest
+from cv_jax.config import base_config, check
+from cv_jax.data import DataSpec
+from cv_jax.data.dataset import spec_from_json
+from cv_jax.errors import UserError, first_line, nearest
+from cv_jax.runs import run_names, take_run
+from cv_jax.sweep import make_sweep, with_values
+from cv_jax.tasks import build_task
+from cv_jax.update import RUN_AXES, TrainState
+
+
+class Trained(NamedTuple):
+    """A network and what it was trained for.
+
+    Attributes:
+        config: of the run, with the values of its setting where it swept some.
+        spec: of the data it was trained on, without a sample.
+        name: of the run, such as "seed=0".
+        state: of its newest checkpoint.
+        predict: see `tasks.Task`.
+        result: the content of result.json; None where the run is not complete.
+    """
+
+    config: ml_collections.ConfigDict
+    spec: DataSpec
+    name: str
+    state: TrainState
+    predict: Callable
+    result: dict[str, Any] | None
+
+
+def load_trained(workdir: epath.Path, run: str = "") -> Trained:
+    """Loads one of the runs of a program.
+
+    Args:
+        workdir: of the program.
+        run: its name, such as "seed=3"; "": the first seed, of the best setting where it swept.
+
+    Raises:
+        UserError: there is no run of this name or no checkpoint, a file of it is damaged, or its
+            task does not predict classes.
+    """
+    config, spec = read_config(workdir), read_spec(workdir)
+    result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
+    sweep = make_sweep(config)
+    names = run_names(config, sweep)
+    best = sweep.settings.index(result["best"]) if result and "best" in result else 0
+    name = run or names[best * config.num_seeds]
+    if name not in names:
+        raise UserError(
+            f"{workdir} has no run {name!r}.{nearest(name, names)} "
+            f"There are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
+        )
+    position = names.index(name)
+    config = with_values(config, sweep.settings[position // config.num_seeds])
+    task = build_task(config, spec)
+    if task.predict is None:
+        raise UserError(f"{workdir}: the task {config.task!r} does not predict classes.")
+    state = read_newest(workdir, _state_of_runs(task.init, len(names)))
+    return Trained(config, spec, name, take_run(state, RUN_AXES, position), task.predict, result)
+
+
+def _state_of_runs(init: Callable, num_runs: int) -> TrainState:
+    """The shapes of a state of all runs, on the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def add_axis(axis, tree):
+        lead = () if axis is None else (num_runs,)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=here), tree
+        )
+
+    one = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(add_axis, RUN_AXES, one, is_leaf=lambda axis: axis is None)
+
+
+def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+    """The config of a run, checked; a leaf that it did not have yet has its default.
+
+    Raises:
+        UserError: there is no run, its config.json is damaged, or of other code.
+    """
+    values = read_json(workdir / "config.json")
+    config = base_config()
+    with config.ignore_type():
+        config.update(values)
+    check(config)
+    return config.lock()
+
+
+def read_spec(workdir: epath.Path) -> DataSpec:
+    """The facts about the data that a run was trained on.
+
+    Raises:
+        UserError: data.json is not there or damaged.
+    """
+    path = workdir / "data.json"
+    try:
+        return spec_from_json(read_json(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}). {_AGAIN}") from error
+
+
+_AGAIN = "Start the run again with its command: it writes the file anew."
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The object in a JSON file of a run.
+
+    Raises:
+        UserError: the file is not there or damaged.
+    """
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: is {path.parent} the --workdir of a run?") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}). {_AGAIN}") from error
+    return values
