@@ -45,7 +45,7 @@ def test_any_batch_size_gives_the_same_numbers(batch_size):
     np.testing.assert_allclose(sums["loss"][0], loss, rtol=1e-5)
     confidence = np.exp(log_probs.max(1))
     counts, _ = np.histogram(confidence, 15, (0, 1))
-    hits, _ = np.histogram(confidence, 15, (0, 1), weights=right)
+    hits, _ = np.histogram(confidence, 15, (0, 1), weights=right.astype(float))
     total, _ = np.histogram(confidence, 15, (0, 1), weights=confidence)
     np.testing.assert_allclose(sums["calibration"][0], [counts, hits, total], rtol=1e-5)
 
