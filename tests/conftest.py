@@ -1,18 +1,25 @@
 """What every test stands on: strict JAX, a private cache, small data, real CIFAR-10 if there is."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
+import train
+from configs import digits
 from cv_jax.config import base_config
 from cv_jax.data import Dataset, DataSpec, Split
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,6 +111,34 @@ def tiny_config() -> ml_collections.ConfigDict:
     config.optim.ema = 0.9
     config.optim.rules = (("whiten/kernel", "frozen"), (".*", "base"))
     return config.lock()
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of two seeds that know digits: complete, and not to be changed."""
+    config = digits.get_config()
+    config.epochs = 8.0
+    config.num_seeds = 2
+    config.model = "n94(widths=(16, 32))"
+    config.optim.warmup = "10 steps"
+    workdir = tmp_path_factory.mktemp("digits")
+    train.run(config.lock(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """A headless Chromium, driven by Playwright; skips where there is none."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no chromium")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *quiet]
+        )
 
 
 @pytest.fixture(scope="session")
