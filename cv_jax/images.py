@@ -74,7 +74,7 @@ def _open_by_opencv(data: bytes, error: Exception) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, or of floating-point numbers in [0, 1]; Pillow would cut their values off."""
+    """Grey of 16 bits, or of floating-point numbers in [0, 1]: Pillow would cut the values off."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     most = 1 if image.mode == "F" else 2**16 - 1
