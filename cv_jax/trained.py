@@ -4,11 +4,12 @@ It needs neither the data set nor the training, and only reads: the run may stil
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 
 from cv_jax.checkpoint import read_newest
@@ -71,6 +72,32 @@ def load_trained(workdir: epath.Path, run: str = "") -> Trained:
         raise UserError(f"{workdir}: the task {config.task!r} does not predict classes.")
     state = read_newest(workdir, _state_of_runs(task.init, len(names)))
     return Trained(config, spec, name, take_run(state, RUN_AXES, position), task.predict, result)
+
+
+def make_classify(
+    trained: Trained, tta: str, most: int
+) -> Callable[[Sequence[np.ndarray]], jax.Array]:
+    """Returns images -> probabilities: up to `most` images, each (h, w, c) uint8, give (m, n).
+
+    They are as evaluation has them; `tta` is a name of `evaluate.TTA`. One program is compiled, for
+    `most` images in groups of at most 250: what a group needs stays in cache.
+    """
+    size = min(most, 250)
+    shape = (-(-most // size), size, *trained.spec.image_shape)
+
+    @jax.jit
+    def program(state, groups):
+        def classify(image):
+            return jax.nn.softmax(trained.predict(state, image, tta)[0])
+
+        return jax.lax.map(classify, groups).reshape(shape[0] * size, -1)
+
+    def classify(images):
+        groups = np.zeros((shape[0] * size, *shape[2:]), np.uint8)
+        groups[: len(images)] = images
+        return program(trained.state, groups.reshape(shape))[: len(images)]
+
+    return classify
 
 
 def _state_of_runs(init: Callable, num_runs: int) -> TrainState:

@@ -1,0 +1,167 @@
+"""Says what is in images, by a network that train.py has trained.
+
+    python -m cv_jax.tools.predict --workdir=runs/a cat.jpg dog.png
+    python -m cv_jax.tools.predict --workdir=runs/a --dir=photos --json > answers.jsonl
+
+A line an image: its classes with their probabilities, the most probable first. Images of any kind
+and size are brought to the network's by `cv_jax.images.read_image`, and it sees the views of the
+run's final evaluation; --tta=none looks once at each, which is faster. A file that cannot be read
+gets a line of its own on stderr, or with --json its "error", and the others go on.
+
+Exit codes: 0 all images were read; 1 some were not; 2 nothing could begin, the message says why.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from cv_jax.bucket import work_directory
+from cv_jax.errors import UserError
+from cv_jax.evaluate import find_tta
+from cv_jax.images import read_image
+from cv_jax.startup import num_cores, prepare_jax
+from cv_jax.trained import load_trained, make_classify
+
+# Images that are classified at once, while as many are read.
+MOST_AT_ONCE = 1000
+
+
+def find_files(images: Sequence[Path], directory: Path | None) -> list[Path]:
+    """The images, and all files in a directory and below it, but for the hidden ones.
+
+    Raises:
+        UserError: there is no such directory, or nothing at all.
+    """
+    files = list(images)
+    if directory:
+        if not directory.is_dir():
+            raise UserError(f"--dir={directory} is not a directory.")
+        below = sorted(path.relative_to(directory) for path in directory.rglob("*"))
+        shown = [path for path in below if not any(part.startswith(".") for part in path.parts)]
+        files += [directory / path for path in shown if not (directory / path).is_dir()]
+    if not files:
+        raise UserError("There are no images: name some, or a --dir that holds some.")
+    return files
+
+
+def predict(
+    files: Sequence[Path],
+    image_shape: tuple[int, int, int],
+    classify: Callable[[Sequence[np.ndarray]], jax.Array],
+    at_once: int,
+) -> Iterator[tuple[Path, np.ndarray | str]]:
+    """Yields each file, in order, with its probabilities (n,), or with what is wrong with it.
+
+    Args:
+        files: in which the images are.
+        image_shape: that of the network's images.
+        classify: see `trained.make_classify`.
+        at_once: images that it takes at most.
+    """
+    before = []
+    with ThreadPoolExecutor(num_cores()) as pool:
+        for start in range(0, len(files), at_once):
+            some = files[start : start + at_once]
+            images = list(pool.map(partial(_read, image_shape=image_shape), some))
+            sound = [image for image in images if not isinstance(image, str)]
+            probabilities = classify(sound) if sound else []  # of a device that is still at it
+            yield from _answers(*before)
+            before = some, images, probabilities
+    yield from _answers(*before)
+
+
+def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray | str:
+    try:
+        return read_image(path.read_bytes(), image_shape)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _answers(
+    files: Sequence[Path] = (), images: Sequence = (), probabilities: Sequence = ()
+) -> Iterator[tuple[Path, np.ndarray | str]]:
+    rows = iter(np.asarray(probabilities))
+    for file, image in zip(files, images, strict=True):
+        yield file, image if isinstance(image, str) else next(rows)
+
+
+def describe(
+    file: Path, answer: np.ndarray | str, class_names: Sequence[str], top: int, as_json: bool
+) -> str:
+    """The line of a file: its `top` most probable classes, or what is wrong with it."""
+    if isinstance(answer, str):
+        return json.dumps({"file": str(file), "error": answer}) if as_json else f"{file}: {answer}"
+    best = np.argsort(-answer, kind="stable")[:top]
+    if as_json:
+        probabilities = {class_names[i]: round(float(answer[i]), 6) for i in best}
+        best_class = class_names[best[0]]
+        return json.dumps({"file": str(file), "class": best_class, "probabilities": probabilities})
+    return f"{file}: " + ", ".join(f"{class_names[i]} {100 * answer[i]:.1f} %" for i in best)
+
+
+def main() -> None:
+    """Reads the command line and prints a line for each image."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="*", type=Path, help="image files")
+    parser.add_argument("--dir", type=Path, help="a directory whose files are images, too")
+    parser.add_argument("--workdir", required=True, help="of the run that trained the network")
+    parser.add_argument("--run", default="", help="one of several in it, such as seed=3")
+    parser.add_argument("--tta", help="views of an image; the config's where this is not given")
+    parser.add_argument("--top", type=int, default=3, help="classes that are told of an image")
+    parser.add_argument("--json", action="store_true", help="print JSON, a line an image")
+    arguments = parser.parse_args()
+    if arguments.top < 1:
+        parser.error(f"--top={arguments.top} must be above 0")
+    for name in ("SIGINT", "SIGPIPE"):  # Ctrl-C, and a reader such as `head` that has enough
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    try:
+        files = find_files(arguments.images, arguments.dir)
+        prepare_jax()
+        trained = load_trained(work_directory(arguments.workdir), arguments.run)
+        tta = trained.config.tta if arguments.tta is None else arguments.tta
+        find_tta(tta)
+    except UserError as error:
+        print(f"predict: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(_print_answers(files, trained, tta, arguments.top, arguments.json))
+
+
+def _print_answers(files, trained, tta, top, as_json) -> int:
+    """Prints all lines and returns the exit code."""
+    at_once = min(len(files), MOST_AT_ONCE)
+    answers = predict(
+        files, trained.spec.image_shape, make_classify(trained, tta, at_once), at_once
+    )
+    watched = sys.stderr.isatty() and len(files) > at_once
+    bar = tqdm(answers, total=len(files), unit="image", dynamic_ncols=True, disable=not watched)
+    num_bad = 0
+    for file, answer in bar:
+        bad = isinstance(answer, str)
+        num_bad += bad
+        line = describe(file, answer, trained.spec.class_names, top, as_json)
+        stream = sys.stderr if bad and not as_json else sys.stdout
+        if watched and stream.isatty():
+            bar.write(line, file=stream)  # above the bar
+        else:
+            print(line, file=stream)
+    if num_bad:
+        print(f"predict: {num_bad:,} of {len(files):,} files could not be read", file=sys.stderr)
+    return 1 if num_bad else 0
+
+
+if __name__ == "__main__":
+    main()

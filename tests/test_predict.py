@@ -1,0 +1,103 @@
+"""predict on real files: evaluation's accuracy, any kind of file, and no file spoils the others."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from etils.epath import Path
+from PIL import Image
+
+from cv_jax.data import load_dataset
+from cv_jax.tools import predict
+from cv_jax.trained import read_config
+from tests.test_images import encode
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def digits_files(digits_run, tmp_path_factory):
+    """The test set as PNG files; the label is the first letter of the name."""
+    test = load_dataset(read_config(Path(digits_run)).data).test
+    folder = tmp_path_factory.mktemp("images")
+    for i, (image, label) in enumerate(zip(test.image, test.label, strict=True)):
+        (folder / f"{label}-{i}.png").write_bytes(encode(image[..., 0]))
+    return folder
+
+
+@pytest.fixture
+def run_predict(digits_run, monkeypatch, capsys):
+    def run(*arguments, workdir=digits_run):
+        argv = ["predict", f"--workdir={workdir}", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(predict.signal, "signal", lambda *args: None)
+        with pytest.raises(SystemExit) as ended:
+            predict.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out.splitlines(), err
+
+    return run
+
+
+def test_the_test_set_as_files_has_the_accuracy_of_the_result(
+    run_predict, digits_run, digits_files, monkeypatch
+):
+    monkeypatch.setattr(predict, "MOST_AT_ONCE", 300)  # the 360 come in two parts
+    code, lines, err = run_predict(f"--dir={digits_files}", "--json", "--run=seed=1")
+    answers = [json.loads(line) for line in lines]
+    assert (code, err, len(answers)) == (0, "", 360)
+    assert [answer["file"] for answer in answers] == sorted(map(str, digits_files.glob("*")))
+    right = [answer["class"] == Path(answer["file"]).name[0] for answer in answers]
+    result = json.loads((digits_run / "result.json").read_text())
+    assert np.mean(right) == pytest.approx(result["test"]["accuracy"]["values"][1])
+
+
+def test_a_bad_file_gets_its_line_and_the_others_go_on(run_predict, digits_files, tmp_path):
+    good = sorted(digits_files.glob("3-*"))[0]
+    (tmp_path / "half.png").write_bytes(good.read_bytes()[:60])
+    (tmp_path / "notes <b>.txt").write_text("no image")
+    (tmp_path / ".hidden").write_text("not looked at")
+    (tmp_path / "folder").mkdir()
+    os.symlink(good, tmp_path / "folder" / "link.png")
+    os.symlink(tmp_path / "gone", tmp_path / "loose.png")
+    code, lines, err = run_predict(f"--dir={tmp_path}", good)
+    assert code == 1
+    assert [line.split(": ")[0] for line in lines] == [str(good), f"{tmp_path}/folder/link.png"]
+    assert all(line.split(": ")[1].startswith("3 ") for line in lines)
+    assert [line.split(": ")[0] for line in err.splitlines()] == [
+        *(f"{tmp_path}/{name}" for name in ("half.png", "loose.png", "notes <b>.txt")),
+        "predict",
+    ]
+    assert "3 of 5 files could not be read" in err
+
+    code, lines, _ = run_predict(tmp_path / "half.png", "--json")
+    assert code == 1
+    assert "damaged" in json.loads(lines[0])["error"]
+
+
+def test_photos_of_any_kind_are_brought_to_the_network(run_predict, tmp_path):
+    photo = Image.new("RGBA", (640, 480), (10, 200, 30, 128))
+    photo.save(tmp_path / "photo.png")
+    photo.convert("RGB").save(tmp_path / "photo.jpg")
+    code, lines, _ = run_predict(f"--dir={tmp_path}", "--top=2", "--tta=mirror")
+    assert (code, len(lines)) == (0, 2)
+    assert all(line.count(" %") == 2 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "There are no images"),
+        (["--dir=nowhere"], "--dir=nowhere is not a directory"),
+        (["x.png", "--run=seed=9"], "There are: seed=0, seed=1"),
+        (["x.png", "--tta=miror"], "Did you mean 'mirror'?"),
+        (["x.png", "--workdir=nowhere"], "nowhere/config.json is not there"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(run_predict, arguments, message):
+    code, lines, err = run_predict(*arguments)
+    assert (code, lines) == (2, [])
+    assert err.startswith("predict: ")
+    assert message in err
