@@ -267,11 +267,13 @@ class Log:
 
     def finals(self, step: int, sums: dict[str, dict], class_names: Sequence[str]) -> None:
         """Takes the (sum, count) pairs of the final evaluation of each split."""
+        from cv_jax.plot import draw_confusion, rasterize  # only here: slow to import
+
         for split, metrics in sums.items():
             if metrics and self._writes:
                 self._write(step, f"final_{split}", scalars(means(metrics)))
                 confusion = metrics["confusion"][0].sum(axis=0)
-                image = draw_confusion(confusion, class_names)
+                image = rasterize(draw_confusion(confusion, class_names))
                 self._board.image(f"confusion/{split}", image, step)
 
 
@@ -361,29 +363,3 @@ def image_grid(images: np.ndarray, columns: int = 8, gap: int = 2) -> np.ndarray
     grid = images.reshape(b // columns, columns, h, w, c).swapaxes(1, 2)
     grid = grid.reshape(b // columns * h, columns * w, c)
     return np.broadcast_to(grid, (*grid.shape[:2], 3)) if c == 1 else grid
-
-
-def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """Draws a confusion matrix (n, n) of counts, rows the labels, as an (h, w, 3) uint8 image."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # only here: slow to import
-    from matplotlib.figure import Figure
-
-    n = len(confusion)
-    rates = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(rates, cmap="Blues", vmin=0, vmax=1)
-    axes.set(
-        xlabel="answer",
-        ylabel="label",
-        title=f"{np.trace(confusion):.0f} of {confusion.sum():.0f} right",
-    )
-    if n <= 20:
-        axes.set_xticks(range(n), class_names, rotation=90)
-        axes.set_yticks(range(n), class_names)
-        for i, j in np.ndindex(n, n):
-            color = "white" if rates[i, j] > 0.5 else "black"
-            axes.text(j, i, f"{confusion[i, j]:.0f}", ha="center", va="center", color=color)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from cv_jax.config import base_config
 from cv_jax.errors import UserError
-from cv_jax.log import Log, draw_confusion, image_grid
+from cv_jax.log import Log, image_grid
 from cv_jax.loop import Chunk, Intervals
 from tests.conftest import ROOT, random_dataset
 
@@ -180,14 +180,6 @@ def test_a_grid_lays_images_out_in_rows():
     assert grid[0, 3].tolist() == [128, 128, 128]
     assert grid[3, 0].tolist() == [255, 255, 255]
     assert grid[3, 3].tolist() == [0, 0, 0]  # an empty place
-
-
-def test_a_confusion_matrix_is_dark_on_a_perfect_diagonal():
-    image = draw_confusion(np.diag([3, 5]), ["a <b>", "c $x$"])
-    assert image.ndim == 3
-    assert image.dtype == np.uint8
-    perfect = draw_confusion(np.diag([5.0, 5]), ["a", "b"]).mean()
-    assert perfect < draw_confusion(np.full((2, 2), 0.0), ["a", "b"]).mean()
 
 
 def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):

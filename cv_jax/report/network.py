@@ -1,0 +1,98 @@
+"""What a trained network answers, what it sees, and what it was shown in training."""
+
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from cv_jax.data import DataSpec, Split
+from cv_jax.evaluate import padded_batches
+from cv_jax.tasks import build_task
+from cv_jax.trained import Trained
+
+BATCH_SIZE = 250  # a network of CIFAR-10 stays in the CPU's cache
+
+
+class Answers(NamedTuple):
+    """Of m images, without test-time augmentation.
+
+    Attributes:
+        answer: (m,) the class with the highest probability.
+        confidence: (m,) that probability.
+        pooled: (m, d) the features that the network's head sees; None where it names none so.
+    """
+
+    answer: np.ndarray
+    confidence: np.ndarray
+    pooled: np.ndarray | None
+
+
+def ask(trained: Trained, images: np.ndarray) -> Answers:
+    """Answers of the network for images (m, h, w, c) uint8."""
+
+    @jax.jit
+    def apply(state, image):
+        logits, features = trained.predict(state, image, "none")
+        return jax.nn.softmax(logits), features.get("pooled")
+
+    count = len(images)
+    split = Split(images, np.zeros(count, np.int32))
+    batches = padded_batches(split, min(BATCH_SIZE, count))
+    outputs = [jax.device_get(apply(trained.state, batch["image"])) for batch in batches]
+    probability, pooled = zip(*outputs, strict=True)
+    probability = np.concatenate(probability)[:count]
+    features = None if pooled[0] is None else np.concatenate(pooled)[:count].astype(np.float32)
+    return Answers(probability.argmax(-1), probability.max(-1), features)
+
+
+def worst_mistakes(answers: Answers, label: np.ndarray, most: int) -> np.ndarray:
+    """Positions of the wrong answers, the most confident first."""
+    wrong = np.flatnonzero(answers.answer != label)
+    return wrong[np.argsort(-answers.confidence[wrong], kind="stable")][:most]
+
+
+def first_filters(params: Any, channels: int) -> tuple[str, np.ndarray] | None:
+    """The convolution kernel that sees the image: its path, and (k, h, w, c) in [0, 1].
+
+    Each filter is scaled by itself, from its lowest value to its highest. None where no array is a
+    kernel for so many channels.
+    """
+    for path, kernel in flatten_dict(params, sep="/").items():
+        if kernel.ndim == 4 and kernel.shape[2] == channels:
+            filters = np.moveaxis(np.asarray(kernel, np.float32), -1, 0)
+            axes = (1, 2, 3)
+            low, high = filters.min(axes, keepdims=True), filters.max(axes, keepdims=True)
+            return path, (filters - low) / np.maximum(high - low, 1e-12)
+    return None
+
+
+def augmented(
+    config: ml_collections.ConfigDict, spec: DataSpec, train: Split, count: int
+) -> np.ndarray:
+    """The first training images as the first epoch may show them: (count, h, w, c) in [0, 1]."""
+    image, label = (np.asarray(array[:count]) for array in train)
+    index = np.arange(len(label), dtype=np.int32)
+    coin = np.random.default_rng(0).integers(0, 2**32, len(label), dtype=np.uint32)
+    batch = {
+        "image": image,
+        "label": label,
+        "index": index,
+        "epoch": np.zeros_like(index),
+        "coin": coin,
+    }
+    return np.asarray(jax.jit(build_task(config, spec).preview)(batch, jax.random.key(0)))
+
+
+def embed(features: np.ndarray) -> np.ndarray:
+    """Places features (m, d) on a plane, (m, 2), by t-SNE: near ones stay near.
+
+    L. van der Maaten and G. Hinton, JMLR 9, 2008. The same for the same features.
+    """
+    from sklearn.manifold import TSNE  # only here: slow to import
+    from threadpoolctl import threadpool_limits
+
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    with threadpool_limits(1):  # for so few, threads cost more than they save
+        return TSNE(perplexity=perplexity, max_iter=500, random_state=0).fit_transform(features)

@@ -1,0 +1,30 @@
+"""Pictures show what they were given, whatever is in a name."""
+
+import numpy as np
+
+from cv_jax.plot import draw_bars, draw_confusion, draw_map, draw_sweep, rasterize
+
+
+def test_a_confusion_matrix_is_dark_on_a_perfect_diagonal():
+    image = rasterize(draw_confusion(np.diag([3, 5]), ["a <b>", "c"]))
+    assert image.ndim == 3
+    assert image.dtype == np.uint8
+    perfect = rasterize(draw_confusion(np.diag([5.0, 5]), ["a", "b"])).mean()
+    assert perfect < rasterize(draw_confusion(np.full((2, 2), 0.0), ["a", "b"])).mean()
+
+
+def test_a_dollar_in_the_name_of_a_class_is_no_formula():
+    names = ["c $x$", "$\\nonsense$"]  # the second would be an error
+    rasterize(draw_confusion(np.eye(2), names))
+    rasterize(draw_bars(dict.fromkeys(names, 0.5)))
+    rasterize(draw_map(np.eye(2), np.arange(2), names))
+
+
+def test_a_setting_that_has_diverged_is_left_out_of_the_picture_of_a_sweep():
+    points = [
+        {"setting": {"lr": lr}, "val": {"accuracy": {"mean": mean, "std": None, "n": 1}}}
+        for lr, mean in ((0.1, 0.9), (0.2, 0.8), (9.0, None))
+    ]
+    line, *_, best = draw_sweep(points, {"lr": 0.1}).axes[0].lines
+    np.testing.assert_array_equal(line.get_ydata(), [90.0, 80.0, np.nan])
+    np.testing.assert_array_equal(best.get_ydata(), [90.0])

@@ -1,0 +1,208 @@
+"""The report in a real browser and in numbers: of complete, unfinished, odd and several runs."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cv_jax.data import load_dataset
+from cv_jax.errors import UserError
+from cv_jax.report import examples, network
+from cv_jax.report.run import Run, calibration_error, curve, read_run
+from cv_jax.tools import report
+
+NAMES = ("<script>alert(1)</script>", "a$b$c", "$\\frac$", '"><img src=x>', *"456789")
+
+
+def test_the_calibration_error_by_hand():
+    # 20 answers are 0.5 sure, 15 of them right (0.75); 30 are 0.9 sure, 24 right (0.8): the first
+    # too little, the second too much.
+    calibration = [[0, 20, 30], [0, 15, 24], [0, 10.0, 27.0]]
+    assert calibration_error(calibration) == pytest.approx(0.4 * 0.25 + 0.6 * 0.1)
+
+
+def _run(records, result=None, num_seeds=2):
+    return Run(Path("r"), {"num_seeds": num_seeds}, {}, records, result)
+
+
+def test_a_curve_is_mean_and_std_over_the_seeds_that_have_a_number():
+    records = [
+        {"epoch": 1.0, "split": "val", "values": {"loss": 2.0}, "runs": {"loss": [1.0, 3.0]}},
+        {"epoch": 1.0, "split": "train", "values": {"loss": 9.0}},
+        {"epoch": 2.0, "split": "val", "values": {"loss": 1.5}, "runs": {"loss": [1.5, None]}},
+        {"epoch": 2.0, "split": "final_test", "values": {"loss": 7.0}},
+        {"epoch": 4.0, "split": "final_test", "values": {"loss": 8.0}},
+    ]
+    epoch, mean, std = curve(_run(records), "val", "loss")
+    assert epoch.tolist() == [1.0, 2.0]
+    assert mean.tolist() == [2.0, 1.5]
+    assert std.tolist() == [pytest.approx(2**0.5), 0.0]
+    assert curve(_run(records), "final_test", "loss").mean.tolist() == [8.0]
+    assert curve(_run(records), "val", "accuracy") is None
+
+
+def test_the_curve_of_a_sweep_is_that_of_its_best_setting():
+    values = {"loss": [1.0, 3.0, 10.0, 20.0]}
+    records = [{"epoch": 1.0, "split": "val", "values": {"loss": 8.5}, "runs": values}]
+    result = {"best": {"lr": 2}, "sweep": [{"setting": {"lr": 1}}, {"setting": {"lr": 2}}]}
+    assert curve(_run(records, result), "val", "loss").mean.tolist() == [15.0]
+
+
+def test_half_a_line_of_the_log_is_left_out(tmp_path):
+    config = {"model": "lenet", "data": {"name": "digits"}, "num_seeds": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    good = {"step": 1, "epoch": 0.5, "split": "train", "values": {"loss": 1.0}}
+    lines = [json.dumps(good), "7", '{"step": 2}', "\\xff", '{"step": 3, "ep']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_run(tmp_path).records == [good]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(None, "is not there"), ("{", "cannot be read"), ('{"a": 1}', "is no config")],
+)
+def test_a_directory_without_a_run_is_named(tmp_path, monkeypatch, capsys, config, message):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    monkeypatch.setattr(report, "prepare_jax", lambda: None)
+    with pytest.raises(SystemExit) as exit_:
+        report.main()
+    assert exit_.value.code == 2
+    assert re.match(rf"report: .*/config\.json {message}.*\n$", capsys.readouterr().err)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "build_page", lambda *_: "")
+    with pytest.raises(UserError, match="cannot be written: IsADirectoryError"):
+        report.report([], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def odd(digits_run, tmp_path_factory):
+    """A report of a run whose classes have odd names, and the directory of its plots."""
+    folder = tmp_path_factory.mktemp("report")
+    workdir = shutil.copytree(digits_run, folder / "run <b>")
+    spec = json.loads((workdir / "data.json").read_text())
+    (workdir / "data.json").write_text(json.dumps({**spec, "class_names": NAMES}))
+    result = json.loads((workdir / "result.json").read_text())
+    per_class = result["test"]["per_class_accuracy"].values()
+    result["test"]["per_class_accuracy"] = dict(zip(NAMES, per_class, strict=True))
+    (workdir / "result.json").write_text(json.dumps(result))
+
+    def load(config):
+        data = load_dataset(config)
+        wrong = (data.test.label + 1) % 10
+        spec = data.spec._replace(class_names=NAMES)
+        return data._replace(spec=spec, test=data.test._replace(label=wrong))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, "load_dataset", load)
+        patch.setattr(examples, "ON_MAP", 60)
+        patch.setattr(examples, "MISTAKES", 360)  # of every class
+        report.report([str(workdir)], folder / "report.html", png=folder / "png")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_a_browser_shows_all_of_it_and_asks_for_nothing(odd, browser, scheme, width):
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
+    tab = context.new_page()
+    said, asked = [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("dialog", lambda dialog: said.append(dialog.message))
+    tab.on("request", lambda request: asked.append(request.url))
+    url = f"file://{odd}/report.html"
+    tab.goto(url)
+    assert said == []
+    assert [u for u in asked if not u.startswith("data:")] == [url]
+
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = tab.eval_on_selector_all(
+        "svg, img",
+        "all => all.map(x => Math.min(x.getBoundingClientRect().width,"
+        " x.getBoundingClientRect().height, x.naturalWidth ?? 1, +(x.complete ?? 1)))",
+    )
+    assert len(sizes) > 60
+    assert min(sizes) > 0
+    text = tab.inner_text("body") + " ".join(tab.locator("svg text").all_text_contents())
+    for name in NAMES[:4]:
+        assert text.count(name) >= 3  # bars, matrix, map
+        assert f"{name} → " in text
+    assert tab.locator("h1, h2").all_text_contents()[-5:] == [
+        *("Training", "Classes", "Calibration", "The network", "Facts")
+    ]
+    colors = tab.evaluate(
+        "[document.body, document.querySelector('svg text')]"
+        ".map(x => getComputedStyle(x)[x === document.body ? 'backgroundColor' : 'fill'])"
+    )
+    brightness = [sum(map(int, re.findall(r"\d+", color)[:3])) / 765 for color in colors]
+    assert (brightness[0] > 0.9, brightness[1] < 0.2) == (scheme == "light",) * 2
+    context.close()
+
+
+@pytest.mark.slow
+def test_figures_of_a_page_share_no_ids(odd):
+    html = (odd / "report.html").read_text()
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    assert len(ids) > 100
+    assert len(set(ids)) == len(ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', html)) <= set(ids)
+
+
+@pytest.mark.slow
+def test_plots_are_also_files_on_white(odd):
+    images = {path.stem: Image.open(path) for path in (odd / "png").glob("*.png")}
+    assert set(images) == {
+        *("loss", "accuracy", "learning_rate", "per_class", "confusion", "calibration", "map")
+    }
+    for image in images.values():
+        assert image.width == 920  # 4.6 inches
+        assert np.asarray(image)[0, 0].tolist() == [255, 255, 255, 255]
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_whose_data_are_gone(digits_run, tmp_path):
+    workdir = shutil.copytree(digits_run, tmp_path / "run")
+    (workdir / "result.json").unlink()
+    (workdir / "env.json").unlink()
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["num_val"] = 5000  # more than there are
+    (workdir / "config.json").write_text(json.dumps(config))
+    report.report([str(workdir)], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "This run is not complete" in html
+    assert "Its log ends after step 152, epoch 8.00." in html
+    assert "data set cannot be loaded, so that no images are here: config.data.num_val" in html
+    assert "whiten/kernel</code>: 8 filters of 2 x 2 pixels" in html
+    assert "Calibration" not in html
+
+
+@pytest.mark.slow
+def test_several_runs_stand_side_by_side(digits_run, tmp_path, monkeypatch):
+    def load(path):
+        raise UserError(f"{path} & others have no network.")
+
+    monkeypatch.setattr(examples, "load_trained", load)
+    other = shutil.copytree(digits_run, tmp_path / "b & c")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "batch_size": 77, "seed": 5}))
+    report.report([str(digits_run), str(other)], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    row = r'<th scope="row">batch_size</th><td>64</td><td>77</td></tr></tbody>'
+    assert re.search(rf"<tbody><tr>{row}", html)  # and no other leaf
+    assert html.count(f"{tmp_path}/b &amp; c</th>") == 2
+    assert html.count("<svg ") == 8  # two of them of both runs
+    assert f"cannot be shown: {digits_run} &amp; others have no network." in html
+
+
+@pytest.mark.parametrize("pooled", [None, np.full((20, 3), np.nan)])
+def test_a_network_without_features_has_no_map(pooled):
+    answers = network.Answers(np.zeros(20), np.zeros(20), pooled)
+    assert examples._map(answers, np.zeros(20, int), ["a"], None) == ""
