@@ -159,6 +159,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                             runs.own, state, feed, np.int32(chunk.num_steps)
                         )
                         log.train(chunk, metrics)
+                    log.histograms(chunk, state.params, runs.mesh)
                     val = means(evaluate("watch", state, "val")) if chunk.evals else {}
                     log.evals(chunk.end, "val", val)
                     signum = stop()  # looked at once: what stops the run has been saved

@@ -1,22 +1,69 @@
-"""TensorBoard: the mean over the runs of a program with its band, and each run by itself."""
+"""TensorBoard: the mean over the runs of a program with its band, and each run by itself.
+
+scalars      of each split
+images       some that were augmented, and the confusion matrix of each split
+histograms   of the parameters, where config.histograms_every asks for them
+hparams      the seed and what was swept, beside which TensorBoard shows the run's scalars
+"""
 
 import contextlib
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
+from jax.sharding import Mesh
 
 from cv_jax.bucket import Growing
+from cv_jax.mesh import replicated
 
 # What "custom scalars" show of several runs: the mean, and one standard deviation to either side.
 BANDS = ("train/loss", "val/loss", "val/accuracy")
+NUM_BINS = 64  # of a histogram
 # How old what TensorBoard can show may be.
 FLUSH_SECONDS = 10
+
+
+class Counted(NamedTuple):
+    """The values of an array of parameters, of each of r runs.
+
+    Attributes:
+        edges: (r, 65), of bins of equal width; the first is the minimum, the last the maximum.
+        counts: (r, 64) int32, how many are in each bin; a value on an edge is in the upper one, the
+            maximum in the last.
+        sum, sum_squares: (r,).
+    """
+
+    edges: jax.Array
+    counts: jax.Array
+    sum: jax.Array
+    sum_squares: jax.Array
+
+
+@partial(jax.jit, static_argnames="mesh")
+def count_values(params: Any, mesh: Mesh) -> dict[str, Counted]:
+    """The histogram of each array (r, ...) by its path; every device of the mesh has it whole."""
+
+    def count(values):  # of one run
+        values = values.astype(jnp.float32)
+        edges = jnp.linspace(values.min(), values.max(), NUM_BINS + 1)
+        # A sum for each edge, and no scatter: it leaves parameters divided as they are.
+        below = jax.lax.map(lambda edge: (values < edge).sum(dtype=jnp.int32), edges[1:-1])
+        counts = jnp.diff(below, prepend=0, append=values.size)
+        return Counted(edges, counts, values.sum(), jnp.square(values).sum())
+
+    counted = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): jax.vmap(count)(array)
+        for path, array in jax.tree_util.tree_leaves_with_path(params)
+    }
+    return jax.lax.with_sharding_constraint(counted, replicated(mesh))
 
 
 class Board:
@@ -33,12 +80,13 @@ class Board:
             from tensorboardX import summary
         self._summary = summary
         self._mean = _Events(workdir, start_step)
-        self._runs = []
+        self._runs: list[_Events] = []
         if len(names) > 1:
             folders = [workdir / "runs" / name.replace("/", "_") for name in names]
             self._runs = [_Events(folder, start_step) for folder in folders]
             charts = {tag: ["Margin", [tag, *_edges(tag)]] for tag in BANDS}
             self._mean.add(summary.custom_scalars({"runs": charts}), 0)
+        self._each = self._runs or [self._mean]
 
     def scalars(self, split: str, values: dict[str, np.ndarray], step: int) -> None:
         """Takes values (r,), one a run, or (1,), one of the program; what is not finite is left."""
@@ -55,6 +103,32 @@ class Board:
                 for events, number in zip(self._runs, numbers, strict=True):
                     if np.isfinite(number):
                         events.add(self._summary.scalar(tag, number), step)
+
+    def begin(self, values: Sequence[dict[str, Any]], step: int) -> None:
+        """Takes the hyperparameters of each run; TensorBoard keeps the first ones of a folder.
+
+        The summary of an experiment is left out: TensorBoard takes the first one that it finds for
+        all programs that it shows, and without one it lists what they all have.
+        """
+        for events, of_run in zip(self._each, values, strict=True):
+            _, start, _ = self._summary.hparams(of_run, {})
+            events.add(start, step)
+
+    def end(self, step: int) -> None:
+        """Says that the runs are complete."""
+        _, _, end = self._summary.hparams({}, {})
+        for events in self._each:
+            events.add(end, step)
+
+    def histograms(self, counted: dict[str, Counted], step: int) -> None:
+        """Takes what `count_values` returns; an array that is not finite is left out."""
+        for path, arrays in counted.items():
+            for events, edges, counts, total, squares in zip(self._each, *arrays, strict=True):
+                if not np.isfinite([*edges, total, squares]).all():
+                    continue
+                numbers = (edges[0], edges[-1], counts.sum(), total, squares)
+                tag = f"params/{path}"
+                events.add(self._summary.histogram_raw(tag, *numbers, edges[1:], counts), step)
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
         """Takes an image (h, w, 3) uint8."""

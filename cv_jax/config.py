@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "log_every",
     "eval_every",
     "checkpoint_every",
+    "histograms_every",
     "keep_checkpoints",
     "eval_batch_size",
     "data.dir",
@@ -94,6 +95,9 @@ def base_config() -> ml_collections.ConfigDict:
     config.log_every = "1 epoch"
     config.eval_every = "1 epoch"  # on val
     config.checkpoint_every = "1 epoch"
+    config.histograms_every = (
+        "never"  # of the parameters, in TensorBoard; "train" counts their time
+    )
     config.keep_checkpoints = 2  # the newest so many are kept, and the best on val
     return config
 
@@ -347,6 +351,7 @@ RULES: dict[str, _Rule] = {
     "log_every": _DURATION,
     "eval_every": _DURATION,
     "checkpoint_every": _DURATION,
+    "histograms_every": _DURATION,
     "keep_checkpoints": _ABOVE_0,
     "label_smoothing": _BELOW_1,
     "data.num_val": _NOT_NEGATIVE,

@@ -16,9 +16,10 @@ import jax
 import ml_collections
 import numpy as np
 from etils.epath import Path
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from cv_jax.board import Board
+from cv_jax.board import Board, count_values
 from cv_jax.bucket import Growing, open_to_append
 from cv_jax.config import write_atomically
 from cv_jax.data import DataSpec
@@ -26,6 +27,8 @@ from cv_jax.errors import UserError
 from cv_jax.evaluate import finite_mean, means
 from cv_jax.loop import Chunk, Intervals, Pace
 from cv_jax.result import device_name
+from cv_jax.runs import run_values
+from cv_jax.sweep import make_sweep
 
 _HEAD = (
     f"{'epoch':>7} {'step':>8} {'lr':>9} {'loss':>8} {'accuracy':>8}"
@@ -68,6 +71,7 @@ class Log:
         intervals: Intervals,
         window: dict[str, Any] | None = None,
     ):
+        self._config = config
         self._names = names
         self._diverged: set[int] = set()
         self._skipped_in_a_row = np.zeros(len(names), int)
@@ -109,6 +113,7 @@ class Log:
         """Says what runs, and what was changed since an earlier start."""
         if not self._writes:
             return
+        self._board.begin(run_values(self._config, make_sweep(self._config)), self._start_step)
         spec = self._spec
         shape = "x".join(map(str, spec.image_shape))
         self.line(f"workdir {self._workdir}")
@@ -145,7 +150,7 @@ class Log:
         previous, self._pending = self._pending, (chunk, metrics)
         if previous:
             self._fetch(*previous)
-        if chunk.logs or chunk.evals or chunk.saves:
+        if chunk.logs or chunk.evals or chunk.saves or chunk.histograms:
             self.settle()
         if chunk.logs:
             values = self._window.means()
@@ -233,6 +238,14 @@ class Log:
         }
         self._write(step, split, values)
 
+    def histograms(self, chunk: Chunk, params: Any, mesh: Mesh) -> None:
+        """Takes the parameters of all runs after a chunk, whose histograms may be due."""
+        if not chunk.histograms:
+            return
+        counted = jax.device_get(count_values(params, mesh))  # of all processes
+        if self._writes:
+            self._board.histograms(counted, chunk.end)
+
     def row(self) -> None:
         """Prints the row of the table that has come together since the last call, if any."""
         if not self._pending:
@@ -275,6 +288,8 @@ class Log:
                 confusion = metrics["confusion"][0].sum(axis=0)
                 image = rasterize(draw_confusion(confusion, class_names))
                 self._board.image(f"confusion/{split}", image, step)
+        if self._writes:
+            self._board.end(step)
 
 
 def scalars(values: dict[str, Any]) -> dict[str, np.ndarray]:

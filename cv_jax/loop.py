@@ -29,6 +29,7 @@ class Intervals(NamedTuple):
     log: int
     eval: int
     save: int
+    histograms: int = 0
 
 
 def make_intervals(config: ml_collections.ConfigDict, num_train: int, num_val: int) -> Intervals:
@@ -42,6 +43,7 @@ def make_intervals(config: ml_collections.ConfigDict, num_train: int, num_val: i
         log=steps(config.log_every),
         eval=steps(config.eval_every) if num_val else 0,
         save=steps(config.checkpoint_every),
+        histograms=steps(config.histograms_every),
     )
 
 
@@ -53,6 +55,7 @@ class Chunk(NamedTuple):
     logs: bool
     evals: bool
     saves: bool
+    histograms: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -80,6 +83,7 @@ def plan_chunks(
             logs=end == total or durations.due(end, intervals.log),
             evals=durations.due(end, intervals.eval),
             saves=end == total or durations.due(end, intervals.save),
+            histograms=durations.due(end, intervals.histograms),
         )
         start = end
 

@@ -105,12 +105,17 @@ def num_runs(config: ml_collections.ConfigDict) -> int:
     return len(make_sweep(config).settings) * config.num_seeds
 
 
+def run_values(config: ml_collections.ConfigDict, sweep: Sweep) -> list[dict[str, Any]]:
+    """What the runs differ in, such as {"optim.lr": 0.1, "seed": 3}, in their order."""
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    return [{**setting, "seed": seed} for setting in sweep.settings for seed in seeds]
+
+
 def run_names(config: ml_collections.ConfigDict, sweep: Sweep) -> list[str]:
     """The names of the runs, such as "optim.lr=0.1 seed=3", in their order."""
     return [
-        " ".join([*(f"{key}={value}" for key, value in setting.items()), f"seed={seed}"])
-        for setting in sweep.settings
-        for seed in range(config.seed, config.seed + config.num_seeds)
+        " ".join(f"{key}={value}" for key, value in values.items())
+        for values in run_values(config, sweep)
     ]
 
 

@@ -35,6 +35,7 @@ _SHARED = (
     "log_every",
     "eval_every",
     "checkpoint_every",
+    "histograms_every",
     "keep_checkpoints",
 )
 

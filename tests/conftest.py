@@ -121,6 +121,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.num_seeds = 2
     config.model = "n94(widths=(16, 32))"
     config.optim.warmup = "10 steps"
+    config.histograms_every = "4 epochs"
     workdir = tmp_path_factory.mktemp("digits")
     train.run(config.lock(), workdir)
     return workdir

@@ -170,7 +170,8 @@ _RIGHT = {
     ),
 }
 _RIGHT |= dict.fromkeys(("mesh.seed", "mesh.data", "mesh.fsdp"), ("0", "1", "2", "-1"))
-_RIGHT |= dict.fromkeys(("log_every", "eval_every", "checkpoint_every", "optim.warmup"), _DURATIONS)
+_EVERY = ("log_every", "eval_every", "checkpoint_every", "histograms_every")
+_RIGHT |= dict.fromkeys((*_EVERY, "optim.warmup"), _DURATIONS)
 _KEYS = sorted(flatten(base_config()))
 
 # Other arguments that may stand on the command line.

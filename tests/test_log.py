@@ -42,7 +42,7 @@ def _records(tmp_path):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def _events(tmp_path):
+def read_events(tmp_path):
     """The values of all event files: (tag, step) -> value."""
     values = {}
     for path in sorted(tmp_path.glob("events.*")):
@@ -75,7 +75,7 @@ def test_a_row_is_the_mean_over_its_steps(make_log, tmp_path, capsys):
     assert row[:4] == ["0.29", "2", "3", "3.0000"]
     assert "25.00%" in row
 
-    events = _events(tmp_path)
+    events = read_events(tmp_path)
     assert events["train/loss", 2].simple_value == 3.0
     assert events["val/accuracy", 2].simple_value == 0.25
 
@@ -128,7 +128,7 @@ def test_a_clock_that_is_set_back_loses_no_events(make_log, tmp_path, monkeypatc
         with make_log(start_step) as log:
             chunk = Chunk(start_step, start_step + 2, True, False, False)
             log.train(chunk, _metrics([start_step, start_step]))
-    values = _events(tmp_path)  # reads files in the order of their names, as TensorBoard does
+    values = read_events(tmp_path)  # reads files in the order of their names, as TensorBoard does
     assert [values["train/loss", step].simple_value for step in (2, 4, 6)] == [0.0, 2.0, 4.0]
     assert len(list(tmp_path.glob("events.*"))) == 3
 
@@ -147,12 +147,12 @@ def test_several_runs_are_written_one_by_one_and_as_their_mean(make_log, tmp_pat
     assert train["values"]["loss"] == 2.0
     assert train["runs"] == {"loss": [1.0, 3.0]}
     assert val["runs"] == {"accuracy": [0.5, 0.7]}
-    events = _events(tmp_path)
+    events = read_events(tmp_path)
     assert events["val/accuracy", 1].simple_value == pytest.approx(0.6)
     std = math.sqrt(0.02)
     assert events["band/val/accuracy/low", 1].simple_value == pytest.approx(0.6 - std)
     assert events["band/val/accuracy/high", 1].simple_value == pytest.approx(0.6 + std)
-    own = _events(tmp_path / "runs" / "seed=1")
+    own = read_events(tmp_path / "runs" / "seed=1")
     assert own["train/loss", 1].simple_value == 3.0
 
 
@@ -188,7 +188,7 @@ def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
     sums = {"test": {"accuracy": (count, count), "confusion": pair}, "val": {}}
     with make_log() as log:
         log.finals(14, sums, ["a", "b"])
-    events = _events(tmp_path)
+    events = read_events(tmp_path)
     assert events["final_test/accuracy", 14].simple_value == 1.0
     assert events["confusion/test", 14].image.encoded_image_string.startswith(b"\x89PNG")
 
