@@ -95,9 +95,7 @@ def base_config() -> ml_collections.ConfigDict:
     config.log_every = "1 epoch"
     config.eval_every = "1 epoch"  # on val
     config.checkpoint_every = "1 epoch"
-    config.histograms_every = (
-        "never"  # of the parameters, in TensorBoard; "train" counts their time
-    )
+    config.histograms_every = "never"  # of the parameters, in TensorBoard
     config.keep_checkpoints = 2  # the newest so many are kept, and the best on val
     return config
 
