@@ -49,6 +49,7 @@ from cv_jax.stopping import Stopped, raise_when_signalled
 from cv_jax.trained import Trained, load_trained
 
 PAGE = Path(__file__).with_suffix(".html")
+METHODS = {"/": "GET", "/run": "GET", "/predict": "POST"}  # of each path
 MAX_BYTES = 10_000_000  # of an image file
 MAX_REQUESTS = 32  # at once
 SILENT_SECONDS = 10  # a client may be silent for so long,
@@ -200,11 +201,11 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/run":
             self._send_json(200, self.server.about)
         else:
-            self._refuse_path({"/predict": "POST"})
+            self._refuse()
 
     def do_POST(self) -> None:
         if self.path != "/predict":
-            return self._refuse_path({"/": "GET", "/run": "GET"})
+            return self._refuse()
         lengths = self.headers.get_all("Content-Length", [])
         if not lengths or "Transfer-Encoding" in self.headers:
             return self.send_error(411, "A Content-Length is needed.")
@@ -236,9 +237,9 @@ class Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def _refuse_path(self, allowed: dict[str, str]) -> None:
-        if self.path in allowed:
-            self.send_error(405, f"{self.path} takes {allowed[self.path]} alone.")
+    def _refuse(self) -> None:
+        if self.path in METHODS:
+            self.send_error(405, f"{self.path} takes {METHODS[self.path]} alone.")
         else:
             self.send_error(404, "There is nothing here.")
 
@@ -254,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, code: int, body: bytes, content_type: str) -> None:
         self.send_response(code)
         if code == 405:
-            self.send_header("Allow", "POST" if self.path == "/predict" else "GET")
+            self.send_header("Allow", METHODS.get(self.path, "GET, POST"))
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
