@@ -77,7 +77,7 @@ def make_answer(trained: Trained, tta: str) -> Callable[[bytes], dict[str, Any]]
         explained = compiled(trained.state, image.astype(np.float32) / np.float32(255))
         probabilities, saliency, features = jax.device_get(explained)
         if not np.isfinite(probabilities).all():
-            raise UserError("The network answers with numbers that are not finite.")
+            raise UserError("the network answers with numbers that are not finite")
         return {
             "classes": [
                 {"name": trained.spec.class_names[i], "probability": float(probabilities[i])}
@@ -145,7 +145,7 @@ class Server(ThreadingHTTPServer):
         self.host_names = {"localhost", "127.0.0.1", "[::1]", shown.lower()}
         self.answer, self.about = answer, about
         self.lock = threading.Lock()
-        page = PAGE.read_text()
+        page = PAGE.read_text("utf-8")
         self.page, self.policy = page.encode(), _content_policy(page)
         self._deadlines: dict[socket.socket, float] = {}
         super().__init__((host, port), Handler)
@@ -220,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.lock:  # for decoding as well: a large image takes much memory
                 answer = self.server.answer(file)
         except UserError as error:
-            return self.send_error(422, f"The image cannot be read: {error}.")
+            return self.send_error(422, f"No answer: {error}.")
         return self._send_json(200, answer)
 
     def parse_request(self) -> bool:
