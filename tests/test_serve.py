@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 import re
 import signal
 import socket
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from etils.epath import Path
 
+from benchmarks import serve as benchmark
 from cv_jax.data import load_dataset
 from cv_jax.errors import UserError
 from cv_jax.saliency import explain
@@ -228,6 +230,18 @@ def test_more_at_once_are_sent_away(server, monkeypatch):
         assert _ask(server, _file(PNG))[0] == 0
     monkeypatch.undo()
     assert _ask(server, _file(PNG))[0] == 200
+
+
+def test_the_benchmark_gets_an_answer_to_every_kind(server, capfd):
+    random.seed(0)
+    port = server.server_address[1]
+    assert len(benchmark.time_answers(port, (8, 8), 2)) == 2
+    got = {kind: set(counts) for kind, counts in benchmark.send_bad(port, 22).items()}
+    known = {"400", "403", "404", "405", "411", "413", "421", "422", "431", "none"}
+    assert set().union(*got.values()) == known
+    assert got["20 MB"] == {"413"}
+    assert got["a PNG of 60 million pixels"] == got["random bytes"] == {"422"}
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_port_that_is_taken_is_named(server):
