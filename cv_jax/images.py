@@ -12,6 +12,8 @@ from cv_jax.errors import UserError, first_line
 # A few bytes can say that they are an image of any size: more pixels are refused.
 MAX_PIXELS = 50_000_000
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of twice as many
+Image.init()
+KINDS = sorted(set(Image.OPEN) - {"EPS"})  # of Pillow; it runs EPS as a program, by Ghostscript
 
 
 def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -51,7 +53,7 @@ def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
 
 def _open(data: bytes) -> Image.Image:
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=KINDS)
     except Image.DecompressionBombError as error:
         raise UserError(f"it has more than {MAX_PIXELS:,} pixels") from error
     except Image.UnidentifiedImageError as error:

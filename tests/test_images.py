@@ -91,6 +91,7 @@ def test_what_pillow_does_not_know_opencv_opens():
     [
         (b"", "no image"),
         (b"hello", "no image"),
+        (encode(_noise(4, 4, 3), "EPS"), "no image"),  # a program, which would be run
         (encode(_noise(40, 40, 3))[:-300], "damaged"),
         (encode(_noise(40, 40, 3), "JPEG")[:200], "damaged"),
         (
@@ -99,7 +100,7 @@ def test_what_pillow_does_not_know_opencv_opens():
         ),
         (encode(Image.new("1", (MAX_PIXELS // 10, 100))), "more than 50,000,000 pixels"),
     ],
-    ids=["empty", "text", "half a PNG", "half a JPEG", "too large", "far too large"],
+    ids=["empty", "text", "EPS", "half a PNG", "half a JPEG", "too large", "far too large"],
 )
 def test_what_is_no_image_is_said_in_a_sentence(data, message):
     with pytest.raises(UserError, match=message):
