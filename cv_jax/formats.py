@@ -90,7 +90,8 @@ def _write_onnx(trained: Trained, tta: str, card: dict[str, Any]) -> bytes:
     network, image = _network(trained, tta)
     # While it reads its plug-ins it logs those that this jax is too new for, which are not used
     # here, and it prints each convolution. It knows custom_vjp, but not jit, of jax 0.12.
-    logging.getLogger("jax2onnx").setLevel(logging.ERROR)
+    for package in ("jax2onnx", "onnx_ir"):
+        logging.getLogger(package).setLevel(logging.ERROR)
     quiet = contextlib.redirect_stdout(io.StringIO())
     with warnings.catch_warnings(action="ignore"), quiet, plain_lax(), jax.disable_jit():
         model = to_onnx(
@@ -105,6 +106,7 @@ def _write_onnx(trained: Trained, tta: str, card: dict[str, Any]) -> bytes:
     )(model).model
     model.metadata_props["card"] = json.dumps(card)
     proto = onnx_ir.to_proto(model)
+    del proto.graph.value_info[:]  # shapes of before it moved the transpositions
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
 
