@@ -4,12 +4,9 @@ In each are the weights, the normalisation and a card (`cv_jax.card`); what goes
 (b, h, w, c) of any b, what comes out are logits (b, n) in float32.
 """
 
-import contextlib
 import importlib
 import io
 import json
-import logging
-import warnings
 import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,33 +79,14 @@ def _read_stablehlo(path: epath.Path) -> Predict:
 
 
 def _write_onnx(trained: Trained, tta: str, card: dict[str, Any]) -> bytes:
-    import onnx
-    import onnx_ir
-    from jax2onnx import to_onnx
-    from onnx_ir.passes import common
+    from onnx import helper
 
-    network, image = _network(trained, tta)
-    # While it reads its plug-ins it logs those that this jax is too new for, which are not used
-    # here, and it prints each convolution. It knows custom_vjp, but not jit, of jax 0.12.
-    for package in ("jax2onnx", "onnx_ir"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    quiet = contextlib.redirect_stdout(io.StringIO())
-    with warnings.catch_warnings(action="ignore"), quiet, plain_lax(), jax.disable_jit():
-        model = to_onnx(
-            network, [image], return_mode="ir", input_names=["image"], output_names=["logits"]
-        )
-    # It has a copy of the weights for every view, and for the features that nobody asked for.
-    model = onnx_ir.passes.Sequential(
-        common.RemoveUnusedNodesPass(),
-        common.DeduplicateInitializersPass(size_limit=2**31),
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-    )(model).model
-    model.metadata_props["card"] = json.dumps(card)
-    proto = onnx_ir.to_proto(model)
-    del proto.graph.value_info[:]  # shapes of before it moved the transpositions
-    onnx.checker.check_model(proto, full_check=True)
-    return proto.SerializeToString()
+    from cv_jax.onnx_graph import to_onnx
+
+    with plain_lax():
+        model = to_onnx(*_network(trained, tta))
+    helper.set_model_props(model, {"card": json.dumps(card)})
+    return model.SerializeToString()
 
 
 def _read_onnx(path: epath.Path) -> Predict:
@@ -170,7 +148,7 @@ names = [card["data"]["class_names"][i] for i in logits.argmax(-1)]
 """,
     ),
     "onnx": Format(
-        ("jax2onnx", "onnx", "onnxruntime"),
+        ("onnx", "onnxruntime"),
         _write_onnx,
         _read_onnx,
         """

@@ -115,8 +115,7 @@ def max_pool(x: jax.Array, size: int, strides: int | None = None, padding: int =
     strides = strides or size
     if strides == size and not padding:
         return ops.max_pool(x, size)
-    pads = ((padding, padding),) * 2
-    return nn.max_pool(x, window_shape=(size, size), strides=(strides, strides), padding=pads)
+    return nn.max_pool(x, (size, size), (strides, strides), ((padding, padding),) * 2)
 
 
 def global_max_pool(x: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
     """
 
     def windowed(x):
-        return nn.max_pool(x, window_shape=(size, size), strides=(size, size))
+        return nn.max_pool(x, (size, size), (size, size))
 
     def compared(x):
         h, w = (side // size * size for side in x.shape[1:3])
