@@ -75,7 +75,7 @@ def _write_stablehlo(trained: Trained, tta: str, card: dict[str, Any]) -> bytes:
 
 def _read_stablehlo(path: epath.Path) -> Predict:
     with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as file:
-        return export.deserialize(bytearray(file.read(_SERIALIZED))).call
+        return jax.jit(export.deserialize(bytearray(file.read(_SERIALIZED))).call)
 
 
 def _write_onnx(trained: Trained, tta: str, card: dict[str, Any]) -> bytes:

@@ -139,6 +139,9 @@ class _Graph:
     def _square(self, x, **_):
         return self.node("Mul", [x, x])
 
+    def _integer_pow(self, x, out, y, **_):
+        return self.node("Pow", [x, np.array(y, out.dtype)])
+
     def _convert_element_type(self, x, out, **_):
         return self.node("Cast", [x], to=helper.np_dtype_to_tensor_dtype(out.dtype))
 

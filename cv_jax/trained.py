@@ -124,9 +124,10 @@ def load_safetensors(path: epath.Path) -> Trained:
         arrays = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` leaves it
         card = json.loads(header["__metadata__"]["card"])
+        shape = card["data"]["image_shape"]
+        if math.prod(shape) > _MOST_VALUES:
+            raise ValueError(f"images of the shape {shape}")
         spec = spec_from_json(card["data"])
-        if math.prod(spec.image_shape) > _MOST_VALUES:
-            raise ValueError(f"images of the shape {spec.image_shape}")
         evaluated = {**_AS_EVALUATED, "tta": card["tta"]}
         config = with_values(config_from_json(card["config"]), evaluated)
         task = build_task(config, spec)
