@@ -132,6 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.format
     check_packages(name)
     workdir = work_directory(arguments.workdir)
+    if workdir.suffix == ".safetensors":
+        raise UserError(f"{workdir} is an exported file; --workdir is the directory of its run.")
     default = workdir / "export" / f"model.{name}"
     out = work_directory(arguments.out) if arguments.out else default
     trained = load_trained(workdir, arguments.run)
