@@ -1,15 +1,11 @@
 """cv_jax's side of the benchmarks: the program of train.py, and the same on plain lax."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import ml_collections
 import numpy as np
-from flax import linen as nn
-from jax import lax
 
 from benchmarks.worker import LR, MEAN, MOMENTUM, NUM_TRAIN, STD, WEIGHT_DECAY, Steps, random_images
 from cv_jax.config import base_config
@@ -18,6 +14,7 @@ from cv_jax.data.batches import Batches, make_batches
 from cv_jax.keys import Keys, derive_keys
 from cv_jax.loop import Intervals, make_train_chunk, plan_chunks
 from cv_jax.mesh import make_mesh
+from cv_jax.ops import plain_lax
 from cv_jax.startup import prepare_jax
 from cv_jax.tasks import Task, build_task
 
@@ -100,17 +97,3 @@ def check_loss(model: str, batch_size: int, num_steps: int = 20) -> dict[str, li
     for i, (a, b, difference) in enumerate(zip(ours, plain, apart, strict=True), start=1):
         print(f"step {i:2d}  cv_jax {a:.7f}  lax {b:.7f}  relative difference {difference:.1e}")
     return {"cv_jax": ours, "lax": plain, "relative_difference": apart}
-
-
-def plain_lax() -> contextlib.AbstractContextManager:
-    """While it is entered, models are traced with lax's own operations instead of cv_jax.ops."""
-    return mock.patch.multiple("cv_jax.ops", conv=_plain_conv, max_pool=_plain_max_pool)
-
-
-def _plain_conv(x, kernel, strides, padding):
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
-
-
-def _plain_max_pool(x, size):
-    return nn.max_pool(x, (size, size), (size, size))

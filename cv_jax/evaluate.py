@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
 from cv_jax.data import Dataset, Split
@@ -19,13 +20,17 @@ _Logits = Callable[[jax.Array], jax.Array]
 
 
 def _mirror(apply: _Logits, image: jax.Array) -> jax.Array:
-    return (apply(image) + apply(image[:, :, ::-1])) / 2
+    return (apply(image) + apply(jnp.flip(image, 2))) / 2
 
 
 def _mirror_translate(apply: _Logits, image: jax.Array) -> jax.Array:
     h, w = image.shape[1:3]
     padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
-    shifted = [_mirror(apply, padded[:, i : i + h, i : i + w]) for i in (0, 2)]
+
+    def shift(i):  # by an index it would be a gather where b is a symbol, in an exported program
+        return lax.slice_in_dim(lax.slice_in_dim(padded, i, i + h, axis=1), i, i + w, axis=2)
+
+    shifted = [_mirror(apply, shift(i)) for i in (0, 2)]
     return _mirror(apply, image) / 2 + (shifted[0] + shifted[1]) / 4
 
 

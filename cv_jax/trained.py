@@ -1,22 +1,27 @@
 """A trained network, out of the work directory that a run has left, for whatever one does with it.
 
-It needs neither the data set nor the training, and only reads: the run may still be going on.
+It needs neither the data set nor the training, and only reads: the run may still be going on. A
+file that `cv_jax.tools.export` has written as safetensors does as well as a work directory.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cv_jax.checkpoint import read_newest
 from cv_jax.config import base_config, check
 from cv_jax.data import DataSpec
 from cv_jax.data.dataset import spec_from_json
 from cv_jax.errors import UserError, first_line, nearest
+from cv_jax.optim import ema_params
 from cv_jax.runs import run_names, take_run
 from cv_jax.sweep import make_sweep, with_values
 from cv_jax.tasks import build_task
@@ -47,13 +52,15 @@ def load_trained(workdir: epath.Path, run: str = "") -> Trained:
     """Loads one of the runs of a program.
 
     Args:
-        workdir: of the program.
+        workdir: of the program; or a file NAME.safetensors, which holds one run.
         run: its name, such as "seed=3"; "": the first seed, of the best setting where it swept.
 
     Raises:
         UserError: there is no run of this name or no checkpoint, a file of it is damaged, or its
             task does not predict classes.
     """
+    if workdir.suffix == ".safetensors":
+        return _only_run(load_safetensors(workdir), run, workdir)
     config, spec = read_config(workdir), read_spec(workdir)
     result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
     sweep = make_sweep(config)
@@ -72,6 +79,87 @@ def load_trained(workdir: epath.Path, run: str = "") -> Trained:
         raise UserError(f"{workdir}: the task {config.task!r} does not predict classes.")
     state = read_newest(workdir, _state_of_runs(task.init, len(names)))
     return Trained(config, spec, name, take_run(state, RUN_AXES, position), task.predict, result)
+
+
+def _only_run(trained: Trained, run: str, path: epath.Path) -> Trained:
+    if run not in ("", trained.name):
+        raise UserError(f"{path} holds the run {trained.name!r} and not {run!r}.")
+    return trained
+
+
+def as_evaluated(trained: Trained) -> Trained:
+    """The same network with nothing but what evaluation uses, computed in float32.
+
+    Its parameters are the averaged ones where there are such, and its config no longer asks for
+    an average, so that no state of an optimizer is needed.
+    """
+    config, spec, state = trained.config, trained.spec, trained.state
+    params = ema_params(state.opt_state) if config.optim.ema > 0 else state.params
+    config = with_values(config, _AS_EVALUATED)
+    return trained._replace(
+        config=config,
+        state=TrainState(state.step, params, state.model_state, opt_state=()),
+        predict=build_task(config, spec).predict,
+    )
+
+
+_AS_EVALUATED = {"optim.ema": 0.0, "dtype": "float32"}
+
+
+def load_safetensors(path: epath.Path) -> Trained:
+    """Loads a network, as `as_evaluated` made it, out of a file of cv_jax.tools.export.
+
+    The file is read as arrays and JSON: nothing in it is run.
+
+    Raises:
+        UserError: safetensors is not installed, the file is not there, damaged or another
+            program's, or its network is not one of this code.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+    except ImportError as error:
+        raise UserError(f"{path} needs a package more: pip install safetensors") from error
+    try:
+        data = path.read_bytes()
+        arrays = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` leaves it
+        card = json.loads(header["__metadata__"]["card"])
+        shape = card["data"]["image_shape"]
+        if math.prod(shape) > _MOST_VALUES:
+            raise ValueError(f"images of the shape {shape}")
+        spec = spec_from_json(card["data"])
+        evaluated = {**_AS_EVALUATED, "tta": card["tta"]}
+        config = with_values(config_from_json(card["config"]), evaluated)
+        task = build_task(config, spec)
+        state = jax.eval_shape(task.init, jax.random.key(0))
+        wanted = variables(state)
+        if _shapes(arrays) != _shapes(wanted):
+            raise ValueError(f"its arrays are not those of {config.model!r}")
+        model_state = unflatten_dict({name: jnp.asarray(x) for name, x in arrays.items()}, sep="/")
+        params = model_state.pop("params")
+        state = TrainState(jnp.int32(card["steps"]), params, model_state, opt_state=())
+        return Trained(config, spec, card["run"], state, task.predict, card["result"])
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there.") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path} is damaged, or no file of cv_jax.tools.export ({first_line(error)})."
+        ) from error
+
+
+_MOST_VALUES = 2**28  # of an image
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, tuple]:
+    return {name: (x.shape, x.dtype) for name, x in arrays.items()}
+
+
+def variables(state: TrainState) -> dict[str, jax.Array]:
+    """All arrays of a network by their paths, such as "params/head/kernel"."""
+    return flatten_dict({"params": state.params, **state.model_state}, sep="/")
 
 
 def make_classify(
@@ -120,7 +208,15 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
     Raises:
         UserError: there is no run, its config.json is damaged, or of other code.
     """
-    values = read_json(workdir / "config.json")
+    return config_from_json(read_json(workdir / "config.json"))
+
+
+def config_from_json(values: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config with these values, checked; a leaf that they lack has its default.
+
+    Raises:
+        UserError: they are not those of a config.
+    """
     config = base_config()
     with config.ignore_type():
         config.update(values)

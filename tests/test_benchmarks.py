@@ -12,12 +12,13 @@ import pytest
 
 from benchmarks import input as input_side
 from benchmarks import lenet, machine, step
-from benchmarks.ours import build, check_loss, loop, plain_lax, step_config
+from benchmarks.ours import build, check_loss, loop, step_config
 from benchmarks.step import Case
 from benchmarks.worker import MEAN, STD, random_images
 from cv_jax.config import base_config
 from cv_jax.losses import cross_entropy
 from cv_jax.models import build_model
+from cv_jax.ops import plain_lax
 from tests.conftest import random_dataset
 
 BATCH = 8

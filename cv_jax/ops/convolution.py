@@ -21,6 +21,7 @@ from jax import lax
 from cv_jax.ops import blocks, rows, winograd
 from cv_jax.ops.groups import sum_groups, sum_products
 from cv_jax.ops.padding import Padding, pad
+from cv_jax.ops.platforms import by_platform
 
 # Bytes of the shifted views of one group of images. More than a core's L2 cache holds: the views
 # are read once, and a product of more rows is a faster one. Measured from 0.5 to 8 MB on n94.
@@ -41,7 +42,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pad
         (b, h', w', o).
     """
     plain = partial(_plain, strides=strides, padding=padding)
-    return lax.platform_dependent(
+    return by_platform(
         x, kernel, cpu=partial(_cpu_convolution, strides=strides, padding=padding), default=plain
     )
 
@@ -59,7 +60,7 @@ def _forward(x, kernel, strides, padding):
 def _backward(strides, padding, saved, g):
     plain = partial(_plain_gradients, strides=strides, padding=padding)
     written_out = partial(_cpu_gradients, strides=strides, padding=padding)
-    return lax.platform_dependent(*saved, g, cpu=written_out, default=plain)
+    return by_platform(*saved, g, cpu=written_out, default=plain)
 
 
 conv.defvjp(_forward, _backward)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from cv_jax.ops.platforms import by_platform
+
 
 def max_pool(x: jax.Array, size: int) -> jax.Array:
     """The largest value of each `size` x `size` window; an incomplete last one is left out.
@@ -31,7 +33,7 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
         h, w = (side // size * size for side in x.shape[1:3])
         return _pool(x[:, :h, :w], size)
 
-    return lax.platform_dependent(x, cpu=compared, default=windowed)
+    return by_platform(x, cpu=compared, default=windowed)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

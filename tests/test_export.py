@@ -1,0 +1,279 @@
+"""An exported network predicts what it predicted in its run, and its file says what it is."""
+
+import argparse
+import json
+import pickle
+import re
+import sys
+import zipfile
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils.epath import Path
+from jax import export, lax
+
+from cv_jax.card import make_card, to_markdown
+from cv_jax.data import load_dataset
+from cv_jax.errors import UserError
+from cv_jax.evaluate import find_tta
+from cv_jax.formats import FORMATS, check_packages, read
+from cv_jax.ops import plain_lax
+from cv_jax.sweep import with_values
+from cv_jax.tasks import build_task
+from cv_jax.tools import export as tool
+from cv_jax.trained import as_evaluated, load_trained, variables
+from tests.conftest import random_dataset
+
+NAMES = sorted(FORMATS)
+
+
+def _need(name):
+    for package in FORMATS[name].packages:
+        pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module")
+def trained(digits_run):
+    return load_trained(Path(digits_run), "seed=1")
+
+
+@pytest.fixture(scope="module")
+def files(digits_run, trained, tmp_path_factory):
+    """Format -> a file of the network of seed 1, made once and not to be changed."""
+    made = {}
+
+    def file(name):
+        _need(name)
+        if name not in made:
+            made[name] = Path(tmp_path_factory.mktemp(name)) / f"model.{name}"
+            tool.write(Path(digits_run), trained, name, "mirror", made[name])
+        return made[name]
+
+    return file
+
+
+@pytest.fixture(scope="module")
+def own(trained):
+    """The test split, and the network's own logits of it."""
+    test = load_dataset(trained.config.data).test
+    return test, np.asarray(tool.own_predict(trained, "mirror")(test.image))
+
+
+def _card(name, path):
+    if name == "stablehlo":
+        with zipfile.ZipFile(path) as file:
+            return json.loads(file.read("card.json"))
+    if name == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path)
+        return json.loads(session.get_modelmeta().custom_metadata_map["card"])
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["card"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_predicts_what_the_network_does(files, own, name):
+    test, logits = own
+    predict = read(name, files(name))
+    report = tool.compare(lambda image: logits, predict, test, batch_size=360)
+    assert report["equal"] == report["of"] == 360
+    assert report["largest_difference"] < 1e-4
+    assert report["accuracy"] == (logits.argmax(-1) == test.label).mean() > 0.5
+    for b in (1, 7):
+        some = np.asarray(predict(test.image[:b]))
+        assert some.dtype == np.float32
+        np.testing.assert_allclose(some, logits[:b], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_says_what_it_is_and_how_to_use_it(files, trained, name, monkeypatch):
+    path = files(name)
+    card = _card(name, path)
+    assert card["data"]["class_names"] == list("0123456789")
+    assert card["data"]["num_test"] == 360
+    accuracy = trained.result["test"]["accuracy"]
+    assert card["test"]["accuracy"] == accuracy["values"][1]
+    assert {key: card["test"][key] for key in ("std", "ci95", "n")} == {
+        key: accuracy[key] for key in ("std", "ci95", "n")
+    }
+    assert card["config"]["optim"]["name"] == trained.config.optim.name
+    assert card["steps"] == trained.result["steps"]
+    assert card["flops"]["training"] == trained.result["flops"]["training"]
+    assert (card["tta"], card["test"]["tta"]) == ("mirror", "none")
+    assert card["trained_with"]["packages"]["jax"] == card["exported_with"]["packages"]["jax"]
+    assert len(card["trained_with"]["commit"]) == 40
+
+    text = path.with_name(path.name + ".md").read_text()
+    assert f"{100 * accuracy['mean']:.2f} % ± {100 * accuracy['std']:.2f} over n = 2 seeds" in text
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(path.parent)
+    space = {}
+    exec(snippet, space)
+    assert space["logits"].shape == (7, 10)
+    assert len(space["names"]) == 7
+    assert set(space["names"]) <= set("0123456789")
+
+
+@pytest.mark.slow
+def test_stablehlo_is_for_three_platforms_and_any_number_of_images(files):
+    with zipfile.ZipFile(files("stablehlo")) as file:
+        assert {info.compress_type for info in file.infolist()} == {zipfile.ZIP_STORED}
+        exported = export.deserialize(bytearray(file.read("network.bin")))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    (image,) = exported.in_avals
+    assert (str(image.shape), image.dtype) == ("(b, 8, 8, 1)", np.uint8)
+
+
+@pytest.mark.slow
+def test_safetensors_are_a_trained_network(files, trained):
+    again = load_trained(files("safetensors"))
+    assert again.spec.class_names == trained.spec.class_names
+    assert (again.name, again.config.tta) == ("seed=1", "mirror")
+    assert again.result == json.loads(json.dumps(trained.result))
+    jax.tree.map(np.testing.assert_array_equal, variables(again.state), variables(trained.state))
+    assert load_trained(files("safetensors"), "seed=1").name == "seed=1"
+    with pytest.raises(UserError, match="holds the run 'seed=1' and not 'seed=0'"):
+        load_trained(files("safetensors"), "seed=0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_or_foreign_file_gets_a_sentence(files, name, tmp_path):
+    whole = files(name).read_bytes()
+    path = Path(tmp_path) / f"model.{name}"
+    for content in (b"", whole[:100], whole[: len(whole) // 2], pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"model\.{name} is damaged, or no"):
+            read(name, path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("data.pkl", pickle.dumps({"a": 1}))
+    with pytest.raises(UserError, match=rf"model\.{name} is damaged, or no"):
+        read(name, path)
+
+
+@pytest.mark.slow
+def test_safetensors_of_another_network_get_a_sentence(files, tmp_path):
+    from safetensors.numpy import load, save
+
+    data = files("safetensors").read_bytes()
+    arrays, card = load(data), _card("safetensors", files("safetensors"))
+    path = Path(tmp_path) / "model.safetensors"
+
+    def message(arrays, **changes):
+        path.write_bytes(save(arrays, {"card": json.dumps({**card, **changes})}))
+        with pytest.raises(UserError) as error:
+            load_trained(path)
+        return str(error.value)
+
+    some = {name: x for name, x in arrays.items() if "head" not in name}
+    assert "its arrays are not those of 'n94(widths=(16, 32))'" in message(some)
+    assert "config.model" in message(arrays, config={**card["config"], "model": "n95"})
+    assert "no key 'modle'" in message(arrays, config={**card["config"], "modle": "n94"})
+    huge = {**card["data"], "image_shape": [2**20, 2**20, 3]}
+    assert "images of the shape" in message(arrays, data=huge)
+    path.write_bytes(save(arrays))
+    with pytest.raises(UserError, match="no file of"):
+        load_trained(path)
+    with pytest.raises(UserError, match="is not there"):
+        load_trained(path.with_name("other.safetensors"))
+
+
+def test_averaged_parameters_are_what_a_file_has(tiny_config):
+    config = with_values(tiny_config, {"dtype": "bfloat16"})
+    spec = random_dataset().spec
+    task = build_task(config, spec)
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+    average = jax.tree.map(jnp.ones_like, state.params)
+    state = state.replace(opt_state=_with_average(state.opt_state, average))
+    network = as_evaluated(tool.Trained(config, spec, "seed=0", state, task.predict, None))
+    assert network.config.optim.ema == 0
+    assert network.config.dtype == "float32"
+    jax.tree.map(np.testing.assert_array_equal, network.state.params, average)
+
+
+def _with_average(opt_state, average):
+    import optax
+
+    return optax.tree.set(opt_state, ema_params=average)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_package_is_named(monkeypatch, name):
+    package = FORMATS[name].packages[-1]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package} is not there.*pip install -r requirements-e"):
+        check_packages(name)
+
+
+def test_padded_pools_and_strides_become_onnx():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from cv_jax.models.layers import max_pool
+    from cv_jax.onnx_graph import to_onnx
+
+    kernel = np.random.default_rng(0).normal(size=(5, 3, 2, 4)).astype(np.float32)
+
+    def network(x):
+        y = lax.conv_general_dilated(
+            x, kernel, (2, 1), ((2, 1), (0, 3)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = max_pool(-jnp.abs(y), 3, strides=2, padding=1)
+        y = lax.pad(y, jnp.float32(3), ((0, 0, 0), (1, 0, 0), (0, 2, 0), (0, 0, 0)))
+        y0 = lax.index_in_dim(y, 0, 3, keepdims=False)
+        return y0.reshape(y.shape[0], -1) * lax.rsqrt(y.max((1, 2, 3)) ** 2 + 1)[:, None]
+
+    function = partial(find_tta("mirror_translate"), network)
+    image = jax.ShapeDtypeStruct(export.symbolic_shape("b, 9, 8, 2"), jnp.float32)
+    with plain_lax():
+        model = to_onnx(function, image)
+    x = np.random.default_rng(1).normal(size=(3, 9, 8, 2)).astype(np.float32)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (got,) = session.run(None, {"image": x})
+    np.testing.assert_allclose(got, function(x), rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="does not know the operation 'sin'"):
+        to_onnx(jnp.sin, image)
+
+
+def _arguments(**values):
+    defaults = {"format": "stablehlo", "run": "", "tta": None, "out": None, "record": None}
+    return argparse.Namespace(**{**defaults, **values})
+
+
+@pytest.mark.slow
+def test_the_tool_compares_what_it_wrote(digits_run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("safetensors")
+    out, record = tmp_path / "a" / "b.safetensors", Path(tmp_path) / "record.json"
+    arguments = _arguments(
+        workdir=str(digits_run), format="safetensors", out=str(out), record=record
+    )
+    assert tool.run(arguments) == 0
+    assert "360 of 360 test predictions equal; largest difference" in capsys.readouterr().out
+    entry = json.loads(record.read_text())["safetensors"]
+    assert (entry["equal"], entry["of"], entry["bytes"]) == (360, 360, out.stat().st_size)
+
+    def opposite(name, path):
+        return lambda image: -np.asarray(read(name, path)(image))
+
+    monkeypatch.setattr(tool, "read", opposite)
+    assert tool.run(arguments) == 1
+    assert "does not predict what the network does" in capsys.readouterr().err
+    assert out.exists()
+
+
+@pytest.mark.slow
+def test_a_card_of_a_run_that_goes_on_has_no_accuracy(digits_run, trained):
+    for result in (None, {**trained.result, "steps": trained.result["steps"] - 1}):
+        card = make_card(Path(digits_run), trained._replace(result=result), "none")
+        assert card["test"] is card["result"] is card["flops"]["training"] is None
+        assert "not measured" in to_markdown(card, "")
+    card["data"]["name"] = "a`<script>|"
+    assert "| `a'<script>¦`:" in to_markdown(card, "")
