@@ -13,7 +13,7 @@ from cv_jax.errors import UserError, first_line
 MAX_PIXELS = 50_000_000
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of twice as many
 Image.init()
-KINDS = sorted(set(Image.OPEN) - {"EPS"})  # of Pillow; it runs EPS as a program, by Ghostscript
+KINDS = [kind for kind in Image.ID if kind != "EPS"]  # which Ghostscript would run as a program
 
 
 def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -37,7 +37,9 @@ def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
     """
     h, w, c = image_shape
     try:
-        image = _to_8_bits(ImageOps.exif_transpose(_open(data)))
+        image = _open(data)
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _to_8_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

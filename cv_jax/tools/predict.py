@@ -13,11 +13,11 @@ Exit codes: 0 all images were read; 1 some were not; 2 nothing could begin, the 
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -33,6 +33,7 @@ from cv_jax.trained import load_trained, make_classify
 
 # Images that are classified at once, while as many are read.
 MOST_AT_ONCE = 1000
+PART = 50  # files that a thread reads at a time
 
 
 def find_files(images: Sequence[Path], directory: Path | None) -> list[Path]:
@@ -45,9 +46,9 @@ def find_files(images: Sequence[Path], directory: Path | None) -> list[Path]:
     if directory:
         if not directory.is_dir():
             raise UserError(f"--dir={directory} is not a directory.")
-        below = sorted(path.relative_to(directory) for path in directory.rglob("*"))
-        shown = [path for path in below if not any(part.startswith(".") for part in path.parts)]
-        files += [directory / path for path in shown if not (directory / path).is_dir()]
+        for folder, folders, names in os.walk(directory):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
     if not files:
         raise UserError("There are no images: name some, or a --dir that holds some.")
     return files
@@ -67,16 +68,28 @@ def predict(
         classify: see `trained.make_classify`.
         at_once: images that it takes at most.
     """
-    before = []
-    with ThreadPoolExecutor(num_cores()) as pool:
-        for start in range(0, len(files), at_once):
-            some = files[start : start + at_once]
-            images = list(pool.map(partial(_read, image_shape=image_shape), some))
+    chunks = [files[start : start + at_once] for start in range(0, len(files), at_once)]
+    before = ()
+    # Half of the cores: the network has the others, and more threads wait for each other.
+    with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:
+        ahead = _begin_reading(pool, chunks[0], image_shape)
+        for chunk, following in zip(chunks, [*chunks[1:], ()], strict=True):
+            images = [image for part in ahead for image in part.result()]
+            ahead = _begin_reading(pool, following, image_shape)
             sound = [image for image in images if not isinstance(image, str)]
-            probabilities = classify(sound) if sound else []  # of a device that is still at it
+            probabilities = classify(sound) if sound else ()  # of a device that is still at it
             yield from _answers(*before)
-            before = some, images, probabilities
+            before = chunk, images, probabilities
     yield from _answers(*before)
+
+
+def _begin_reading(
+    pool: ThreadPoolExecutor, files: Sequence[Path], image_shape: tuple[int, int, int]
+) -> list[Future]:
+    def read(part):
+        return [_read(file, image_shape) for file in part]
+
+    return [pool.submit(read, files[i : i + PART]) for i in range(0, len(files), PART)]
 
 
 def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray | str:
