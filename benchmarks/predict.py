@@ -1,0 +1,125 @@
+"""predict and report on a trained network: how long they take, from the command to its end.
+
+    python -m benchmarks.predict --workdir=runs/cifar10 --tta=none
+
+Writes the test set as PNG files and asks predict for all of them, as a user's command and with huge
+pages (GLIBC_TUNABLES) in turn, and counts the right answers beside those of the evaluation that
+train.py makes. Then it has the report written. A first time of each, which may compile, does not
+count.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from PIL import Image
+
+from benchmarks.machine import ROOT, make_parser, paired_ratio, save
+from cv_jax.data import Split, load_dataset
+from cv_jax.evaluate import TTA, padded_batches, sum_batches
+from cv_jax.startup import prepare_jax
+from cv_jax.tasks import build_task
+from cv_jax.trained import load_trained
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+def write_images(split: Split, folder: Path) -> None:
+    """Each image as a PNG file whose name ends with its label."""
+    for i, (image, label) in enumerate(zip(split.image, split.label, strict=True)):
+        Image.fromarray(image.squeeze()).save(folder / f"{i:06d}-{label}.png")
+
+
+def count_right(workdir: str, tta: str, test: Split) -> int:
+    """How many test images the evaluation of train.py answers right."""
+    trained = load_trained(epath.Path(workdir))
+    config = trained.config.copy_and_resolve_references()
+    config.tta = tta
+    evaluate = jax.jit(partial(build_task(config, trained.spec).evals["final"], trained.state))
+    return int(sum_batches(evaluate, padded_batches(test, config.eval_batch_size))["accuracy"][0])
+
+
+def run(tool: str, *arguments: str, **environment: str) -> tuple[float, str]:
+    """Seconds that a tool of cv_jax takes, and what it prints."""
+    command = [sys.executable, "-m", f"cv_jax.tools.{tool}", *arguments]
+    start = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(done.stderr)
+    return seconds, done.stdout
+
+
+def measure(workdir: str, tta: str, rounds: int, scratch: Path) -> dict[str, Any]:
+    """All rounds of predict, then of report."""
+    trained = load_trained(epath.Path(workdir))
+    test = load_dataset(trained.config.data).test
+    (scratch / "images").mkdir()
+    write_images(test, scratch / "images")
+    names = trained.spec.class_names
+    ask = [f"--workdir={workdir}", f"--dir={scratch / 'images'}", f"--tta={tta}", "--json"]
+
+    _, printed = run("predict", *ask)
+    answers = [json.loads(line) for line in printed.splitlines()]
+    right = sum(names[int(a["file"].rsplit("-")[-1][:-4])] == a["class"] for a in answers)
+    plain, huge = [], []
+    for _ in range(rounds):
+        plain.append(run("predict", *ask)[0])
+        huge.append(run("predict", *ask, **HUGE_PAGES)[0])
+
+    page = scratch / "report.html"
+    write = [workdir, f"--out={page}"]
+    run("report", *write)
+    report = [run("report", *write)[0] for _ in range(rounds)]
+    return {
+        "predict": {
+            "images": len(answers),
+            "tta": tta,
+            "right": right,
+            "right_in_evaluation": count_right(workdir, tta, test),
+            "seconds": _median(plain),
+            "seconds_with_huge_pages": _median(huge),
+            "huge_pages_faster": paired_ratio(plain, huge),
+        },
+        "report": {"seconds": _median(report), "bytes": page.stat().st_size},
+    }
+
+
+def _median(times: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(times), "rounds": times}
+
+
+def main() -> None:
+    """Measures, prints, and writes the record where it is asked for."""
+    parser = make_parser(__doc__, rounds=5)
+    parser.add_argument("--workdir", required=True, help="of a complete run")
+    parser.add_argument("--tta", default="none", choices=tuple(TTA), help="views of an image")
+    args = parser.parse_args()
+    prepare_jax()
+    with tempfile.TemporaryDirectory() as scratch:
+        results = measure(args.workdir, args.tta, args.rounds, Path(scratch))
+    predict, report = results["predict"], results["report"]
+    count = predict["images"]
+    print(
+        f"right    {predict['right']:,} of {count:,}; evaluation {predict['right_in_evaluation']:,}"
+    )
+    for name in ("seconds", "seconds_with_huge_pages"):
+        seconds = predict[name]["median"]
+        print(f"predict  {seconds:.1f} s, {count / seconds:,.0f} images/s ({name})")
+    print(f"report   {report['seconds']['median']:.1f} s, {report['bytes']:,} bytes")
+    save("predict", args, results)
+
+
+if __name__ == "__main__":
+    main()
