@@ -15,11 +15,11 @@ import pytest
 from etils.epath import Path
 from jax import export, lax
 
-from cv_jax.card import make_card, to_markdown
 from cv_jax.data import load_dataset
 from cv_jax.errors import UserError
 from cv_jax.evaluate import find_tta
-from cv_jax.formats import FORMATS, check_packages, read
+from cv_jax.export.card import make_card, to_markdown
+from cv_jax.export.formats import FORMATS, check_packages, read
 from cv_jax.ops import plain_lax
 from cv_jax.sweep import with_values
 from cv_jax.tasks import build_task
@@ -217,8 +217,8 @@ def test_a_missing_package_is_named(monkeypatch, name):
 def test_padded_pools_and_strides_become_onnx():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
+    from cv_jax.export.onnx_graph import to_onnx
     from cv_jax.models.layers import max_pool
-    from cv_jax.onnx_graph import to_onnx
 
     kernel = np.random.default_rng(0).normal(size=(5, 3, 2, 4)).astype(np.float32)
 

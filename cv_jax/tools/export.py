@@ -18,11 +18,11 @@ import numpy as np
 from etils import epath
 
 from cv_jax.bucket import work_directory
-from cv_jax.card import make_card, to_markdown
 from cv_jax.data import Split, load_dataset
 from cv_jax.errors import UserError, first_line
 from cv_jax.evaluate import TTA
-from cv_jax.formats import FORMATS, Predict, check_packages, read
+from cv_jax.export.card import make_card, to_markdown
+from cv_jax.export.formats import FORMATS, Predict, check_packages, read
 from cv_jax.result import environment, percent, write_json
 from cv_jax.startup import prepare_jax
 from cv_jax.sweep import with_values

@@ -1,6 +1,6 @@
 """The files that a trained network can become: how each is written, read and used.
 
-In each are the weights, the normalisation and a card (`cv_jax.card`); what goes in are uint8 images
+In each are the weights, the normalisation and a card (see card.py); what goes in are uint8 images
 (b, h, w, c) of any b, what comes out are logits (b, n) in float32.
 """
 
@@ -81,7 +81,7 @@ def _read_stablehlo(path: epath.Path) -> Predict:
 def _write_onnx(trained: Trained, tta: str, card: dict[str, Any]) -> bytes:
     from onnx import helper
 
-    from cv_jax.onnx_graph import to_onnx
+    from cv_jax.export.onnx_graph import to_onnx
 
     with plain_lax():
         model = to_onnx(*_network(trained, tta))

@@ -130,7 +130,7 @@ class _Graph:
         except NotImplementedError as error:
             raise UserError(
                 f"--format=onnx does not know the operation {name!r} as this model has it; "
-                "cv_jax/onnx_graph.py is where to add it."
+                "cv_jax/export/onnx_graph.py is where to add it."
             ) from error
 
     def _rsqrt(self, x, **_):
