@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 from etils.epath import Path
+from playwright.sync_api import expect
 
 from benchmarks import serve as benchmark
 from cv_jax.data import load_dataset
@@ -222,6 +223,8 @@ def test_nor_who_sends_little_by_little(server, monkeypatch):
 
 
 def test_more_at_once_are_sent_away(server, monkeypatch):
+    while server._deadlines:  # of the tests before
+        time.sleep(0.001)
     monkeypatch.setattr(serve, "MAX_REQUESTS", 1)
     with socket.create_connection(server.server_address) as first:
         first.sendall(b"GET")
@@ -308,14 +311,14 @@ def page(browser, server):
         page.on("console", lambda message: wrong.append(message.text))
         page.on("request", lambda request: urls.append(request.url))
         page.goto(server.url)
-        page.wait_for_function("document.getElementById('about').textContent")
+        expect(page.locator("#about")).not_to_be_empty()
         yield page
     assert [text for text in wrong if "a status of 422" not in text] == []
     assert [url for url in urls if not url.startswith((server.url, "data:"))] == []
 
 
 def _status(page, text):
-    page.wait_for_function("t => document.getElementById('status').textContent.match(t)", arg=text)
+    expect(page.locator("#status")).to_have_text(re.compile(text), timeout=10_000)
 
 
 def test_a_file_is_answered(page, known, tmp_path):
