@@ -44,7 +44,7 @@ def count_right(workdir: str, tta: str, test: Split) -> int:
     trained = load_trained(epath.Path(workdir))
     config = trained.config.copy_and_resolve_references()
     config.tta = tta
-    evaluate = jax.jit(partial(build_task(config, trained.spec).evals["final"], trained.state))
+    evaluate = partial(jax.jit(build_task(config, trained.spec).evals["final"]), trained.state)
     return int(sum_batches(evaluate, padded_batches(test, config.eval_batch_size))["accuracy"][0])
 
 

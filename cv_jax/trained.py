@@ -167,8 +167,8 @@ def make_classify(
 ) -> Callable[[Sequence[np.ndarray]], jax.Array]:
     """Returns images -> probabilities: up to `most` images, each (h, w, c) uint8, give (m, n).
 
-    They are as evaluation has them; `tta` is a name of `evaluate.TTA`. One program is compiled, for
-    `most` images in groups of at most 250: what a group needs stays in cache.
+    They are as evaluation has them, to rounding; `tta` is a name of `evaluate.TTA`. One program is
+    compiled, for `most` images in groups of at most 250: what a group needs stays in cache.
     """
     size = min(most, 250)
     shape = (-(-most // size), size, *trained.spec.image_shape)
