@@ -1,5 +1,6 @@
 """Checkpoints of a run: written in the background, whole or not at all, and found again."""
 
+import contextlib
 import errno
 import json
 import math
@@ -46,9 +47,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int):
         self._lock = first_does(partial(Lock, workdir))
         workdir = Path(workdir)
-        # absolute() would take a bucket for a directory of the current one.
-        workdir = workdir if workdir.is_absolute() else workdir.absolute()
-        self._directory = workdir / "checkpoints"
+        self._directory = _directory_of(workdir)
         self._best = _BestOnVal()
         try:
             all_do(partial(_check_shared, workdir))
@@ -120,21 +119,13 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        try:
+        with _of_this_program(self._directory, step, ", or choose another --workdir"):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
                 ),
             )
-        except (ValueError, KeyError, TypeError) as error:
-            if refusal(error):
-                raise
-            raise UserError(
-                f"Checkpoint {step} in {self._directory} is whole, but not of this program's "
-                f"state ({first_line(error)}): go back to the code that env.json names, or "
-                "choose another --workdir."
-            ) from error
         progress = restored["progress"]
         self._best.accuracies = {int(k): v for k, v in progress["val_accuracies"].items()}
         return restored["state"], progress["progress"]
@@ -206,8 +197,8 @@ def _clear(directory: Path) -> None:
     """
     for folder in _unfinished(directory):
         folder.rmtree()
-    steps = [path for path in directory.glob("*") if path.name.isdecimal()]
-    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
+    steps = _newest_first(directory)
+    for path in steps:
         problem = damage(path)
         if problem is None:
             return
@@ -237,29 +228,49 @@ def read_newest(workdir: Path, like: Any) -> Any:
     Raises:
         UserError: there is none, none is whole, or it is of another state than `like`.
     """
-    directory = workdir.absolute() / "checkpoints"
-    directory = workdir / "checkpoints" if in_bucket(workdir) else directory
+    directory = _directory_of(workdir)
     unfinished = set(_unfinished(directory))
-    steps = [path for path in directory.glob("*") if path.name.isdecimal()]
     problem = "there is none"
-    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
+    for path in _newest_first(directory):
         if path in unfinished:
             continue
         problem = damage(path)
         if problem:
             problem = f"{path.name}: {problem}"
             continue
-        try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(path / "state", like)
-        except (ValueError, KeyError, TypeError) as error:
-            if refusal(error):
-                raise
-            raise UserError(
-                f"Checkpoint {path.name} in {directory} is whole, but not of this program's "
-                f"state ({first_line(error)}): go back to the code that env.json names."
-            ) from error
+        with (
+            _of_this_program(directory, int(path.name)),
+            ocp.StandardCheckpointer() as checkpointer,
+        ):
+            return checkpointer.restore(path / "state", like)
     raise UserError(f"{directory} has no checkpoint that can be read ({problem}).")
+
+
+def _directory_of(workdir: Path) -> Path:
+    """Where the checkpoints of a run are, absolute, as orbax wants it."""
+    # absolute() would take a bucket for a directory of the current one.
+    workdir = workdir if workdir.is_absolute() else workdir.absolute()
+    return workdir / "checkpoints"
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    """The folders of the checkpoints."""
+    steps = [path for path in directory.glob("*") if path.name.isdecimal()]
+    return sorted(steps, key=lambda path: int(path.name), reverse=True)
+
+
+@contextlib.contextmanager
+def _of_this_program(directory: Path, step: int, otherwise: str = "") -> Iterator[None]:
+    """Makes a UserError of what orbax says where a checkpoint is of another state."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        if refusal(error):
+            raise
+        raise UserError(
+            f"Checkpoint {step} in {directory} is whole, but not of this program's state "
+            f"({first_line(error)}): go back to the code that env.json names{otherwise}."
+        ) from error
 
 
 def damage(folder: Path) -> str | None:

@@ -280,16 +280,17 @@ class Log:
 
     def finals(self, step: int, sums: dict[str, dict], class_names: Sequence[str]) -> None:
         """Takes the (sum, count) pairs of the final evaluation of each split."""
+        if not self._writes:
+            return
         from cv_jax.plot import draw_confusion, rasterize  # only here: slow to import
 
         for split, metrics in sums.items():
-            if metrics and self._writes:
+            if metrics:
                 self._write(step, f"final_{split}", scalars(means(metrics)))
                 confusion = metrics["confusion"][0].sum(axis=0)
                 image = rasterize(draw_confusion(confusion, class_names))
                 self._board.image(f"confusion/{split}", image, step)
-        if self._writes:
-            self._board.end(step)
+        self._board.end(step)
 
 
 def scalars(values: dict[str, Any]) -> dict[str, np.ndarray]:

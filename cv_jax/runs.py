@@ -113,10 +113,12 @@ def run_values(config: ml_collections.ConfigDict, sweep: Sweep) -> list[dict[str
 
 def run_names(config: ml_collections.ConfigDict, sweep: Sweep) -> list[str]:
     """The names of the runs, such as "optim.lr=0.1 seed=3", in their order."""
-    return [
-        " ".join(f"{key}={value}" for key, value in values.items())
-        for values in run_values(config, sweep)
-    ]
+    return [run_name(values) for values in run_values(config, sweep)]
+
+
+def run_name(values: dict[str, Any]) -> str:
+    """The name of the run with these values, see `run_values`."""
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def make_runs(config: ml_collections.ConfigDict, sweep: Sweep) -> Runs:

@@ -27,6 +27,9 @@ from cv_jax.sweep import make_sweep, with_values
 from cv_jax.tasks import build_task
 from cv_jax.update import RUN_AXES, TrainState
 
+# Images that a network sees at once: what n94 needs for so many stays in a CPU's cache.
+GROUP_SIZE = 250
+
 
 class Trained(NamedTuple):
     """A network and what it was trained for.
@@ -168,9 +171,9 @@ def make_classify(
     """Returns images -> probabilities: up to `most` images, each (h, w, c) uint8, give (m, n).
 
     They are as evaluation has them, to rounding; `tta` is a name of `evaluate.TTA`. One program is
-    compiled, for `most` images in groups of at most 250: what a group needs stays in cache.
+    compiled, for `most` images in groups of at most GROUP_SIZE.
     """
-    size = min(most, 250)
+    size = min(most, GROUP_SIZE)
     shape = (-(-most // size), size, *trained.spec.image_shape)
 
     @jax.jit

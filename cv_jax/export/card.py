@@ -10,6 +10,7 @@ from etils import epath
 from cv_jax.data.dataset import spec_to_json
 from cv_jax.flops import count_flops
 from cv_jax.result import environment, percent
+from cv_jax.runs import run_name
 from cv_jax.trained import Trained, read_json
 
 _LICENCE = "Apache-2.0, as cv_jax; the data set has terms of its own"
@@ -64,8 +65,7 @@ def _on_test(trained: Trained) -> dict[str, Any] | None:
     # A run that was lengthened has the shorter one's result until its end.
     if not result or not result["test"] or result["steps"] != int(trained.state.step):
         return None
-    setting = [f"{key}={value}" for key, value in result.get("best", {}).items()]
-    names = [" ".join([*setting, f"seed={seed}"]) for seed in result["seeds"]]
+    names = [run_name({**result.get("best", {}), "seed": seed}) for seed in result["seeds"]]
     if trained.name not in names:  # of a setting whose test accuracy nobody has looked at
         return None
     accuracy = result["test"]["accuracy"]

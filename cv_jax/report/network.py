@@ -10,9 +10,7 @@ from flax.traverse_util import flatten_dict
 from cv_jax.data import DataSpec, Split
 from cv_jax.evaluate import padded_batches
 from cv_jax.tasks import build_task
-from cv_jax.trained import Trained
-
-BATCH_SIZE = 250  # a network of CIFAR-10 stays in the CPU's cache
+from cv_jax.trained import GROUP_SIZE, Trained
 
 
 class Answers(NamedTuple):
@@ -39,7 +37,7 @@ def ask(trained: Trained, images: np.ndarray) -> Answers:
 
     count = len(images)
     split = Split(images, np.zeros(count, np.int32))
-    batches = padded_batches(split, min(BATCH_SIZE, count))
+    batches = padded_batches(split, min(GROUP_SIZE, count))
     outputs = [jax.device_get(apply(trained.state, batch["image"])) for batch in batches]
     probability, pooled = zip(*outputs, strict=True)
     probability = np.concatenate(probability)[:count]
