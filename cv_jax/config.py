@@ -50,6 +50,10 @@ def base_config() -> ml_collections.ConfigDict:
     data.dir = ""  # where TFDS keeps its data; "": TFDS_DATA_DIR or ~/tensorflow_datasets
     data.num_val = 0  # examples held out of train, the same for every seed
     data.limit = 0  # only so many examples of each split; 0: all
+    data.labels_per_class = 0  # so many training examples of each class have labels; 0: all
+    data.label_fraction = 0.0  # or this share of all training examples has; 0: all
+    data.label_seed = 0  # which examples they are
+    data.keep_unlabelled = False  # train on the others, too: for tasks without labels
     data.normalize = True  # to mean 0 and std 1 per channel of train; else [0, 1]
     data.stream = False  # feed batches from the host instead of keeping train on the device
 
@@ -78,6 +82,10 @@ def base_config() -> ml_collections.ConfigDict:
     parts = {"data": data, "optim": optim, "seeds": seeds, "mesh": mesh}
     config = ml_collections.ConfigDict(parts)
     config.task = "classification"  # a file in cv_jax/tasks
+    config.method = ""  # how a task without labels learns: "simclr", ..., see the task
+    config.init_from = ""  # RUN or RUN:SUBTREE: the work directory whose parameters to start from
+    config.init_allow = ""  # regex of parameters that may be missing or of other shape there
+    config.init_anew = ""  # regex of parameters to draw anew in any case
     config.seed = 0  # of the first run
     config.num_seeds = 1  # runs in one program, with the seeds seed, seed + 1, ...
     config.sweep = ()  # (key, values) pairs, written --config.sweep.KEY="(value, value, ...)"
@@ -107,6 +115,8 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.eval_batch_size = 64
     config.data.limit = 128
     config.data.num_val = min(config.data.num_val, 32)
+    config.data.labels_per_class = min(config.data.labels_per_class, 2)
+    config.data.label_fraction = 0.25 if config.data.label_fraction else 0.0
     config.log_every = config.eval_every = config.checkpoint_every = "2 steps"
     return config
 
@@ -354,6 +364,9 @@ RULES: dict[str, _Rule] = {
     "label_smoothing": _BELOW_1,
     "data.num_val": _NOT_NEGATIVE,
     "data.limit": _NOT_NEGATIVE,
+    "data.labels_per_class": _NOT_NEGATIVE,
+    "data.label_fraction": (lambda v: 0 <= v <= 1, "must be in [0, 1]"),
+    "data.label_seed": _NOT_NEGATIVE,
     "mesh.seed": _NOT_NEGATIVE,
     "mesh.data": _NOT_NEGATIVE,
     "mesh.fsdp": _ABOVE_0,

@@ -15,6 +15,7 @@ from cv_jax.data import Dataset, Split
 from cv_jax.errors import UserError, nearest
 from cv_jax.loop import Clock
 from cv_jax.mesh import batch_sharding, num_sharing, put, replicated
+from cv_jax.tasks import Probe
 
 _Logits = Callable[[jax.Array], jax.Array]
 
@@ -97,7 +98,7 @@ class Evaluator:
     """Evaluates splits; each goes to the devices once, and each program is compiled once.
 
     Args:
-        evals: name -> ((own, state, batch) -> {metric: (sum, count)}), see `programs.Programs`.
+        evals: by name, see `programs.Programs`.
         own: of the runs.
         data: its attributes are the splits.
         batch_size: examples at a time, rounded up to a multiple of the devices that share them.
@@ -107,7 +108,7 @@ class Evaluator:
 
     def __init__(
         self,
-        evals: dict[str, Callable],
+        evals: dict[str, Callable | Probe],
         own: Any,
         data: Dataset,
         batch_size: int,
@@ -121,7 +122,8 @@ class Evaluator:
         self._mesh = mesh
         self._clock = clock
         self._batches: dict[str, list[dict]] = {}
-        self._programs: dict[tuple[str, int], Callable] = {}
+        self._programs: dict[tuple[Callable, int], Callable] = {}
+        self._fitted: tuple[str, int, Any] | None = None
 
     def __call__(self, name: str, state: Any, split: str) -> dict:
         """Returns {metric: (sum, count)} of all runs, on the host; {} for an empty split."""
@@ -129,20 +131,44 @@ class Evaluator:
         if not len(arrays.label):
             return {}
         with self._clock("eval"):
+            evaluation = self._evals[name]
+            if isinstance(evaluation, Probe):
+                fitted = self._fit(name, evaluation, state)
+                evaluate = partial(self._call, evaluation.score, state, fitted)
+            else:
+                evaluate = partial(self._call, evaluation, state)
             if split not in self._batches:
-                sharing = num_sharing(self._mesh)
-                batch_size = min(self._batch_size, len(arrays.label))
-                batch_size = -(-batch_size // sharing) * sharing
-                laid_out = padded_batches(arrays, batch_size)
-                self._batches[split] = put(laid_out, batch_sharding(self._mesh))
-            batches = self._batches[split]
-            program = (name, len(batches[0]["label"]))  # splits with batches of one size share it
-            if program not in self._programs:
-                with self._clock("compile"):
-                    evaluate = jax.jit(self._evals[name], out_shardings=replicated(self._mesh))
-                    lowered = evaluate.lower(self._own, state, batches[0])
-                    self._programs[program] = lowered.compile()
-            return sum_batches(partial(self._programs[program], self._own, state), batches)
+                self._batches[split] = self._lay_out(arrays)
+            return sum_batches(evaluate, self._batches[split])
+
+    def _fit(self, name: str, probe: Probe, state: Any) -> Any:
+        """What `probe` learns of train, once for all splits that are evaluated in this state."""
+        step = int(state.step)
+        if self._fitted is None or self._fitted[:2] != (name, step):
+            self._fitted = None  # gives its memory back first
+            image, label = self._data.train
+            labelled = np.flatnonzero(label >= 0)[: probe.limit]
+            batches = self._lay_out(Split(image[labelled], label[labelled]))
+            features = [self._call(probe.embed, state, batch) for batch in batches]
+            features = jnp.concatenate(features, axis=1)[:, : len(labelled)]
+            self._fitted = name, step, self._call(probe.fit, features, label[labelled])
+        return self._fitted[2]
+
+    def _lay_out(self, split: Split) -> list[dict]:
+        sharing = num_sharing(self._mesh)
+        batch_size = min(self._batch_size, len(split.label))
+        batch_size = -(-batch_size // sharing) * sharing
+        return put(padded_batches(split, batch_size), batch_sharding(self._mesh))
+
+    def _call(self, function: Callable, *args: Any) -> Any:
+        """function(own, *args), compiled when its first argument of these shapes comes."""
+        *_, last = jax.tree.leaves(args)
+        program = (function, len(last))  # splits with batches of one size share it
+        if program not in self._programs:
+            with self._clock("compile"):
+                jitted = jax.jit(function, out_shardings=replicated(self._mesh))
+                self._programs[program] = jitted.lower(self._own, *args).compile()
+        return self._programs[program](self._own, *args)
 
 
 def means(metrics: dict) -> dict:

@@ -10,7 +10,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters import partial_eval
 
 from cv_jax.data import DataSpec
-from cv_jax.tasks import Task
+from cv_jax.tasks import Probe, Task
 
 
 def count_flops(function: Callable, *args: Any) -> int:
@@ -52,14 +52,27 @@ def training_flops(task: Task, batch: dict, steps: int) -> int:
 
 
 def evaluation_flops(task: Task, spec: DataSpec, count: int) -> int:
-    """FLOPs of the final evaluation of `count` examples."""
+    """FLOPs of the final evaluation of `count` examples, with what a probe takes to learn."""
     batch = {
         "image": jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8),
         "label": jax.ShapeDtypeStruct((1,), jnp.int32),
         "mask": jax.ShapeDtypeStruct((1,), jnp.float32),
     }
     state = jax.eval_shape(task.init, jax.random.key(0))
-    return count * count_flops(task.evals["final"], state, batch)
+    final = task.evals["final"]
+    if not isinstance(final, Probe):
+        return count * count_flops(final, state, batch)
+    learned = spec.num_train - spec.num_unlabelled
+    learned = min(learned, final.limit or learned)
+    feature = jax.eval_shape(final.embed, state, batch)
+    features = jax.ShapeDtypeStruct((learned, *feature.shape[1:]), feature.dtype)
+    label = jax.ShapeDtypeStruct((learned,), jnp.int32)
+    fitted = jax.eval_shape(final.fit, features, label)
+    return (
+        learned * count_flops(final.embed, state, batch)
+        + count_flops(final.fit, features, label)
+        + count * count_flops(final.score, state, fitted, batch)
+    )
 
 
 def _jaxpr_flops(jaxpr: Jaxpr) -> int:

@@ -117,8 +117,10 @@ class Log:
         spec = self._spec
         shape = "x".join(map(str, spec.image_shape))
         self.line(f"workdir {self._workdir}")
+        labelled = spec.num_train - spec.num_unlabelled
+        known = f" ({labelled:,} with labels)" if spec.num_unlabelled else ""
         self.line(
-            f"data    {spec.name}: {spec.num_train:,} train, {spec.num_val:,} val, "
+            f"data    {spec.name}: {spec.num_train:,} train{known}, {spec.num_val:,} val, "
             f"{spec.num_test:,} test; {shape}, {spec.num_classes} classes"
         )
         for note in notes:
@@ -287,6 +289,7 @@ class Log:
         for split, metrics in sums.items():
             if metrics:
                 self._write(step, f"final_{split}", scalars(means(metrics)))
+            if "confusion" in metrics:
                 confusion = metrics["confusion"][0].sum(axis=0)
                 image = rasterize(draw_confusion(confusion, class_names))
                 self._board.image(f"confusion/{split}", image, step)

@@ -16,6 +16,7 @@ from cv_jax.errors import UserError, nearest
 from cv_jax.muon import from_normalized_weights, scale_by_orthogonalization
 from cv_jax.schedules import make_schedule
 from cv_jax.spec import build_one, require
+from cv_jax.tables import align
 
 Rate = Callable[[ArrayLike], jax.Array]  # step -> learning rate
 
@@ -127,6 +128,7 @@ class Optimizer(NamedTuple):
     ends: the steps before the last from which on the rate of some group stays 0, ascending.
     stop_gradients: (params, step) -> params that let no gradient through where the rate stays 0
         from this step (a Python int) on: what it would cost is saved, and nothing is changed.
+    frozen: the paths of the parameters that no step changes.
     report: a table of which rule gave which parameters to which group.
     """
 
@@ -134,6 +136,7 @@ class Optimizer(NamedTuple):
     lr: Callable[[ArrayLike], dict[str, jax.Array]]
     ends: tuple[int, ...]
     stop_gradients: Callable[[optax.Params, int], optax.Params]
+    frozen: frozenset[str]
     report: str
 
 
@@ -208,6 +211,7 @@ def make_optimizer(
         lr=lambda step: {name: rate(step) for name, rate in logged.items()},
         ends=tuple(sorted({end for end in ends.values() if 0 < end < total_steps})),
         stop_gradients=stop_gradients,
+        frozen=frozenset(name for name, group in group_of.items() if group == "frozen"),
         report=_report(decisions, sizes),
     )
 
@@ -319,12 +323,7 @@ def _report(decisions: list[Decision], sizes: dict[str, int]) -> str:
         values = sum(sizes[name] for name in names)
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         rows.append((pattern, group, f"{len(names):,}", f"{values:,}", shown))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        f"{rule:<{widths[0]}}  {group:<{widths[1]}}  {arrays:>{widths[2]}}  "
-        f"{values:>{widths[3]}}  {names}"
-        for rule, group, arrays, values, names in rows
-    )
+    return align(rows, right=(2, 3))
 
 
 class EmaState(NamedTuple):

@@ -13,7 +13,7 @@ from cv_jax.loop import make_train_chunk
 from cv_jax.mesh import divide, replicated
 from cv_jax.runs import Runs, take_run
 from cv_jax.sweep import Sweep
-from cv_jax.tasks import Task, build_task
+from cv_jax.tasks import Probe, Task, build_task
 from cv_jax.update import RUN_AXES
 
 
@@ -24,13 +24,14 @@ class Programs(NamedTuple):
         init: own -> state; see `runs.Own`.
         train_chunk: (own, state, feed, num_steps) -> (state, metrics); the state is replaced. See
             `loop.make_train_chunk`.
-        evals: name -> ((own, state, batch) -> {metric: (sum, count)}), the batch without the axis.
+        evals: name -> ((own, state, batch) -> {metric: (sum, count)}), the batch without the axis;
+            or name -> `tasks.Probe` of functions whose first argument is own.
         preview: (own, feed, step) -> (b, h, w, c), some augmented images of the first run.
     """
 
     init: Callable
     train_chunk: Callable
-    evals: dict[str, Callable]
+    evals: dict[str, Callable | Probe]
     preview: Callable
 
 
@@ -69,6 +70,25 @@ def make_programs(
     def evaluate(own, state, batch, name):
         return task_of(own.values).evals[name](state, divide(batch, runs.mesh))
 
+    def embed(own, state, batch, name):
+        return task_of(own.values).evals[name].embed(state, divide(batch, runs.mesh))
+
+    def fit(own, features, label, name):
+        return task_of(own.values).evals[name].fit(features, label)
+
+    def score(own, state, fitted, batch, name):
+        return task_of(own.values).evals[name].score(state, fitted, divide(batch, runs.mesh))
+
+    def evaluation(name):
+        if isinstance(task.evals[name], Probe):
+            return Probe(
+                runs(partial(embed, name=name), (0, RUN_AXES, None), 0),
+                runs(partial(fit, name=name), (0, 0, None), 0),
+                runs(partial(score, name=name), (0, RUN_AXES, 0, None), 0),
+                task.evals[name].limit,
+            )
+        return runs(partial(evaluate, name=name), (0, RUN_AXES, None), 0)
+
     @partial(jax.jit, out_shardings=replicated(runs.mesh))
     def preview(own, feed, step):
         own, feed = take_run((own, feed), (0, batches.axes), 0)
@@ -77,8 +97,6 @@ def make_programs(
     return Programs(
         init=runs(init, (0,), RUN_AXES),
         train_chunk=runs(train_chunk, (0, RUN_AXES, batches.axes, None), (RUN_AXES, 0), 1),
-        evals={
-            name: runs(partial(evaluate, name=name), (0, RUN_AXES, None), 0) for name in task.evals
-        },
+        evals={name: evaluation(name) for name in task.evals},
         preview=preview,
     )

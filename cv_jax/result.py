@@ -220,7 +220,7 @@ def _runs_of(setting: int, num_seeds: int) -> slice:
 
 
 def _counts(metrics: dict[str, tuple], runs: slice) -> dict[str, Any]:
-    """What is counted and not averaged, over some runs; see `tasks.classification`."""
+    """What is counted and not averaged, over some runs; see `metrics.classification_metrics`."""
     counts = {
         name: metrics[name][0][runs].sum(axis=0)
         for name in ("confusion", "calibration")

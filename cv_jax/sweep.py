@@ -28,6 +28,7 @@ _SHARED = (
     "num_seeds",
     "sweep",
     "task",
+    "init_",
     "epochs",
     "steps",
     "batch_size",

@@ -35,11 +35,12 @@ class Trained(NamedTuple):
     """A network and what it was trained for.
 
     Attributes:
-        config: of the run, with the values of its setting where it swept some.
+        config: of the run, with the values of its setting where it swept some, and without
+            `init_from`, which may be gone.
         spec: of the data it was trained on, without a sample.
         name: of the run, such as "seed=0".
         state: of its newest checkpoint.
-        predict: see `tasks.Task`.
+        features, predict: see `tasks.Task`.
         result: the content of result.json; None where the run is not complete.
     """
 
@@ -47,16 +48,18 @@ class Trained(NamedTuple):
     spec: DataSpec
     name: str
     state: TrainState
-    predict: Callable
+    features: Callable
+    predict: Callable | None
     result: dict[str, Any] | None
 
 
-def load_trained(workdir: epath.Path, run: str = "") -> Trained:
+def load_trained(workdir: epath.Path, run: str = "", classifies: bool = True) -> Trained:
     """Loads one of the runs of a program.
 
     Args:
         workdir: of the program; or a file NAME.safetensors, which holds one run.
         run: its name, such as "seed=3"; "": the first seed, of the best setting where it swept.
+        classifies: whether it has to; else its `predict` may be None.
 
     Raises:
         UserError: there is no run of this name or no checkpoint, a file of it is damaged, or its
@@ -76,12 +79,17 @@ def load_trained(workdir: epath.Path, run: str = "") -> Trained:
             f"There are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
         )
     position = names.index(name)
-    config = with_values(config, sweep.settings[position // config.num_seeds])
+    setting = sweep.settings[position // config.num_seeds]
+    config = with_values(config, {**setting, "init_from": ""})
     task = build_task(config, spec)
-    if task.predict is None:
-        raise UserError(f"{workdir}: the task {config.task!r} does not predict classes.")
+    if classifies and task.predict is None:
+        raise UserError(
+            f"{workdir}: the task {config.task!r} does not predict classes. Train a classifier "
+            f"that starts from it: --config.init_from={workdir}:backbone."
+        )
     state = read_newest(workdir, _state_of_runs(task.init, len(names)))
-    return Trained(config, spec, name, take_run(state, RUN_AXES, position), task.predict, result)
+    state = take_run(state, RUN_AXES, position)
+    return Trained(config, spec, name, state, task.features, task.predict, result)
 
 
 def _only_run(trained: Trained, run: str, path: epath.Path) -> Trained:
@@ -99,10 +107,12 @@ def as_evaluated(trained: Trained) -> Trained:
     config, spec, state = trained.config, trained.spec, trained.state
     params = ema_params(state.opt_state) if config.optim.ema > 0 else state.params
     config = with_values(config, _AS_EVALUATED)
+    task = build_task(config, spec)
     return trained._replace(
         config=config,
         state=TrainState(state.step, params, state.model_state, opt_state=()),
-        predict=build_task(config, spec).predict,
+        features=task.features,
+        predict=task.predict,
     )
 
 
@@ -142,7 +152,9 @@ def load_safetensors(path: epath.Path) -> Trained:
         model_state = unflatten_dict({name: jnp.asarray(x) for name, x in arrays.items()}, sep="/")
         params = model_state.pop("params")
         state = TrainState(jnp.int32(card["steps"]), params, model_state, opt_state=())
-        return Trained(config, spec, card["run"], state, task.predict, card["result"])
+        return Trained(
+            config, spec, card["run"], state, task.features, task.predict, card["result"]
+        )
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there.") from error
     except UserError as error:
@@ -193,7 +205,7 @@ def make_classify(
 
 def _state_of_runs(init: Callable, num_runs: int) -> TrainState:
     """The shapes of a state of all runs, on the first device."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def add_axis(axis, tree):
         lead = () if axis is None else (num_runs,)

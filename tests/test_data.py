@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import chex
-import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from cv_jax.config import base_config
 from cv_jax.data import load_dataset
 from cv_jax.data.cache import cached
 from cv_jax.data.dataset import Split, Stored, histogram, hold_out, mean_and_std, stratified
@@ -37,9 +37,10 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("CV_JAX_CACHE", str(tmp_path / "cache"))
 
 
-def config_of(name, directory="", num_val=0, limit=0):
-    leaves = {"name": name, "dir": str(directory), "num_val": num_val, "limit": limit}
-    return ml_collections.ConfigDict(leaves)
+def config_of(name, directory="", **leaves):
+    config = base_config().data
+    config.update(name=name, dir=str(directory), **leaves)
+    return config
 
 
 # ---- preparing a small data set, as TFDS or its user would

@@ -10,7 +10,7 @@ import pytest
 
 from cv_jax.errors import UserError
 from cv_jax.evaluate import find_tta, means, padded_batches, sum_batches
-from cv_jax.tasks.classification import classification_metrics
+from cv_jax.metrics import classification_metrics
 from tests.conftest import random_split
 
 SPLIT = random_split(37, (2, 2, 1), 7)

@@ -11,7 +11,7 @@ SAMPLE_SIZE = 5000
 
 
 class Split(NamedTuple):
-    """Examples in a fixed order: image (m, h, w, c) uint8, label (m,) int32."""
+    """Examples in a fixed order: image (m, h, w, c) uint8, label (m,) int32, -1: not known."""
 
     image: np.ndarray
     label: np.ndarray
@@ -27,6 +27,7 @@ class DataSpec(NamedTuple):
         mean, std: (c,) float32, per channel over all pixels of train, in [0, 1].
         num_train, num_val, num_test: examples in each split.
         sample: (min(5000, num_train), h, w, c) uint8, the first images of train.
+        num_unlabelled: examples of train whose label is -1.
     """
 
     name: str
@@ -38,6 +39,7 @@ class DataSpec(NamedTuple):
     num_val: int
     num_test: int
     sample: np.ndarray
+    num_unlabelled: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -204,27 +206,78 @@ def first_examples(data: Dataset, count: int) -> Dataset:
     return Dataset(spec, train, val, test)
 
 
-def stratified(label: np.ndarray, count: int) -> np.ndarray:
-    """Picks `count` examples at random, every class in proportion; always the same ones.
+def limit_labels(
+    data: Dataset, per_class: int, fraction: float, seed: int, keep_unlabelled: bool
+) -> Dataset:
+    """Forgets the labels of all training examples but a few, which are stratified.
+
+    Args:
+        data: val and test stay as they are; so do mean and std.
+        per_class: so many examples of each class keep their labels; 0: look at `fraction`.
+        fraction: the share of all that keeps them; 0: all.
+        seed: another one chooses other examples.
+        keep_unlabelled: whether the others stay in train, with the label -1.
+
+    Raises:
+        UserError: both are given, a class has too few examples, or none keeps its label.
+    """
+    if not per_class and not fraction:
+        return data
+    if per_class and fraction:
+        raise UserError(
+            f"config.data.labels_per_class={per_class} and config.data.label_fraction={fraction}: "
+            "give one of them, and 0 for the other."
+        )
+    image, label = data.train
+    if per_class:
+        sizes = np.bincount(label, minlength=data.spec.num_classes)
+        if sizes.min() < per_class:
+            raise UserError(
+                f"config.data.labels_per_class={per_class}: the class "
+                f"{data.spec.class_names[sizes.argmin()]!r} has only {sizes.min()} training "
+                "examples."
+            )
+        chosen = _choose(label, np.full(len(sizes), per_class), seed)
+    else:
+        chosen = stratified(label, round(fraction * len(label)), seed)
+    if not len(chosen):
+        raise UserError(
+            f"config.data.label_fraction={fraction} leaves none of {len(label)} labels."
+        )
+    if keep_unlabelled:
+        known = np.full_like(label, -1)
+        known[chosen] = label[chosen]
+        spec = data.spec._replace(num_unlabelled=len(label) - len(chosen))
+        return data._replace(spec=spec, train=Split(image, known))
+    train = Split(image[chosen], label[chosen])
+    spec = data.spec._replace(num_train=len(chosen), sample=train.image[:SAMPLE_SIZE])
+    return data._replace(spec=spec, train=train)
+
+
+def stratified(label: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Picks `count` examples at random, every class in proportion; the same ones for a seed.
 
     Class i with m_i of the m examples gets floor(m_i count / m) of them, and the classes with the
     largest remainders one more each, until there are `count`.
 
     Args:
-        label: (m,) int.
+        label: (m,) int, 0 or more.
         count: between 0 and m.
+        seed: of the choice.
 
     Returns:
         (count,) int64, the indices, ascending.
     """
-    classes, sizes = np.unique(label, return_counts=True)
+    sizes = np.bincount(label)
     quota, remainder = np.divmod(sizes * count, len(label))
     quota[np.argsort(-remainder, kind="stable")[: count - quota.sum()]] += 1
-    rng = np.random.default_rng(0)
-    chosen = [
-        rng.permutation(np.flatnonzero(label == one_class))[:size]
-        for one_class, size in zip(classes, quota, strict=True)
-    ]
+    return _choose(label, quota, seed)
+
+
+def _choose(label: np.ndarray, quota: np.ndarray, seed: int) -> np.ndarray:
+    """Picks quota[i] examples of each class i at random; their indices, ascending."""
+    rng = np.random.default_rng(seed)
+    chosen = [rng.permutation(np.flatnonzero(label == i))[:size] for i, size in enumerate(quota)]
     return np.sort(np.concatenate(chosen))
 
 

@@ -3,7 +3,14 @@
 import ml_collections
 
 from cv_jax.data.cache import cached
-from cv_jax.data.dataset import Dataset, Stored, check_stored, first_examples, hold_out
+from cv_jax.data.dataset import (
+    Dataset,
+    Stored,
+    check_stored,
+    first_examples,
+    hold_out,
+    limit_labels,
+)
 from cv_jax.data.digits import load_digits
 from cv_jax.data.location import find_prepared, tfds_data_dir
 from cv_jax.errors import UserError
@@ -19,16 +26,24 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
         config_data: `name` is one of OWN or the TFDS name of an image-classification data set;
             `dir` is where TFDS keeps its data ("": TFDS_DATA_DIR or ~/tensorflow_datasets);
             `num_val` examples of train become val, stratified, the same for every seed; above 0,
-            `limit` keeps only so many examples of each split, the first ones.
+            `limit` keeps only so many examples of each split, the first ones; of those of train
+            `labels_per_class` or `label_fraction` keep their labels, see `limit_labels`.
 
     Raises:
         UserError: the name is unknown, the data cannot be fetched or read, it is not a sound
-            image-classification data set, or `num_val` does not fit.
+            image-classification data set, or `num_val` or the number of labels does not fit.
     """
     name = config_data.name
     stored = OWN[name]() if name in OWN else _load_tfds(name, config_data.dir)
     data = hold_out(name, check_stored(name, stored), config_data.num_val)
-    return first_examples(data, config_data.limit) if config_data.limit else data
+    data = first_examples(data, config_data.limit) if config_data.limit else data
+    return limit_labels(
+        data,
+        config_data.labels_per_class,
+        config_data.label_fraction,
+        config_data.label_seed,
+        config_data.keep_unlabelled,
+    )
 
 
 def _load_tfds(name: str, config_dir: str) -> Stored:

@@ -3,7 +3,7 @@
 A model is a Flax module, `module(x, train) -> (logits, intermediates)`:
     x: (b, h, w, c) float32, normalised images.
     train: normalise by the batch and update the "batch_stats" collection, if there is one.
-    logits: (b, n) float32.
+    logits: (b, n) float32; of a network for 0 classes, which has no head, (b, 0).
     intermediates: features by name, in the model's compute dtype; "pooled" is what the head sees.
 
 A model may have `params_from_images(images) -> params`: the part of its initial parameters that

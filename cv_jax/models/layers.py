@@ -4,8 +4,10 @@ Every model calls these and not `nn` or `lax` itself, so that a faster lowering 
 put in once, here. Parameters are float32; a layer computes in the dtype of its input.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +16,7 @@ from jax import lax
 
 from cv_jax import ops
 from cv_jax.errors import UserError
+from cv_jax.spec import require
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for convolutions and linear layers.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -82,6 +85,14 @@ def dense(
     )(x)
 
 
+def head(x: jax.Array, num_classes: int, **kwargs: Any) -> jax.Array:
+    """The linear layer "head", (b, c) -> (b, n); without classes there is none, and n is 0.
+
+    `kwargs`: as of `dense`.
+    """
+    return dense(x, num_classes, name="head", **kwargs) if num_classes else x[:, :0]
+
+
 def _uniform(bound: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -100,14 +111,27 @@ def batch_norm(
     `train` normalises with the batch's own mean and (biased) variance and moves the averages in
     "batch_stats": average = momentum * average + (1 - momentum) * batch. Statistics are float32.
     """
-    norm = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=momentum,
-        epsilon=epsilon,
-        use_scale=use_scale,
-        name=name,
-    )
-    return norm(x.astype(jnp.float32)).astype(x.dtype)
+    norm = nn.BatchNorm(momentum=momentum, epsilon=epsilon, use_scale=use_scale, name=name)
+    return norm(x.astype(jnp.float32), use_running_average=not train).astype(x.dtype)
+
+
+def frozen_statistics(frozen: Set[str]) -> contextlib.AbstractContextManager:
+    """While it is entered, normalisations whose parameters are frozen keep their averages.
+
+    They normalise with them, too, as in evaluation: what is frozen is the same function for ever.
+
+    Args:
+        frozen: the paths of parameters that are not trained, such as "group1/norm1/bias".
+    """
+
+    def intercept(method, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            path = "/".join(context.module.path)
+            if {f"{path}/bias", f"{path}/scale"} & frozen:
+                kwargs = {**kwargs, "use_running_average": True}
+        return method(*args, **kwargs)
+
+    return nn.intercept_methods(intercept) if frozen else contextlib.nullcontext()
 
 
 def max_pool(x: jax.Array, size: int, strides: int | None = None, padding: int = 0) -> jax.Array:
@@ -155,3 +179,15 @@ def check_image_size(x: jax.Array, model: str, least: int) -> None:
             f"Model {model!r} needs images of at least {least}x{least} pixels and got {h}x{w}: "
             "choose another config.model."
         )
+
+
+MAX_WIDTH = 65_536
+
+
+def checked_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    """Returns the widths of layers; raises ValueError unless there are some, each above 0."""
+    require(
+        lambda: widths and all(0 < width <= MAX_WIDTH for width in widths),
+        f"widths are one or more, each from 1 to {MAX_WIDTH}, not {widths!r}",
+    )
+    return tuple(widths)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cv_jax.models.layers import check_image_size, conv, dense, max_pool
+from cv_jax.models.layers import check_image_size, conv, dense, head, max_pool
 
 
 class LeNet(nn.Module):
@@ -27,7 +27,7 @@ class LeNet(nn.Module):
         x = group2.reshape(group2.shape[0], -1)  # b 400
         x = nn.relu(dense(x, 120, name="dense1"))
         pooled = nn.relu(dense(x, 84, name="dense2")).astype(jnp.float32)
-        logits = dense(pooled, self.num_classes, name="head")  # b n
+        logits = head(pooled, self.num_classes)  # b n
         return logits, {"group1": group1, "group2": group2, "pooled": pooled}
 
 

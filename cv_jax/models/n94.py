@@ -16,10 +16,11 @@ import numpy as np
 from cv_jax.models.layers import (
     batch_norm,
     check_image_size,
+    checked_widths,
     conv,
-    dense,
     gelu,
     global_max_pool,
+    head,
     max_pool,
     uniform_fan_in,
 )
@@ -27,7 +28,6 @@ from cv_jax.models.layers import (
 PATCH = 2  # side of the whitened patches
 WHITEN_IMAGES = 5_000
 WHITEN_EPSILON = 5e-4
-MAX_WIDTH = 65_536
 
 
 class N94(nn.Module):
@@ -55,9 +55,7 @@ class N94(nn.Module):
             )  # b 15 15 64, b 7 7 256, b 3 3 256
             features[f"group{i}"] = x
         features["pooled"] = pooled = global_max_pool(x)  # b 256
-        logits = dense(
-            pooled, self.num_classes, use_bias=False, kernel_init=unit_std_init, name="head"
-        )
+        logits = head(pooled, self.num_classes, use_bias=False, kernel_init=unit_std_init)
         return logits / self.widths[-1], features  # b n
 
     def params_from_images(self, images: np.ndarray) -> dict[str, Any]:
@@ -165,8 +163,4 @@ def n96(
 
 
 def _build(widths, residual, num_classes, dtype):
-    if not (widths and all(0 < width <= MAX_WIDTH for width in widths)):
-        raise ValueError(
-            f"widths are channel counts up to {MAX_WIDTH}, one a group, not {widths!r}"
-        )
-    return N94(tuple(widths), residual, num_classes, dtype)
+    return N94(checked_widths(widths), residual, num_classes, dtype)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cv_jax.models import layers
-from cv_jax.models.layers import batch_norm, dense, global_avg_pool, max_pool, normal_fan_out
+from cv_jax.models.layers import batch_norm, global_avg_pool, head, max_pool, normal_fan_out
 
 STEMS = ("cifar", "imagenet")
 
@@ -42,7 +42,7 @@ class ResNet(nn.Module):
                 x = block(self.width * 2**i, strides, name=name)(x, train)
             features[f"group{i + 1}"] = x  # b 32 32 256, b 16 16 512, b 8 8 1024, b 4 4 2048
         features["pooled"] = pooled = global_avg_pool(x)  # b 2048
-        return dense(pooled, self.num_classes, name="head"), features  # b n
+        return head(pooled, self.num_classes), features  # b n
 
 
 class BasicBlock(nn.Module):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cv_jax.models.layers import batch_norm, dense, global_avg_pool
+from cv_jax.models.layers import batch_norm, global_avg_pool, head
 from cv_jax.models.resnet import conv
 
 
@@ -33,7 +33,7 @@ class WideResNet(nn.Module):
             features[f"group{i + 1}"] = x  # b 32 32 160, b 16 16 320, b 8 8 640
         x = nn.relu(batch_norm(x, train, name="norm"))
         features["pooled"] = pooled = global_avg_pool(x)  # b 640
-        return dense(pooled, self.num_classes, name="head"), features  # b n
+        return head(pooled, self.num_classes), features  # b n
 
 
 class PreActivationBlock(nn.Module):

@@ -10,6 +10,22 @@ import ml_collections
 from cv_jax.errors import UserError, nearest
 
 
+class Probe(NamedTuple):
+    """An evaluation of features, by what can be learned from those of labelled training images.
+
+    Attributes:
+        embed: (state, batch) -> features (b, d).
+        fit: (features (m, d), label (m,)), of m training images -> what was learned of them.
+        score: (state, what was learned, batch) -> {metric: (sum, count)}.
+        limit: so many labelled training images at most, the first ones; None: all.
+    """
+
+    embed: Callable
+    fit: Callable
+    score: Callable
+    limit: int | None = None
+
+
 class Task(NamedTuple):
     """A task as a value: pure functions for one seed, without device axes.
 
@@ -20,10 +36,12 @@ class Task(NamedTuple):
     Attributes:
         init: key -> TrainState.
         train_step: (state, batch, key) -> (state, {metric: (sum, count)}).
-        evals: name -> ((state, batch) -> {metric: (sum, count)}). "watch" is what validation
-            during the training uses, "final" what the result is made of.
+        evals: name -> ((state, batch) -> {metric: (sum, count)}), or name -> Probe. "watch" is what
+            validation during the training uses, "final" what the result is made of.
         preview: (batch, key) -> (b, h, w, c) float32 in [0, 1], augmented images.
         notes: lines that the log shows at the start.
+        features: (state, image) -> what the network sees in images (b, h, w, c), uint8 or float32
+            in [0, 1], by name; "pooled" are features (b, d).
         predict: (state, image, tta) -> (logits (b, n), features by name), what evaluation sees in
             images (b, h, w, c), uint8 or float32 in [0, 1]; `tta` is a name of `evaluate.TTA`, and
             the features are those of the images as they are. None for a task without classes.
@@ -32,9 +50,10 @@ class Task(NamedTuple):
 
     init: Callable
     train_step: Callable
-    evals: dict[str, Callable]
+    evals: dict[str, Callable | Probe]
     preview: Callable
     notes: list[str]
+    features: Callable
     predict: Callable | None = None
     stages: tuple[int, ...] = (0,)
 
