@@ -27,3 +27,126 @@ def cross_entropy(
     """
     smooth = optax.smooth_labels(label, label_smoothing)
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), smooth)
+
+
+def squared_error(drawn: jax.Array, image: jax.Array, weight: jax.Array) -> jax.Array:
+    """The mean of weight * (drawn - image)^2 over the pixels and channels of each image.
+
+    Args:
+        drawn, image: (b, h, w, c); weight: (b, h, w, 1), of mean 1.
+
+    Returns:
+        (b,) float32.
+    """
+    return (weight * (drawn.astype(jnp.float32) - image) ** 2).mean((1, 2, 3))
+
+
+# --- Without labels: z (b, v, d) are what a network says of v views of each of b images ---
+
+
+def nt_xent(z: jax.Array, temperature: ArrayLike = 0.5) -> jax.Array:
+    """SimCLR's contrastive loss, the normalised temperature-scaled cross-entropy, in nats.
+
+    Each of the 2b views has to find the other view of its image among all others:
+
+        l(i) = -log( exp(s_ij / temperature) / sum_{k != i} exp(s_ik / temperature) )
+
+    where s is the cosine similarity and j the other view. T. Chen et al., "A Simple Framework for
+    Contrastive Learning of Visual Representations", https://arxiv.org/abs/2002.05709, equation 1.
+
+    Args:
+        z: (b, 2, d), of any float type. The b images are the whole batch, on whatever devices.
+        temperature: above 0; may be traced.
+
+    Returns:
+        (b,) float32, the mean over both views of an image.
+    """
+    z = unit(z)
+    b = len(z)
+    s = jnp.einsum("bvd,cwd->bvcw", z, z) / temperature
+    itself = jnp.eye(2 * b, dtype=bool).reshape(s.shape)
+    log_sum = jax.nn.logsumexp(jnp.where(itself, -jnp.inf, s), axis=(2, 3))  # (b, 2)
+    positive = (z[:, 0] * z[:, 1]).sum(-1) / temperature  # (b,)
+    return log_sum.mean(1) - positive
+
+
+def byol(q: jax.Array, z: jax.Array) -> jax.Array:
+    """BYOL's loss: predictions of one view against the teacher's projections of the other.
+
+        |q1' - z2'|^2 + |q2' - z1'|^2 = 4 - 2 q1'.z2' - 2 q2'.z1'      (x' = x / |x|)
+
+    J.-B. Grill et al., "Bootstrap Your Own Latent", https://arxiv.org/abs/2006.07733, equation 2
+    and the sum after it.
+
+    Args:
+        q: (b, 2, d) predictions; z: (b, 2, d) projections, which get no gradient.
+
+    Returns:
+        (b,) float32 in [0, 8].
+    """
+    z = jax.lax.stop_gradient(z)
+    return 4 - 2 * (unit(q) * unit(z[:, ::-1])).sum((1, 2))
+
+
+def vicreg(
+    z: jax.Array,
+    invariance: ArrayLike = 25.0,
+    variance: ArrayLike = 25.0,
+    covariance: ArrayLike = 1.0,
+) -> jax.Array:
+    """VICReg's loss: views agree, every dimension varies, and no two vary together.
+
+        invariance * mean_d (z1 - z2)^2
+        + variance * mean_d [ h(z1) + h(z2) ] / 2        with h = max(0, 1 - sqrt(Var(z) + 1e-4))
+        + covariance * sum_{i != j} (C(z1)^2 + C(z2)^2)_ij / d
+
+    with the variances and covariances C (both over b - 1) of the batch. A. Bardes et al.,
+    https://arxiv.org/abs/2105.04906; means and halves as in the authors' code.
+
+    Args:
+        z: (b, 2, d), the whole batch.
+        invariance, variance, covariance: weights; may be traced.
+
+    Returns:
+        (b,) float32; only the first term differs between images.
+    """
+    z = z.astype(jnp.float32)
+    b, _, d = z.shape
+    centered = z - z.mean(0, keepdims=True)
+    cov = jnp.einsum("bvi,bvj->vij", centered, centered) / (b - 1)  # (2, d, d)
+    var = jnp.diagonal(cov, axis1=1, axis2=2)  # (2, d)
+    hinge = jax.nn.relu(1 - jnp.sqrt(var + 1e-4)).mean()
+    together = ((cov**2).sum() - (var**2).sum()) / d
+    distance = ((z[:, 0] - z[:, 1]) ** 2).mean(-1)
+    return invariance * distance + variance * hinge + covariance * together
+
+
+def barlow_twins(z: jax.Array, redundancy: ArrayLike = 5e-3) -> jax.Array:
+    """Barlow Twins: the cross-correlation of two views is brought to the identity.
+
+        sum_i (1 - C_ii)^2 + redundancy * sum_{i != j} C_ij^2
+        C_ij = mean_b (z1_bi - mean z1_i) (z2_bj - mean z2_j) / (std z1_i std z2_j)
+
+    J. Zbontar et al., https://arxiv.org/abs/2103.03230, equations 1 and 2; 1e-5 is added to the
+    variances, as their code's batch normalisation does.
+
+    Args:
+        z: (b, 2, d), the whole batch.
+        redundancy: weight of the second term; may be traced.
+
+    Returns:
+        (b,) float32, the same for all images.
+    """
+    z = z.astype(jnp.float32)
+    z = z - z.mean(0, keepdims=True)
+    z = z / jnp.sqrt((z**2).mean(0, keepdims=True) + 1e-5)
+    c = z[:, 0].T @ z[:, 1] / len(z)
+    on = jnp.diagonal(c)
+    loss = ((1 - on) ** 2).sum() + redundancy * ((c**2).sum() - (on**2).sum())
+    return jnp.full(len(z), loss)
+
+
+def unit(z: jax.Array) -> jax.Array:
+    """Vectors (..., d) brought to length 1, in float32."""
+    z = z.astype(jnp.float32)
+    return z / jnp.sqrt(jnp.maximum((z**2).sum(-1, keepdims=True), 1e-12))

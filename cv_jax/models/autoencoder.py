@@ -1,0 +1,52 @@
+"""A convolutional autoencoder around any backbone: image -> latent vector -> image."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cv_jax.models.layers import batch_norm, conv, dense
+
+SMALLEST = 4  # pixels a side at most, from which the decoder begins
+
+
+class Autoencoder(nn.Module):
+    """Shapes in the comments are those of 32x32x3 images and n94.
+
+    The latent vector sees the backbone's last feature map, place by place: what its pooled features
+    have lost of where things are could not be drawn again.
+    """
+
+    backbone: nn.Module  # without a head
+    latent: int  # its width
+    widths: tuple[int, ...]  # of the decoder from the smallest images on; the last repeats
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Normalised images (b, h, w, c) to reconstructions of them, and "latent", "pooled"."""
+        _, h, w, c = x.shape
+        _, features = self.backbone(x, train)
+        spatial = [f for f in features.values() if f.ndim == 4][-1]  # b 3 3 256
+        latent = dense(spatial.reshape(len(x), -1), self.latent, name="latent")  # b 128
+        *sides, smallest = _sides(h, w)
+        width = self.widths[0]
+        y = nn.relu(dense(latent, math.prod(smallest) * width, name="start"))
+        y = y.reshape(-1, *smallest, width)  # b 4 4 128
+        for i, side in enumerate(reversed(sides)):  # b 8 8 64, b 16 16 32, b 32 32 32
+            y = jax.image.resize(y, (len(y), *side, y.shape[-1]), "nearest")
+            width = self.widths[min(i + 1, len(self.widths) - 1)]
+            y = conv(y, width, 3, padding=1, name=f"conv{i + 1}")
+            y = nn.relu(batch_norm(y, train, name=f"norm{i + 1}"))
+        y = conv(y, c, 3, padding=1, use_bias=True, name="image").astype(jnp.float32)
+        pooled = features["pooled"].astype(jnp.float32)
+        return y, {"latent": latent.astype(jnp.float32), "pooled": pooled}
+
+
+def _sides(h: int, w: int) -> list[tuple[int, int]]:
+    """The sizes that halving gives, from the images' down to at most 4 pixels a side."""
+    sides = [(h, w)]
+    while max(sides[-1]) > SMALLEST:
+        h, w = sides[-1]
+        sides.append((-(-h // 2), -(-w // 2)))
+    return sides

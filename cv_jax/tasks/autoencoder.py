@@ -1,0 +1,156 @@
+"""Autoencoders: images are drawn again from few numbers, whole ones from damaged ones.
+
+`config.method` says what is damaged, one of METHODS. `config.model` without its head is the
+backbone. Labels serve for nothing but the evaluation, see `probes`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from cv_jax.data import DataSpec
+from cv_jax.errors import UserError
+from cv_jax.initial import make_initial
+from cv_jax.inputs import make_denormalize, make_normalize, make_view, to_unit
+from cv_jax.losses import squared_error
+from cv_jax.models import build_model, compute_dtype
+from cv_jax.models.autoencoder import Autoencoder
+from cv_jax.models.layers import checked_widths
+from cv_jax.optim import ema_params
+from cv_jax.probes import check_unsupervised, make_probes, step_metrics
+from cv_jax.spec import build_one, require
+from cv_jax.steps import make_steps
+from cv_jax.tasks import Task
+from cv_jax.update import TrainState, init_state
+
+
+class Method(NamedTuple):
+    """What an autoencoder has to do.
+
+    Attributes:
+        latent: numbers that an image is drawn from.
+        widths: of the decoder, see `models.autoencoder`.
+        damage: (key, images (b, h, w, c), normalised) -> (what the encoder is given, weights (b, h,
+            w, 1) of the pixels that are compared, of mean 1).
+    """
+
+    latent: int
+    widths: tuple[int, ...]
+    damage: Callable
+
+
+def denoise(std: float = 0.0, latent: int = 128, widths: tuple[int, ...] = (128, 64, 32)) -> Method:
+    """Takes noise away: every pixel had some added, normal with `std` after normalisation.
+
+    P. Vincent et al., "Extracting and Composing Robust Features with Denoising Autoencoders", 2008.
+    Without noise it is an autoencoder to reduce dimensions with.
+    """
+    require(lambda: std >= 0, f"std={std} must be 0 or more")
+
+    def damage(key, image):
+        noise = std * jax.random.normal(key, image.shape)
+        return image + noise, jnp.ones_like(image[..., :1])
+
+    return _method(latent, widths, damage)
+
+
+def masked(
+    patch: int = 4,
+    share: float = 0.5,
+    latent: int = 128,
+    widths: tuple[int, ...] = (128, 64, 32),
+) -> Method:
+    """Fills in what is hidden: squares of `patch` pixels, each with the probability `share`.
+
+    They are shown in the mean colour, and only they are compared, as in K. He et al., "Masked
+    Autoencoders Are Scalable Vision Learners", https://arxiv.org/abs/2111.06377.
+    """
+    require(lambda: patch >= 1, f"patch={patch} must be 1 or more pixels")
+    require(lambda: 0 < share < 1, f"share={share} must lie between 0 and 1")
+
+    def damage(key, image):
+        b, h, w, _ = image.shape
+        drawn = jax.random.bernoulli(key, share, (b, -(-h // patch), -(-w // patch)))
+        hidden = drawn.repeat(patch, 1).repeat(patch, 2)[:, :h, :w, None]
+        weight = hidden.astype(jnp.float32)
+        weight = weight / jnp.maximum(weight.mean((1, 2, 3), keepdims=True), 1e-6)
+        return jnp.where(hidden, 0, image), weight
+
+    return _method(latent, widths, damage)
+
+
+METHODS = {f.__name__: f for f in (denoise, masked)}
+
+
+def _method(latent, widths, damage):
+    (latent,) = checked_widths((latent,))
+    return Method(latent, checked_widths(widths), damage)
+
+
+def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
+    """Builds the task."""
+    check_unsupervised(config)
+    if config.progressive_resizing:
+        raise UserError("config.progressive_resizing must be '': an autoencoder has one size.")
+    method = build_one(config.method, METHODS, "config.method")
+    backbone = build_model(config.model, 0, compute_dtype(config.dtype))
+    model = Autoencoder(backbone, method.latent, method.widths)
+    view = make_view(config.augment)
+    normalize = make_normalize(spec, config.data.normalize)
+    denormalize = make_denormalize(spec, config.data.normalize)
+    initial = make_initial(config, model, normalize, spec)
+
+    def forward(params, model_state, batch, key, size):
+        del size  # of all of them: the latent vector sees every place
+        augment_key, damage_key, dropout_key = jax.random.split(key, 3)
+        image = normalize(view(batch, augment_key))
+        if image.shape[1:] != spec.image_shape:
+            raise UserError(
+                f"config.augment={config.augment!r} makes images of {image.shape[1:]}: an "
+                f"autoencoder keeps the {spec.image_shape} that they have."
+            )
+        damaged, weight = method.damage(damage_key, image)
+        (drawn, features), model_state = model.apply(
+            {"params": params, **model_state},
+            damaged,
+            train=True,
+            mutable=list(model_state),
+            rngs={"dropout": dropout_key},
+        )
+        values = squared_error(drawn, image, weight)
+        return values, (model_state, step_metrics(values, features["pooled"]))
+
+    steps = make_steps(config, spec, initial.shapes["params"], forward)
+
+    def init(key: jax.Array) -> TrainState:
+        variables = initial.draw(key)
+        return init_state(variables.pop("params"), variables, steps.tx)
+
+    def apply(state, image):
+        params = ema_params(state.opt_state) if config.optim.ema > 0 else state.params
+        image = normalize(to_unit(image))
+        return image, *model.apply({"params": params, **state.model_state}, image, train=False)
+
+    def features(state, image):
+        _, drawn, features = apply(state, image)
+        return {**features, "reconstruction": denormalize(drawn)}
+
+    def loss(state, batch):
+        image, drawn, _ = apply(state, batch["image"])
+        values = squared_error(drawn, image, jnp.ones_like(image[..., :1]))
+        return (values * batch["mask"]).sum(), batch["mask"].sum()
+
+    return Task(
+        init=init,
+        train_step=steps.train_step,
+        evals=make_probes(
+            lambda state, batch: apply(state, batch["image"])[2]["pooled"], spec, loss=loss
+        ),
+        preview=view,
+        notes=[f"method  {config.method}", *steps.notes, *initial.notes],
+        features=features,
+        stages=steps.stages,
+    )
