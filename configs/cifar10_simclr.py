@@ -17,14 +17,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base_config()
     config.task = "ssl"
     config.method = "simclr(temperature=0.2, projector=(512, 128))"
-    config.epochs = 40.0
+    config.epochs = 28.0
     config.batch_size = 512
     config.model = "n94"
     config.augment = (
         "random_resized_crop(size=24, scale=(0.2, 1.0))|flip"
         "|color_jitter(0.4, 0.4, 0.4, hue=0.1, p=0.8)|grayscale(0.2)"
     )
-    config.progressive_resizing = "size(16, until=0.8)"
+    config.progressive_resizing = "size(16, until=0.85)"
     config.log_every = "1 epoch"
     config.eval_every = "5 epochs"
     config.checkpoint_every = "1 epoch"
