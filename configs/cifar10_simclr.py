@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base_config()
     config.task = "ssl"
     config.method = "simclr(temperature=0.2, projector=(512, 128))"
-    config.epochs = 28.0
+    config.epochs = 20.0
     config.batch_size = 512
     config.model = "n94"
     config.augment = (

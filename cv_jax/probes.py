@@ -94,6 +94,9 @@ def make_probes(embed: Callable, spec: DataSpec, **more: Callable) -> dict[str, 
     return {"watch": Probe(embed, fit, score, WATCHED), "final": Probe(embed, fit, score)}
 
 
+NOTE = f"probes  accuracy: of the {NEIGHBOURS} nearest neighbours; linear_accuracy: of ridge regression"
+
+
 def neighbour_votes(query: jax.Array, features: jax.Array, label: jax.Array, n: int) -> jax.Array:
     """The votes of the nearest neighbours for each class, (b, n) float32 of sum 1.
 

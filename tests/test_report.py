@@ -12,7 +12,7 @@ from PIL import Image
 
 from cv_jax.data import load_dataset
 from cv_jax.errors import UserError
-from cv_jax.report import examples, network
+from cv_jax.report import examples
 from cv_jax.report.run import Run, calibration_error, curve, read_run
 from cv_jax.tools import report
 
@@ -202,7 +202,6 @@ def test_several_runs_stand_side_by_side(digits_run, tmp_path, monkeypatch):
     assert f"cannot be shown: {digits_run} &amp; others have no network." in html
 
 
-@pytest.mark.parametrize("pooled", [None, np.full((20, 3), np.nan)])
-def test_a_network_without_features_has_no_map(pooled):
-    answers = network.Answers(np.zeros(20), np.zeros(20), pooled)
-    assert examples._map(answers, np.zeros(20, int), ["a"], None) == ""
+@pytest.mark.parametrize("seen", [{}, {"pooled": np.full((20, 3), np.nan)}])
+def test_a_network_without_features_has_no_map(seen):
+    assert examples._map(seen, np.zeros(20, int), ["a"], None) == ""

@@ -13,7 +13,7 @@ from cv_jax.report import network
 from cv_jax.report.markup import Show, beside, code, h2, h3, paragraph, soft, tiles
 from cv_jax.trained import Trained, load_trained
 
-MISTAKES, AUGMENTED, FILTERS, ON_MAP = 24, 24, 64, 1000  # images
+MISTAKES, AUGMENTED, DRAWN, FILTERS, ON_MAP = 24, 24, 12, 64, 1000  # images
 
 
 def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
@@ -26,7 +26,7 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
     """
     parts = [h2("The network")]
     try:
-        trained = load_trained(workdir)
+        trained = load_trained(workdir, classifies=False)
     except UserError as error:
         return "".join([*parts, paragraph(f"The network cannot be shown: {error}")])
     parts.append(soft(escape(f"Of {trained.name}, after step {int(trained.state.step):,}.")))
@@ -39,14 +39,20 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
         sentence = f"Its data set cannot be loaded, so that no images are here: {error}"
         return "".join([*parts, paragraph(sentence), _filters(trained)])
     image, label = data.test.image[:num_images], data.test.label[:num_images]
-    answers = network.ask(trained, image)
+    if trained.predict:
+        answers = network.ask(trained, image)
+        seen = answers.seen
+        parts.append(_mistakes(answers, image, label, data.spec.class_names))
+    else:
+        seen = network.look(trained, image[:ON_MAP])
+        parts.append(paragraph("It learned without labels, and names no classes."))
     return "".join(
         [
             *parts,
-            _mistakes(answers, image, label, data.spec.class_names),
+            _reconstructions(seen, image),
             _filters(trained),
             _augmented(trained, data),
-            _map(answers, label, data.spec.class_names, show),
+            _map(seen, label, data.spec.class_names, show),
         ]
     )
 
@@ -82,15 +88,27 @@ def _augmented(trained: Trained, data: Dataset) -> str:
     return f"{h3('What it sees in training')}{soft(about)}{grid}"
 
 
-def _map(answers: network.Answers, label: np.ndarray, names: Sequence[str], show: Show) -> str:
-    if answers.pooled is None or not np.isfinite(answers.pooled).all() or len(label) < 10:
+def _reconstructions(seen: dict[str, np.ndarray], image: np.ndarray) -> str:
+    if "reconstruction" not in seen:
+        return ""
+    original = image[:DRAWN].astype(np.float32) / 255
+    pairs = np.stack([original, seen["reconstruction"][:DRAWN]], axis=1)
+    captions = [text for i in range(len(pairs)) for text in (f"image {i}", f"image {i}, drawn")]
+    about = soft("Images of test, each before what is drawn from its latent vector.")
+    grid = tiles("reconstructions", pairs.reshape(-1, *image.shape[1:]), captions)
+    return f"{h3('What it draws again')}{about}{grid}"
+
+
+def _map(seen: dict[str, np.ndarray], label: np.ndarray, names: Sequence[str], show: Show) -> str:
+    features = seen.get("latent", seen.get("pooled"))
+    if features is None or not np.isfinite(features).all() or len(label) < 10:
         return ""
     label = label[:ON_MAP]
-    figure = draw_map(network.embed(answers.pooled[:ON_MAP]), label, names)
+    figure = draw_map(network.embed(features[:ON_MAP]), label, names)
+    what = "Its latent vectors" if "latent" in seen else "What its last layer sees"
     about = (
-        f"What its last layer sees of the first {len(label):,} test images, by t-SNE: a point is "
-        "an image, in the colour of its label. Neighbours are alike; distances further off say "
-        "little."
+        f"{what} of the first {len(label):,} test images, by t-SNE: a point is an image, in the "
+        "colour of its label. Neighbours are alike; distances further off say little."
     )
     drawn = show(figure, "map", "map of the features of test images by class")
     return f"{h3('A map of its features')}{beside(drawn, soft(about))}"

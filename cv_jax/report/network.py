@@ -1,5 +1,6 @@
 """What a trained network answers, what it sees, and what it was shown in training."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,30 +20,52 @@ class Answers(NamedTuple):
     Attributes:
         answer: (m,) the class with the highest probability.
         confidence: (m,) that probability.
-        pooled: (m, d) the features that the network's head sees; None where it names none so.
+        seen: what the network sees in them, see `look`.
     """
 
     answer: np.ndarray
     confidence: np.ndarray
-    pooled: np.ndarray | None
+    seen: dict[str, np.ndarray]
 
 
 def ask(trained: Trained, images: np.ndarray) -> Answers:
     """Answers of the network for images (m, h, w, c) uint8."""
 
-    @jax.jit
     def apply(state, image):
         logits, features = trained.predict(state, image, "none")
-        return jax.nn.softmax(logits), features.get("pooled")
+        return {"probability": jax.nn.softmax(logits), **_shown(features)}
 
+    seen = _in_groups(apply, trained.state, images)
+    probability = seen.pop("probability")
+    return Answers(probability.argmax(-1), probability.max(-1), seen)
+
+
+# The features that a report shows: those that the head sees, and what an autoencoder makes.
+SHOWN = ("pooled", "latent", "reconstruction")
+
+
+def look(trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What the network sees in images (m, h, w, c) uint8: those of SHOWN that it names."""
+    return _in_groups(
+        lambda state, image: _shown(trained.features(state, image)), trained.state, images
+    )
+
+
+def _shown(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: features[name] for name in SHOWN if name in features}
+
+
+def _in_groups(function: Callable, state: Any, images: np.ndarray) -> dict[str, np.ndarray]:
+    """function(state, images) -> {name: (m, ...)}, of a few at a time, as float32."""
     count = len(images)
     split = Split(images, np.zeros(count, np.int32))
     batches = padded_batches(split, min(GROUP_SIZE, count))
-    outputs = [jax.device_get(apply(trained.state, batch["image"])) for batch in batches]
-    probability, pooled = zip(*outputs, strict=True)
-    probability = np.concatenate(probability)[:count]
-    features = None if pooled[0] is None else np.concatenate(pooled)[:count].astype(np.float32)
-    return Answers(probability.argmax(-1), probability.max(-1), features)
+    program = jax.jit(function)
+    outputs = [jax.device_get(program(state, batch["image"])) for batch in batches]
+    return {
+        name: np.concatenate([output[name] for output in outputs])[:count].astype(np.float32)
+        for name in outputs[0]
+    }
 
 
 def worst_mistakes(answers: Answers, label: np.ndarray, most: int) -> np.ndarray:

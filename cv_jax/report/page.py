@@ -101,10 +101,12 @@ def _numbers(run: Run) -> str:
         for name, s in metrics.items():
             if not isinstance(s, dict) or name == "per_class_accuracy":
                 continue
-            in_percent = name == "accuracy" or name.startswith("top")
+            in_percent = name.endswith("accuracy") or name.startswith("top")
             form = _percent if in_percent else _decimals
             interval = _interval(s, form)
-            rows.append([f"{split} {name}", form(s["mean"]), form(s["std"]), interval, s["n"]])
+            rows.append(
+                [f"{split} {_words(name)}", form(s["mean"]), form(s["std"]), interval, s["n"]]
+            )
             if name == "accuracy":
                 spread = "" if s["std"] is None else f" <small>± {100 * s['std']:.2f}</small>"
                 of = f"{split} accuracy, {metrics['count']:,} images, {_seeds(s['n'])}"
@@ -113,7 +115,19 @@ def _numbers(run: Run) -> str:
     head = ["", "mean", "standard deviation", "95 % interval of the mean", "seeds"]
     if all(n == 1 for *_, n in rows):
         head, rows = ["", "value"], [row[:2] for row in rows]
-    return f'<div class="numbers">{"".join(shown)}</div>{table(head, rows, "result")}'
+    about = soft(_PROBED) if "linear_accuracy" in (run.result["test"] or {}) else ""
+    return f'<div class="numbers">{"".join(shown)}</div>{about}{table(head, rows, "result")}'
+
+
+_PROBED = (
+    "It learned without labels. Accuracy is that of the nearest neighbours among its features of "
+    "training images, linear accuracy that of a linear classifier on them; spread near 0 or a rank "
+    "near 1 would mean that all images look the same to it."
+)
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _seeds(n: int) -> str:
@@ -183,7 +197,7 @@ def _comparison(runs: Sequence[Run], show: Show) -> str:
 
 def _there(curves: Iterable[tuple[str, Any]], metric: str) -> dict[str, plot.Curve]:
     """Those that there are, accuracies in %."""
-    scale = 100 if metric == "accuracy" else 1
+    scale = 100 if metric.endswith("accuracy") else 1
     return {
         label: plot.Curve(found.epoch, scale * found.mean, scale * found.std)
         for label, found in curves
@@ -192,17 +206,17 @@ def _there(curves: Iterable[tuple[str, Any]], metric: str) -> dict[str, plot.Cur
 
 
 def _axis(metric: str, split: str = "") -> str:
-    name = f"{metric} on {split}" if split else metric
-    return f"{name}, %" if metric == "accuracy" else name
+    name = f"{_words(metric)} on {split}" if split else _words(metric)
+    return f"{name}, %" if metric.endswith("accuracy") else name
 
 
 def _training(run: Run, show: Show) -> str:
     splits = {"train": "train", "val": "val", "final_test": "test, at the end"}
     drawn = ""
-    for metric in ("loss", "accuracy"):
+    for metric in ("loss", "accuracy", "linear_accuracy", "feature_rank"):
         curves = _there(((label, curve(run, s, metric)) for s, label in splits.items()), metric)
         if curves:
-            label = f"{metric} on {', '.join(curves)} over the epochs"
+            label = f"{_words(metric)} on {', '.join(curves)} over the epochs"
             drawn += show(plot.draw_curves(curves, _axis(metric)), metric, label)
     names = {name for r in run.records if r["split"] == "train" for name in r["values"]}
     rates = {

@@ -20,7 +20,7 @@ from cv_jax.models import build_model, compute_dtype
 from cv_jax.models.autoencoder import Autoencoder
 from cv_jax.models.layers import checked_widths
 from cv_jax.optim import ema_params
-from cv_jax.probes import check_unsupervised, make_probes, step_metrics
+from cv_jax.probes import NOTE, check_unsupervised, make_probes, step_metrics
 from cv_jax.spec import build_one, require
 from cv_jax.steps import make_steps
 from cv_jax.tasks import Task
@@ -150,7 +150,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             lambda state, batch: apply(state, batch["image"])[2]["pooled"], spec, loss=loss
         ),
         preview=view,
-        notes=[f"method  {config.method}", *steps.notes, *initial.notes],
+        notes=[f"method  {config.method}", NOTE, *steps.notes, *initial.notes],
         features=features,
         stages=steps.stages,
     )

@@ -21,7 +21,7 @@ from cv_jax.inputs import make_normalize, make_view, to_unit
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.models.layers import batch_norm, checked_widths, dense
 from cv_jax.optim import ema_params
-from cv_jax.probes import check_unsupervised, make_probes, step_metrics
+from cv_jax.probes import NOTE, check_unsupervised, make_probes, step_metrics
 from cv_jax.resizing import resize
 from cv_jax.spec import build_one, require
 from cv_jax.steps import make_steps
@@ -190,7 +190,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         train_step=steps.train_step,
         evals=make_probes(lambda state, batch: features(state, batch["image"])["pooled"], spec),
         preview=view,
-        notes=[f"method  {config.method}", *steps.notes, *initial.notes],
+        notes=[f"method  {config.method}", NOTE, *steps.notes, *initial.notes],
         features=features,
         stages=steps.stages,
     )
