@@ -3,7 +3,7 @@
     python train.py --config=configs/cifar10_simclr.py --workdir=runs/simclr
     python train.py --config=configs/cifar10_finetune.py
     python train.py --config=configs/cifar10_finetune.py --config.data.label_fraction=0.01
-    python train.py --config=configs/cifar10_finetune.py --config.data.label_fraction=0 --config.data.labels_per_class=10
+    python train.py --config=configs/cifar10_finetune.py --config.data.labels_per_class=10
 
 Its twin without the other network is configs/cifar10_few_labels.py.
 """

@@ -36,7 +36,7 @@ MAY_CHANGE = {
 }
 
 # The leaves in which runs of one experiment differ.
-SEED_KEYS = {"seed", "num_seeds"}
+SEED_KEYS = {"seed", "num_seeds", "data.label_seed"}
 
 
 def base_config() -> ml_collections.ConfigDict:

@@ -94,7 +94,7 @@ def make_probes(embed: Callable, spec: DataSpec, **more: Callable) -> dict[str, 
     return {"watch": Probe(embed, fit, score, WATCHED), "final": Probe(embed, fit, score)}
 
 
-NOTE = f"probes  accuracy: of the {NEIGHBOURS} nearest neighbours; linear_accuracy: of ridge regression"
+NOTE = "probes  accuracy is that of the nearest neighbours, linear_accuracy of ridge regression"
 
 
 def neighbour_votes(query: jax.Array, features: jax.Array, label: jax.Array, n: int) -> jax.Array:

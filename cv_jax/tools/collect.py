@@ -20,12 +20,15 @@ from cv_jax.errors import UserError
 from cv_jax.result import percent, summarize, write_json
 
 
+_METRICS = ("accuracy", "loss", "linear_accuracy", "feature_rank", "feature_spread")
+
+
 def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Joins the contents of result.json files, of one seed or several each.
 
     Returns:
-        Of test and val: accuracy and loss as `result.summarize` gives them, and count; the seconds
-        of all for each seed; and what all runs have in common.
+        Of test and val: _METRICS as `result.summarize` gives them, and count; the seconds of all
+        for each seed; and what all runs have in common.
 
     Raises:
         UserError: the runs differ in more than their seed, or come from different code.
@@ -44,7 +47,8 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if first[split]:
             record[split] = {
                 name: summarize([v for result in results for v in result[split][name]["values"]])
-                for name in ("accuracy", "loss")
+                for name in _METRICS
+                if name in first[split]
             }
             record[split]["count"] = first[split]["count"]
     record["seconds"] = {

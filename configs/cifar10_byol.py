@@ -1,0 +1,19 @@
+"""CIFAR-10 without labels: BYOL, as configs/cifar10_simclr.py but for how it learns.
+
+    python train.py --config=configs/cifar10_byol.py --workdir=runs/byol
+
+The teacher makes a step a third dearer, so that there are fewer of them. VICReg and Barlow Twins
+are one word away: --config.method=vicreg, --config.method=barlow_twins.
+"""
+
+import ml_collections
+
+from configs import cifar10_simclr
+from cv_jax.config import choose
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = cifar10_simclr.get_config()
+    config.method = "byol(momentum=0.99, projector=(512, 128), predictor=(512,))"
+    config.epochs = 15.0
+    return choose(config, arg)
