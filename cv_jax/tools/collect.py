@@ -19,7 +19,6 @@ from cv_jax.config import SEED_KEYS, differences
 from cv_jax.errors import UserError
 from cv_jax.result import percent, summarize, write_json
 
-
 _METRICS = ("accuracy", "loss", "linear_accuracy", "feature_rank", "feature_spread")
 
 
