@@ -43,6 +43,8 @@ _REMEDIES = (
 # So many steps in a row that every run has skipped stop the program. The number does not depend on
 # how steps fall into chunks and rows, which may be of one step.
 MAX_SKIPPED = 10
+# The spread of features, see `probes.spread_and_rank`, below which they say nothing of an image.
+COLLAPSED = 0.05
 
 
 class Log:
@@ -161,6 +163,9 @@ class Log:
                 self.line(
                     f"{skipped} of {num_steps} steps up to step {chunk.end} skipped: not finite"
                 )
+            for name, spread in zip(self._names, values.get("feature_spread", ()), strict=False):
+                if spread < COLLAPSED:
+                    self.line(f"{name}: its features collapse, all images look alike to it")
             self._window = _Window()
             means = {name: finite_mean(v) for name, v in values.items()}
             self._row = {"step": chunk.end, **{k: v for k, v in means.items() if not math.isnan(v)}}
