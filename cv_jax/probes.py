@@ -157,4 +157,4 @@ def spread_and_rank(features: jax.Array) -> tuple[jax.Array, jax.Array]:
     centered = features - features.mean(0, keepdims=True)
     cov = centered.T @ centered / m
     rank = jnp.trace(cov) ** 2 / jnp.maximum((cov**2).sum(), 1e-30)
-    return spread, rank
+    return spread, jnp.maximum(rank, 1)  # of a single point it is 0 / 0

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -64,6 +65,25 @@ class _StopAfter:
         pass
 
 
+def run_until(step, config, workdir):
+    """Runs a training that is asked to stop after the given step."""
+
+    class Log(train.Log):
+        seen = 0
+
+        def train(self, chunk, metrics):
+            super().train(chunk, metrics)
+            type(self).seen = chunk.end
+
+    with (
+        mock.patch.object(train, "Log", Log),
+        mock.patch.object(train, "StopRequest", lambda: _StopAfter(Log, step)),
+        pytest.raises(train.Stopped) as stopped,
+    ):
+        train.run(config, workdir)
+    assert stopped.value.exit_code == 143
+
+
 @pytest.mark.parametrize("several", [False, True], ids=["one run", "four runs from a stream"])
 def test_stop_in_the_middle_of_an_epoch_and_go_on(several, tiny_config, tmp_path, monkeypatch):
     if several:
@@ -76,21 +96,8 @@ def test_stop_in_the_middle_of_an_epoch_and_go_on(several, tiny_config, tmp_path
     now = itertools.count(2_000_000_000, -100)
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
     monkeypatch.setattr(time, "time_ns", lambda: next(now) * 10**9)
-    seen = train.Log
     for step in (6,) if several else (1, 6, 13):  # 5 steps an epoch; checkpoints are due every 4
-
-        class Log(seen):
-            seen = 0
-
-            def train(self, chunk, metrics):
-                super().train(chunk, metrics)
-                type(self).seen = chunk.end
-
-        monkeypatch.setattr(train, "Log", Log)
-        monkeypatch.setattr(train, "StopRequest", lambda s=step, log=Log: _StopAfter(log, s))
-        with pytest.raises(train.Stopped) as stopped:
-            train.run(tiny_config, stopping)
-        assert stopped.value.exit_code == 143
+        run_until(step, tiny_config, stopping)
     monkeypatch.undo()
     train.run(tiny_config, stopping)
     assert_same_run(whole, stopping)
