@@ -55,7 +55,7 @@ def flip(p: float = 0.5) -> Augment:
     require(lambda: 0 <= p <= 1, f"p={p} must lie in [0, 1]")
 
     def op(key, batch):
-        flipped = jax.random.bernoulli(key, p, batch["image"].shape[:1])
+        flipped = _happens(key, p, batch["image"].shape[:1])
         return {**batch, "image": _mirror(batch["image"], flipped)}
 
     return op
@@ -332,7 +332,7 @@ def color_jitter(
             turn = jax.random.uniform(hue_key, (len(image), 1, 1, 1), minval=-1, maxval=1)
             image = jnp.clip(_turn_hue(image, 2 * jnp.pi * hue * turn), 0, 1)
         if not _is_one(p):
-            changed = jax.random.bernoulli(p_key, p, (len(image), 1, 1, 1))
+            changed = _happens(p_key, p, (len(image), 1, 1, 1))
             image = jnp.where(changed, image, original)
         return {**batch, "image": image}
 
@@ -345,7 +345,7 @@ def grayscale(p: float = 0.2) -> Augment:
 
     def op(key, batch):
         image = batch["image"]
-        chosen = jax.random.bernoulli(key, p, (len(image), 1, 1, 1))
+        chosen = _happens(key, p, (len(image), 1, 1, 1))
         return {**batch, "image": jnp.where(chosen, _grey(image), image)}
 
     return op
@@ -487,6 +487,11 @@ def _integers(key, shape, count):
     """Uniform in 0, 1, ..., count - 1, for counts far below 2^23."""
     # jax.random.randint draws twice the bits: 5.7 us for a batch of 4 on the CPU, this 1.4 us.
     return (jax.random.uniform(key, shape) * count).astype(jnp.int32)
+
+
+def _happens(key, p, shape):
+    """Whether something of probability p, which may be a whole number, happens: bool."""
+    return jax.random.bernoulli(key, jnp.float32(p), shape)
 
 
 def _is_zero(number):

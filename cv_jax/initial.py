@@ -137,8 +137,9 @@ def take_over(
             note("skipped", path, skipped, "is there alone")
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        do = "parameter does" if len(problems) == 1 else "parameters do"
         raise UserError(
-            f"config.init_from={init_from!r}: {len(problems)} parameters do not fit: "
+            f"config.init_from={init_from!r}: {len(problems)} {do} not fit: "
             f"{shown}. Choose a subtree, as in RUN:backbone, or allow them by a regular "
             "expression, such as config.init_allow='head/.*'."
         )
@@ -178,16 +179,18 @@ def _read(init_from: str) -> tuple[str, dict[str, np.ndarray]]:
     except UserError as error:
         raise UserError(f"config.init_from={init_from!r}: {error}") from error
     arrays = jax.device_get(variables(as_evaluated(trained).state))
-    found = {}
+    found, parts = {}, set()
     for path, array in arrays.items():
         collection, _, name = path.partition("/")
+        if collection not in ("params", "batch_stats"):
+            continue  # a teacher has such in it, by other names
+        parts.add(name.partition("/")[0])
         if name.startswith(f"{subtree}/" if subtree else ""):
             found[f"{collection}/{name.removeprefix(f'{subtree}/')}"] = np.asarray(array)
     if not found:
-        parts = sorted({path.split("/")[1] for path in arrays})
         raise UserError(
             f"config.init_from={init_from!r}: the network in {run} has no part {subtree!r}."
-            f"{nearest(subtree, parts)} There are: {', '.join(parts)}."
+            f"{nearest(subtree, parts)} There are: {', '.join(sorted(parts))}."
         )
     return f"{trained.name} after step {int(trained.state.step):,}", found
 

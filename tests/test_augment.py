@@ -25,7 +25,8 @@ ONE_OF_EACH = {
     "translate": "translate(2)",
     "random_resized_crop": "random_resized_crop",
     "cutout": "cutout(4)",
-    "color_jitter": "color_jitter(0.4, 0.4, 0.4)",
+    "color_jitter": "color_jitter(0.4, 0.4, 0.4, 0.1, p=0.9)",
+    "grayscale": "grayscale(0.5)",
     "mixup": "mixup",
     "cutmix": "cutmix",
 }
@@ -173,6 +174,9 @@ def test_ops_run_in_order_each_with_its_own_key():
         ("cutout(-1)", "size=-1 must be a whole number of pixels, 0 to 4096"),
         ("cutout(8, 2)", "fill=2 must lie in [0, 1]"),
         ("color_jitter(0.1, 2)", "(0.1, 2, 0.0) must all lie in [0, 1]"),
+        ("color_jitter(hue=0.6)", "hue=0.6 must lie in [0, 0.5]"),
+        ("color_jitter(p=-0.1)", "p=-0.1 must lie in [0, 1]"),
+        ("grayscale(1.1)", "p=1.1 must lie in [0, 1]"),
         ("mixup(0)", "alpha=0 must lie in [0.001, 1e6]"),
         ("cutmix(-1)", "alpha=-1 must lie in [0.001, 1e6]"),
     ],
@@ -188,8 +192,8 @@ def test_bad_arguments_are_named(text, message):
 
 def test_flip_mirrors_columns():
     batch = make_batch(2, 3, 4, 3)
-    np.testing.assert_array_equal(images("flip(1.0)", batch), batch["image"][:, :, ::-1])
-    np.testing.assert_array_equal(images("flip(0.0)", batch), batch["image"])
+    np.testing.assert_array_equal(images("flip(1)", batch), batch["image"][:, :, ::-1])
+    np.testing.assert_array_equal(images("flip(0)", batch), batch["image"])
     np.testing.assert_array_equal(images("flip(1.0)|flip(1.0)", batch), batch["image"])
 
 
@@ -501,6 +505,88 @@ def test_color_jitter_equals_the_slow_reference(c):
         for image, f in zip(np.asarray(vivid["image"], np.float64), factors.T, strict=True)
     ]
     np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+# Of Y, I and Q, the luma and the colour differences of NTSC, from red, green and blue.
+YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+
+
+def slow_hue(image, turns):
+    """Images (b, h, w, 3) in double precision, each with I and Q turned by a share of a circle."""
+    y, i, q = np.moveaxis(np.asarray(image, np.float64) @ YIQ.T, -1, 0)
+    turned = (i + 1j * q) * np.exp(2j * np.pi * np.reshape(turns, (-1, 1, 1)))
+    back = np.stack([y, turned.real, turned.imag], -1) @ np.linalg.inv(YIQ).T
+    return np.clip(back, 0, 1)
+
+
+def turns_between(before, after):
+    """The turn of I and Q, a share of a circle for each image, from one batch to the other."""
+    i, q = np.moveaxis(np.stack([before, after]).astype(np.float64) @ YIQ.T, -1, 0)[1:]
+    before, after = i + 1j * q
+    return np.angle((after * before.conj()).sum((1, 2))) / (2 * np.pi)
+
+
+def test_hue_turns_the_colours_as_yiq_does_and_comes_last():
+    # Pale images, where nothing clips, give away the turns, which depend on the key alone.
+    pale = make_batch(image=np.random.default_rng(0).uniform(0.45, 0.55, (300, 5, 4, 3)))
+    vivid = make_batch(300, 5, 4, 3, seed=1)
+    out = images("color_jitter(hue=0.3)", pale)
+    turns = turns_between(pale["image"], out)
+    np.testing.assert_allclose(out, slow_hue(pale["image"], turns), atol=1e-6)
+    assert -0.3 - 1e-6 < turns.min() < -0.28
+    assert 0.28 < turns.max() < 0.3 + 1e-6
+    np.testing.assert_allclose(turns.mean(), 0, atol=0.04)  # four standard deviations
+    others = images("color_jitter(0.5, 0.4, 0.3)", vivid)
+    out = images("color_jitter(0.5, 0.4, 0.3, 0.3)", vivid)
+    np.testing.assert_allclose(out, slow_hue(others, turns), atol=1e-5)
+    brightness = images("color_jitter(0.5)", pale).mean((1, 2, 3)) / pale["image"].mean((1, 2, 3))
+    assert_unrelated(turns, brightness)
+
+
+def test_hue_of_no_turn_of_grey_and_of_one_channel():
+    image = make_batch(4, 5, 4, 3)["image"]
+    np.testing.assert_allclose(augment._turn_hue(image, jnp.float32(0)), image, atol=1e-6)
+    grey = make_batch(image=np.tile(np.random.default_rng(0).random((9, 5, 4, 1)), 3))
+    np.testing.assert_allclose(images("color_jitter(hue=0.5)", grey), grey["image"], atol=1e-6)
+    single = make_batch(4, 5, 4, 1)
+    np.testing.assert_array_equal(images("color_jitter(hue=0.5)", single), single["image"])
+
+
+def test_color_jitter_changes_an_image_with_probability_p():
+    batch = make_batch(4000, 1, 2, 3)
+    np.testing.assert_array_equal(images("color_jitter(1, 1, 1, 0.5, p=0)", batch), batch["image"])
+    every, some = images("color_jitter(0.4)", batch), images("color_jitter(0.4, p=0.5)", batch)
+    changed = np.any(some != batch["image"], axis=(1, 2, 3))
+    assert abs(changed.mean() - 0.5) < 0.032  # four standard deviations
+    np.testing.assert_array_equal(some[changed], every[changed])
+    brightness = every.mean((1, 2, 3)) / batch["image"].mean((1, 2, 3))
+    assert_unrelated(changed, brightness)
+
+
+# Of the code before hue and p, from "color_jitter(0.4, 0.3, 0.2)".
+GOLDEN = [
+    [[0.23295116, 0.34970143, 0.46645173], [0.6324501, 0.7492004, 0.86595064]],
+    [[0.13714409, 0.21556015, 0.2939762], [0.35320476, 0.43162084, 0.5100368]],
+]
+
+
+def test_color_jitter_without_hue_and_p_draws_what_it_did_before_they_came():
+    batch = make_batch(image=np.tile(np.arange(1, 7).reshape(1, 1, 2, 3) / 8, (2, 1, 1, 1)))
+    out = images("color_jitter(0.4, 0.3, 0.2)", batch)
+    np.testing.assert_allclose(out[:, 0], np.float32(GOLDEN), rtol=3e-7)  # two bits of rounding
+
+
+def test_grayscale_takes_the_colour_of_a_share_p():
+    batch = make_batch(4000, 1, 2, 3)
+    before, out = np.asarray(batch["image"]), images("grayscale(0.3)", batch)
+    changed = np.any(out != before, axis=(1, 2, 3))
+    assert abs(changed.mean() - 0.3) < 0.03  # four standard deviations
+    np.testing.assert_array_equal(out[~changed], before[~changed])
+    grey = np.broadcast_to(slow_grey(before[changed].astype(np.float64)), out[changed].shape)
+    np.testing.assert_allclose(out[changed], grey, atol=1e-6)
+    np.testing.assert_array_equal(images("grayscale(0)", batch), before)
+    single = make_batch(4, 5, 4, 1)
+    np.testing.assert_array_equal(images("grayscale(1)", single), single["image"])
 
 
 # --- Two examples in one ---

@@ -17,7 +17,17 @@ from PIL import Image
 from cv_jax.config import base_config
 from cv_jax.data import load_dataset
 from cv_jax.data.cache import cached
-from cv_jax.data.dataset import Split, Stored, histogram, hold_out, mean_and_std, stratified
+from cv_jax.data.dataset import (
+    Split,
+    Stored,
+    histogram,
+    hold_out,
+    limit_labels,
+    mean_and_std,
+    spec_from_json,
+    spec_to_json,
+    stratified,
+)
 from cv_jax.data.load import OWN
 from cv_jax.data.location import find_prepared, tfds_data_dir
 from cv_jax.data.tfrecord import crc32c, read_records
@@ -271,6 +281,120 @@ def test_limit_keeps_the_first_of_every_split():
     for ours, whole in zip(data[1:], everything[1:], strict=True):
         np.testing.assert_array_equal(ours.image, whole.image[:250])
         np.testing.assert_array_equal(ours.label, whole.label[:250])
+
+
+# ---- few labels
+
+
+def _lopsided():
+    """100, 60 and 20 training images of three classes in an order of chance, and 20 of val."""
+    label = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [111, 67, 22]))
+    image = random_images(200, (4, 3, 1))
+    stored = Stored(("ant", "bee", "cat"), Split(image, label), Split(image[:9], label[:9]))
+    return hold_out("x", stored._replace(histogram=histogram(image)), 20)
+
+
+def _limited(per_class=0, fraction=0.0, seed=0, keep=False):
+    return limit_labels(_lopsided(), per_class, fraction, seed, keep)
+
+
+def _places(data):
+    """Where in the train of `_lopsided` each image of train stood."""
+    place = {image.tobytes(): i for i, image in enumerate(_lopsided().train.image)}
+    return [place[image.tobytes()] for image in data.train.image]
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [
+        ({"per_class": 1}, [1, 1, 1]),
+        ({"per_class": 20}, [20, 20, 20]),
+        ({"fraction": 0.1}, [10, 6, 2]),
+        ({"fraction": 0.07}, [7, 4, 2]),  # 13 of 180: shares of 7.2, 4.3 and 1.4
+        ({"fraction": 1.0}, [100, 60, 20]),
+    ],
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_so_many_labels_of_each_class_are_left(amount, expected, keep):
+    whole, data = _lopsided(), _limited(**amount, keep=keep)
+    label = data.train.label
+    assert np.bincount(label[label >= 0]).tolist() == expected
+    num_unlabelled = 180 - sum(expected) if keep else 0
+    assert (label == -1).sum() == data.spec.num_unlabelled == num_unlabelled
+    assert data.spec.num_train == len(label) == len(data.train.image)
+    places = _places(data)
+    assert places == (list(range(180)) if keep else sorted(places))
+    known = label >= 0
+    np.testing.assert_array_equal(label[known], whole.train.label[places][known])
+    np.testing.assert_array_equal(data.spec.sample, data.train.image)
+    assert data.train.label.dtype == whole.train.label.dtype
+
+
+def test_all_but_train_is_as_with_all_labels():
+    whole, data = _lopsided(), _limited(per_class=2)
+    chex.assert_trees_all_equal(data[2:], whole[2:])
+    assert (data.spec.num_val, data.spec.num_test) == (20, 9)
+    np.testing.assert_array_equal(data.spec.mean, whole.spec.mean)
+    np.testing.assert_array_equal(data.spec.std, whole.spec.std)
+    whole, data = _lopsided(), _limited()
+    chex.assert_trees_all_equal(data.train, whole.train)
+
+
+@pytest.mark.parametrize("amount", [{"per_class": 5}, {"fraction": 0.1}])
+def test_the_seed_says_which_labels_are_left(amount):
+    first = _places(_limited(**amount))
+    assert _places(_limited(**amount)) == first
+    known = np.flatnonzero(_limited(**amount, keep=True).train.label >= 0)
+    assert known.tolist() == first
+    others = [_places(_limited(**amount, seed=seed)) for seed in (1, 2)]
+    assert first != others[0] != others[1] != first
+
+
+def test_a_subset_for_good():
+    assert _places(_limited(per_class=2)) == [9, 77, 80, 149, 160, 170]
+    assert _places(_limited(fraction=0.05, seed=3)) == [1, 52, 59, 73, 90, 98, 152, 158, 177]
+
+
+@pytest.mark.parametrize(
+    ("amount", "message"),
+    [
+        (
+            {"labels_per_class": 2, "label_fraction": 0.1},
+            "config.data.labels_per_class=2 and config.data.label_fraction=0.1: give one of them",
+        ),
+        ({"labels_per_class": 140}, "labels_per_class=140: the class '8' has only 139 training"),
+        ({"label_fraction": 0.0001}, "config.data.label_fraction=0.0001 leaves none of 1437"),
+    ],
+)
+def test_labels_that_there_are_not_are_named_by_their_key(amount, message):
+    with pytest.raises(UserError) as error:
+        load_dataset(config_of("digits", **amount))
+    assert message in str(error.value)
+
+
+def test_digits_with_few_labels():
+    amount = {"num_val": 200, "labels_per_class": 3, "label_seed": 1}
+    data = load_dataset(config_of("digits", **amount))
+    assert np.bincount(data.train.label).tolist() == [3] * 10
+    assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (30, 200, 360)
+    kept = load_dataset(config_of("digits", **amount, keep_unlabelled=True))
+    assert (kept.spec.num_train, kept.spec.num_unlabelled) == (1237, 1207)
+    known = kept.train.label >= 0
+    np.testing.assert_array_equal(kept.train.image[known], data.train.image)
+    np.testing.assert_array_equal(kept.train.label[known], data.train.label)
+    limited = load_dataset(config_of("digits", limit=100, label_fraction=0.5))
+    assert limited.spec.num_train == 50
+
+
+def test_facts_about_data_go_through_json_also_those_of_older_runs():
+    spec = _limited(per_class=2, keep=True).spec
+    values = json.loads(json.dumps(spec_to_json(spec)))
+    back = spec_from_json(values)
+    chex.assert_trees_all_equal(back._replace(sample=0), spec._replace(sample=0))
+    assert (back.num_unlabelled, back.num_classes) == (174, 3)
+    del values["num_unlabelled"]  # which runs before there was such a thing lack
+    older = spec_from_json(values)
+    chex.assert_trees_all_equal(older, back._replace(num_unlabelled=0))
 
 
 # ---- TFRecord
