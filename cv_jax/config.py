@@ -50,8 +50,8 @@ def base_config() -> ml_collections.ConfigDict:
     data.dir = ""  # where TFDS keeps its data; "": TFDS_DATA_DIR or ~/tensorflow_datasets
     data.num_val = 0  # examples held out of train, the same for every seed
     data.limit = 0  # only so many examples of each split; 0: all
-    data.labels_per_class = 0  # so many training examples of each class have labels; 0: all
-    data.label_fraction = 0.0  # or this share of all training examples has; 0: all
+    data.label_fraction = 0.0  # of the training examples have labels; 0: all
+    data.labels_per_class = 0  # so many of each class have labels instead, when above zero
     data.label_seed = 0  # which examples they are
     data.keep_unlabelled = False  # train on the others, too: for tasks without labels
     data.normalize = True  # to mean 0 and std 1 per channel of train; else [0, 1]

@@ -213,21 +213,16 @@ def limit_labels(
 
     Args:
         data: val and test stay as they are; so do mean and std.
-        per_class: so many examples of each class keep their labels; 0: look at `fraction`.
-        fraction: the share of all that keeps them; 0: all.
+        per_class: so many examples of each class keep their labels, when above zero.
+        fraction: else this share of all keeps them; 0: all.
         seed: another one chooses other examples.
         keep_unlabelled: whether the others stay in train, with the label -1.
 
     Raises:
-        UserError: both are given, a class has too few examples, or none keeps its label.
+        UserError: a class has too few examples, or none keeps its label.
     """
     if not per_class and not fraction:
         return data
-    if per_class and fraction:
-        raise UserError(
-            f"config.data.labels_per_class={per_class} and config.data.label_fraction={fraction}: "
-            "give one of them, and 0 for the other."
-        )
     image, label = data.train
     if per_class:
         sizes = np.bincount(label, minlength=data.spec.num_classes)
