@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from unittest import mock
 
 import jax
@@ -77,7 +78,7 @@ def run_until(step, config, workdir):
 
     with (
         mock.patch.object(train, "Log", Log),
-        mock.patch.object(train, "StopRequest", lambda: _StopAfter(Log, step)),
+        mock.patch.object(train, "StopRequest", partial(_StopAfter, Log, step)),
         pytest.raises(train.Stopped) as stopped,
     ):
         train.run(config, workdir)
