@@ -180,7 +180,7 @@ def _try(key, sweep, config, spec, batch):
     numbers = [numbers[0] for numbers in sweep.leaves[key].numbers]
     try:
         jax.eval_shape(program, numbers, batch)
-    except (jax.errors.JAXTypeError, UserError) as error:  # its values by themselves are right
+    except (TypeError, UserError) as error:  # its values by themselves are right
         raise _refusal(key, "it decides what the program is, not only a number in it") from error
 
 

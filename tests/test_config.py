@@ -31,6 +31,9 @@ from tests.conftest import ROOT
         ("--config=configs/digits.py --config.optim.lr=nan", r"lr=nan must be a finite number"),
         ("--config=configs/digits.py --config.optim.rules=((", r"rules='\(\(' must be a tuple"),
         ("--config=configs/digits.py --config.data.stream=2", r"stream='2' must be true or false"),
+        ("--config=configs/digits.py --config.init_form=x", r"'init_form'.*'init_from'"),
+        ("--config=configs/digits.py --config.label_seed=1", r"'label_seed'.*'data\.label_seed'"),
+        ("--config=configs/digits.py --config.data.label_fraction=all", r"='all' must be a finite"),
         ("--config=tests/conftest.py", r"tests/conftest\.py makes no config \(KeyError"),
     ],
 )
@@ -54,6 +57,8 @@ def test_a_right_command_line_passes(monkeypatch):
         *[("seed", -1), ("seed", 2**31), ("data.num_val", -3), ("optim.lr", 0.0)],
         *[("optim.momentum", -0.1), ("optim.weight_decay", -1e-9), ("optim.clip_norm", -1.0)],
         *[("optim.lr", math.inf), ("optim.ema", math.nan), ("optim.lr", 3.5e38)],
+        *[("data.labels_per_class", -1), ("data.label_seed", -1)],
+        *[("data.label_fraction", -0.1), ("data.label_fraction", 1.5)],
     ],
 )
 def test_values_out_of_range_name_their_key(key, value):
@@ -69,6 +74,8 @@ def test_values_out_of_range_name_their_key(key, value):
         *[("num_seeds", "two"), ("seed", True), ("optim.lr", "0.1"), ("data.stream", 1)],
         *[("log_every", "often"), ("optim.warmup", "2 hours"), ("optim.rules", (1,))],
         *[("sweep", ("optim.lr", (0.1, 0.2))), ("optim.groups.head", 3), ("optim.lrr", 0.1)],
+        *[("data.keep_unlabelled", 1), ("data.labels_per_class", 2.0), ("init_from", 1)],
+        *[("init_allow", ("head/.*",)), ("method", None)],
         *[("optim.groups.head.lr", -1.0), ("optim.groups.head.warmup", "often")],
     ],
 )

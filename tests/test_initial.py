@@ -53,7 +53,7 @@ def leave_run(workdir, config):
     def value(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.full(leaf.shape, 7, leaf.dtype)
-        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
 
     task = build(config)
     with plain_lax():

@@ -1,8 +1,11 @@
 """Several processes are one program: on the CPU they exchange by gloo."""
 
+import shutil
 import signal
 
+import chex
 import pytest
+from etils.epath import Path
 
 import train
 from benchmarks import processes as two
@@ -10,7 +13,9 @@ from configs.digits import get_config
 from cv_jax.errors import UserError
 from cv_jax.facts import of_data, of_program
 from cv_jax.processes import LOST, Largest, all_do, check_same, first_does, first_says, join, leave
+from cv_jax.trained import load_trained
 from tests.conftest import random_dataset
+from tests.test_initial import flat, leave_run, ssl_config
 
 SMALL = ("--config.model=n94(widths=(8,))",)
 
@@ -85,6 +90,22 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
     losses, alone = two.losses(workdir), two.losses(tmp_path / "alone")
     assert two.largest_difference(losses[:20], alone[:20]) < 1e-5
     assert two.largest_difference(losses, alone) < 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_another_run_and_keep_what_is_frozen(tmp_path):
+    backbone = flat(leave_run(tmp_path / "first", ssl_config()), "backbone")
+    arguments = ["--config=configs/digits.py:smoke", "--config.model=n94(widths=(8, 8))"]
+    arguments += [f"--config.init_from={tmp_path}/first:backbone", "--config.init_allow=head/.*"]
+    arguments += ["--config.optim.rules=(('head/.*', 'base'), ('.*', 'frozen'))"]
+    two.finish(tmp_path / "second", arguments, processes=2)
+    assert "loaded         18   2,440" in two.printed(tmp_path / "second", 0)
+    shutil.rmtree(tmp_path / "first")
+    tuned = load_trained(Path(tmp_path / "second"))
+    assert (int(tuned.state.step), tuned.result["steps"]) == (4, 4)
+    arrays = flat(tuned.state)
+    arrays.pop("params/head/kernel")
+    chex.assert_trees_all_equal(arrays, backbone)
 
 
 @pytest.mark.slow

@@ -82,6 +82,8 @@ def test_numbers_of_the_step_can_be_swept(config, key, values):
         ("optim__lrr", (1, 2), "no key 'optim.lrr'. Did you mean 'optim.lr'"),
         ("batch_size", (10, 20), "all runs of a program share it"),
         ("data__limit", (10, 20), "all runs of a program share it"),
+        ("data__label_seed", (0, 1), "config.data.label_seed cannot be swept: all runs of a"),
+        ("init_from", ("a", "b"), "config.init_from cannot be swept: all runs of a program share"),
         ("model", ("lenet", "n94"), "'lenet' is not a number"),
         ("model", ("n94(widths=(8, 8))", "n94(widths=(8, 4))"), "it decides what the program is"),
         ("optim__clip_norm", (0.0, 1.0), "it decides what the program is"),
@@ -99,6 +101,40 @@ def test_what_cannot_be_swept_says_why(config, key, values, message):
     with pytest.raises(UserError) as refused:
         _sweep(config, **{key: values})
     assert message in str(refused.value)
+
+
+@pytest.fixture
+def without_labels(config):
+    config.select = config.progressive_resizing = ""
+    config.augment = "translate(1)"
+    config.optim.rules = ((".*", "base"),)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("task", "methods"),
+    [
+        ("ssl", ("simclr(0.1, projector=(8,))", "simclr(0.5, projector=(8,))")),
+        ("ssl", ("byol(0.9, (8,), (8,))", "byol(0.99, (8,), (8,))")),
+        ("autoencoder", ("masked(4, 0.5, 8, (8,))", "masked(4, 0.75, 8, (8,))")),
+    ],
+)
+def test_numbers_of_a_method_can_be_swept(without_labels, task, methods):
+    without_labels.task, without_labels.method = task, methods[0]
+    assert len(_sweep(without_labels, method=methods).settings) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "methods"),
+    [
+        ("ssl", ("simclr(projector=(8,))", "simclr(projector=(4,))")),
+        ("autoencoder", ("masked(2, latent=8)", "masked(4, latent=8)")),
+    ],
+)
+def test_shapes_of_a_method_cannot_be_swept(without_labels, task, methods):
+    without_labels.task, without_labels.method = task, methods[0]
+    with pytest.raises(UserError, match=r"method cannot be swept: it decides what the program is"):
+        _sweep(without_labels, method=methods)
 
 
 def test_the_command_line():
