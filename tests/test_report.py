@@ -186,7 +186,7 @@ def test_an_unfinished_run_whose_data_are_gone(digits_run, tmp_path):
 
 @pytest.mark.slow
 def test_several_runs_stand_side_by_side(digits_run, tmp_path, monkeypatch):
-    def load(path):
+    def load(path, classifies):
         raise UserError(f"{path} & others have no network.")
 
     monkeypatch.setattr(examples, "load_trained", load)
