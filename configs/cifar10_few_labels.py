@@ -12,13 +12,13 @@ from cv_jax.config import base_config, choose
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base_config()
-    config.steps = 1000
+    config.steps = 300
     config.batch_size = 100
     config.model = "n94"
     config.augment = "flip|crop(4)|cutout(12)"
     config.label_smoothing = 0.2
     config.tta = "mirror_translate"
-    config.log_every = config.eval_every = config.checkpoint_every = "250 steps"
+    config.log_every = config.eval_every = config.checkpoint_every = "100 steps"
 
     config.data.name = "cifar10"
     config.data.label_fraction = 0.1

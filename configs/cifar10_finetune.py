@@ -5,47 +5,18 @@
     python train.py --config=configs/cifar10_finetune.py --config.data.label_fraction=0.01
     python train.py --config=configs/cifar10_finetune.py --config.data.labels_per_class=10
 
-Its twin without the other network is configs/cifar10_few_labels.py.
+All else is as in configs/cifar10_few_labels.py, which it is to be held against. Lower rates were
+worse on val: 74.2 % where these gave 81.9 %.
 """
 
 import ml_collections
 
-from cv_jax.config import base_config, choose
+from configs import cifar10_few_labels
+from cv_jax.config import choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    config = base_config()
+    config = cifar10_few_labels.get_config()
     config.init_from = "runs/simclr:backbone"
     config.init_allow = "head/.*"
-    config.steps = 1000
-    config.batch_size = 100
-    config.model = "n94"
-    config.augment = "random_resized_crop(scale=(0.4, 1.0))|flip|color_jitter(0.2, 0.2, 0.2)"
-    config.label_smoothing = 0.1
-    config.tta = "mirror_translate"
-    config.log_every = config.eval_every = config.checkpoint_every = "250 steps"
-
-    config.data.name = "cifar10"
-    config.data.label_fraction = 0.1
-
-    config.optim.name = "adamw"
-    config.optim.lr = 0.002
-    config.optim.lr_batch_size = 0
-    config.optim.weight_decay = 0.01
-    config.optim.warmup = "20 steps"
-    config.optim.rules = (
-        ("whiten/.*", "frozen"),
-        ("head/kernel", "head"),
-        (r".*/conv\d/kernel", "filters"),
-        (".*", "base"),
-    )
-    config.optim.groups = {
-        "head": {"lr": 0.02},
-        "filters": {
-            "name": "muon(ns_steps=3, normalize_weights=True)",
-            "lr": 0.02,
-            "momentum": 0.6,
-            "weight_decay": 0.0,
-        },
-    }
     return choose(config, arg)
