@@ -38,6 +38,7 @@ from cv_jax.models import MODELS
 from cv_jax.optim import OPTIMIZERS
 from cv_jax.schedules import SCHEDULES
 from cv_jax.selection import SELECTIONS
+from cv_jax.tasks import autoencoder, ssl
 from tests.conftest import ROOT
 
 BASE = (
@@ -86,6 +87,7 @@ _FUNCTIONS = {
     "augment": AUGMENTATIONS,
     "model": {name: MODELS[name] for name in ("n94", "lenet")},  # others compile for long
     "select": SELECTIONS,
+    "method": {**ssl.METHODS, **autoencoder.METHODS},
     "progressive_resizing": {"size": resizing.SIZES["size"]},
     "optim.name": OPTIMIZERS,
     "optim.schedule": SCHEDULES,
@@ -113,10 +115,17 @@ _RIGHT = {
     "data.dir": ("", "/nowhere"),
     "data.num_val": ("0", "1", "32", "1436", "1437", "-3"),
     "data.limit": ("0", "1", "15", "16", "17", "128"),
+    "data.labels_per_class": ("0", "1", "2", "1000", "-1"),
+    "data.label_fraction": ("0", "0.5", "1", "1e-9", "1.5"),
+    "data.label_seed": ("0", "1", "-1"),
+    "data.keep_unlabelled": ("true", "false"),
     "data.stream": ("true", "false"),
     "data.normalize": ("true", "false"),
     "seeds.mode": ("auto", "in_turn", "batched", "at_once"),
-    "task": ("classification", "clasification", "__init__", "os"),
+    "task": ("classification", "ssl", "autoencoder", "clasification", "__init__", "os"),
+    "init_from": ("", "/nowhere", "/nowhere:backbone", "configs", "a://b", ":", "gs:"),
+    "init_allow": ("", ".*", "head/.*", "(", "a{99999999999}"),
+    "init_anew": ("", ".*", "(?i)HEAD/.*", "["),
     "seed": ("0", "7", str(2**31 - 1), str(2**32)),
     "num_seeds": ("1", "2", "0", "10001"),
     "steps": ("1", "2", "3", "0"),
@@ -229,11 +238,32 @@ def _override(draw: st.DrawFn) -> str:
     return f"--config.{key}={text}"
 
 
-mutations = st.lists(
+@st.composite
+def _without_labels(draw: st.DrawFn) -> list[str]:
+    """A task without labels, a method that is its or nearly so, and what may stand beside it."""
+    task, methods = draw(
+        st.sampled_from((("ssl", ssl.METHODS), ("autoencoder", autoencoder.METHODS)))
+    )
+    method = draw(_call(methods))
+    right = ["--config.label_smoothing=0", "--config.optim.rules=(('.*', 'base'),)"]
+    more = draw(st.lists(_override(), max_size=1))
+    return [*right, f"--config.task={task}", f"--config.method={method}", *more]
+
+
+_overrides = st.lists(
     _override() | _override() | _override() | st.sampled_from(_OTHERS),
     min_size=1,
     max_size=3,
 )
+
+
+@st.composite
+def _mutation(draw: st.DrawFn) -> list[str]:
+    """One in four is of a task without labels."""
+    return draw(_without_labels() if draw(st.integers(0, 3)) == 3 else _overrides)
+
+
+mutations = _mutation()
 
 
 def call_train(arguments: Sequence[str]) -> tuple[int, str]:
