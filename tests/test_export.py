@@ -194,7 +194,9 @@ def test_averaged_parameters_are_what_a_file_has(tiny_config):
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
     average = jax.tree.map(jnp.ones_like, state.params)
     state = state.replace(opt_state=_with_average(state.opt_state, average))
-    network = as_evaluated(tool.Trained(config, spec, "seed=0", state, task.predict, None))
+    network = as_evaluated(
+        tool.Trained(config, spec, "seed=0", state, task.features, task.predict, None)
+    )
     assert network.config.optim.ema == 0
     assert network.config.dtype == "float32"
     jax.tree.map(np.testing.assert_array_equal, network.state.params, average)
