@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 def test_a_mutated_config_trains_or_is_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")  # what a process has cannot change
-    counts, offenders = mutations.run(examples=15, chosen_seed=0)
+    counts, offenders = mutations.run(examples=8, chosen_seed=0)
     assert not offenders, offenders
     assert counts["trained"]
     assert counts["refused"]
