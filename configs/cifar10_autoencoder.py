@@ -5,6 +5,8 @@
     python train.py --config=configs/cifar10_autoencoder.py --config.method="denoise(0.0, latent=2)"
 
 The last one hides nothing and has two numbers for an image: to reduce dimensions with.
+
+Not run at full length yet.
 """
 
 import ml_collections

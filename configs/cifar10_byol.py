@@ -2,8 +2,10 @@
 
     python train.py --config=configs/cifar10_byol.py --workdir=runs/byol
 
-The teacher makes a step a third dearer, so that there are fewer of them. VICReg and Barlow Twins
-are one word away: --config.method=vicreg, --config.method=barlow_twins.
+The teacher sees every view, too, so that a step is dearer and there are fewer of them. VICReg and
+Barlow Twins are one word away: --config.method=vicreg, --config.method=barlow_twins.
+
+Not run at full length yet.
 """
 
 import ml_collections

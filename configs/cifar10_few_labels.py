@@ -1,8 +1,10 @@
 """CIFAR-10 with few labels and nothing else: what configs/cifar10_finetune.py is held against.
 
-python train.py --config=configs/cifar10_few_labels.py
-python train.py --config=configs/cifar10_few_labels.py --config.data.label_fraction=0.01
-python train.py --config=configs/cifar10_few_labels.py --config.data.labels_per_class=10
+    python train.py --config=configs/cifar10_few_labels.py
+    python train.py --config=configs/cifar10_few_labels.py --config.data.label_fraction=0.01
+    python train.py --config=configs/cifar10_few_labels.py --config.data.labels_per_class=10
+
+Measured: 79.26 % of val with 10 % of the labels, one seed (results/README.md).
 """
 
 import ml_collections

@@ -5,6 +5,8 @@
 
 All labels serve; --config.data.labels_per_class=10 leaves ten of each class. Nothing but the head
 changes: normalisations keep their averages, too.
+
+Not run at full length yet.
 """
 
 import ml_collections

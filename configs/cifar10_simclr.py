@@ -1,11 +1,14 @@
-"""CIFAR-10 without labels: SimCLR on 50,000 images, in an hour of two CPU cores.
+"""CIFAR-10 without labels: SimCLR on 50,000 images, in 37 minutes of two CPU cores.
 
     python train.py --config=configs/cifar10_simclr.py --workdir=runs/simclr
     python train.py --config=configs/cifar10_finetune.py --config.init_from=runs/simclr:backbone
 
 The network is n94, and its filters are trained by Muon, as in configs/cifar10.py. Views are small,
-16 pixels a side, then 24: an image of a third of the pixels costs a third, and more images seen
-are worth more than larger ones. Accuracy is that of the 200 nearest neighbours.
+16 pixels a side, then 24: a step of the small ones costs two fifths, and more images seen are worth
+more than larger ones.
+
+Measured: 70.77 % of test by the 200 nearest neighbours, one seed, 0.303 PFLOP of training
+(results/cifar10_simclr.json).
 """
 
 import ml_collections

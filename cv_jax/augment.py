@@ -325,13 +325,13 @@ def color_jitter(
         original = image = batch["image"]
         draws = jax.random.uniform(key, (3, len(image), 1, 1, 1), minval=-1, maxval=1)
         for reach, draw, base in zip(reaches, draws, bases, strict=True):
-            if not _is_zero(reach):
+            if not _is_known_as(0, reach):
                 image = jnp.clip(_blend(base(image), image, 1 + reach * draw), 0, 1)
         hue_key, p_key = jax.random.split(key)
-        if image.shape[-1] == 3 and not _is_zero(hue):
+        if image.shape[-1] == 3 and not _is_known_as(0, hue):
             turn = jax.random.uniform(hue_key, (len(image), 1, 1, 1), minval=-1, maxval=1)
             image = jnp.clip(_turn_hue(image, 2 * jnp.pi * hue * turn), 0, 1)
-        if not _is_one(p):
+        if not _is_known_as(1, p):
             changed = _happens(p_key, p, (len(image), 1, 1, 1))
             image = jnp.where(changed, image, original)
         return {**batch, "image": image}
@@ -494,14 +494,9 @@ def _happens(key, p, shape):
     return jax.random.bernoulli(key, jnp.float32(p), shape)
 
 
-def _is_zero(number):
-    """Whether it is known to be; a swept number never is."""
-    return isinstance(number, int | float) and number == 0
-
-
-def _is_one(number):
-    """Whether it is known to be; a swept number never is."""
-    return isinstance(number, int | float) and number == 1
+def _is_known_as(value, number):
+    """Whether the number is known to be this value; a swept number never is."""
+    return isinstance(number, int | float) and number == value
 
 
 def _require_pixels(name, pixels, most):

@@ -62,16 +62,24 @@ def evaluation_flops(task: Task, spec: DataSpec, count: int) -> int:
     final = task.evals["final"]
     if not isinstance(final, Probe):
         return count * count_flops(final, state, batch)
-    learned = spec.num_train - spec.num_unlabelled
-    learned = min(learned, final.limit or learned)
-    feature = jax.eval_shape(final.embed, state, batch)
-    features = jax.ShapeDtypeStruct((learned, *feature.shape[1:]), feature.dtype)
-    label = jax.ShapeDtypeStruct((learned,), jnp.int32)
+    features, label = learned_from(final, spec, state, batch)
     fitted = jax.eval_shape(final.fit, features, label)
     return (
-        learned * count_flops(final.embed, state, batch)
+        len(label) * count_flops(final.embed, state, batch)
         + count_flops(final.fit, features, label)
         + count * count_flops(final.score, state, fitted, batch)
+    )
+
+
+def learned_from(
+    probe: Probe, spec: DataSpec, state: Any, batch: dict
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """The shapes that `probe.fit` is given: features (m, d) and labels (m,) of training images."""
+    m = min(spec.num_labelled, probe.limit or spec.num_labelled)
+    feature = jax.eval_shape(probe.embed, state, batch)
+    return (
+        jax.ShapeDtypeStruct((m, *feature.shape[1:]), feature.dtype),
+        jax.ShapeDtypeStruct((m,), jnp.int32),
     )
 
 

@@ -119,8 +119,7 @@ class Log:
         spec = self._spec
         shape = "x".join(map(str, spec.image_shape))
         self.line(f"workdir {self._workdir}")
-        labelled = spec.num_train - spec.num_unlabelled
-        known = f" ({labelled:,} with labels)" if spec.num_unlabelled else ""
+        known = f" ({spec.num_labelled:,} with labels)" if spec.num_unlabelled else ""
         self.line(
             f"data    {spec.name}: {spec.num_train:,} train{known}, {spec.num_val:,} val, "
             f"{spec.num_test:,} test; {shape}, {spec.num_classes} classes"

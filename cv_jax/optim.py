@@ -17,6 +17,7 @@ from cv_jax.muon import from_normalized_weights, scale_by_orthogonalization
 from cv_jax.schedules import make_schedule
 from cv_jax.spec import build_one, require
 from cv_jax.tables import align
+from cv_jax.update import TrainState
 
 Rate = Callable[[ArrayLike], jax.Array]  # step -> learning rate
 
@@ -359,6 +360,11 @@ def average_params(decay: float) -> optax.GradientTransformation:
         return updates, EmaState(average, count)
 
     return optax.GradientTransformation(init, update)
+
+
+def evaluated_params(config_optim: ml_collections.ConfigDict, state: TrainState) -> optax.Params:
+    """The parameters that evaluation uses: the averaged ones where `config.optim` asks for such."""
+    return ema_params(state.opt_state) if config_optim.ema > 0 else state.params
 
 
 def ema_params(opt_state: optax.OptState) -> optax.Params:

@@ -61,7 +61,9 @@ class Learned(NamedTuple):
     rank: jax.Array
 
 
-def make_probes(embed: Callable, spec: DataSpec, **more: Callable) -> dict[str, Probe]:
+def make_probes(
+    embed: Callable, spec: DataSpec, measure: Callable | None = None
+) -> dict[str, Probe]:
     """The evaluations "watch" and "final" of a task without labels.
 
     Metrics: accuracy, that of the k nearest neighbours, with top5, per_class_accuracy and
@@ -70,7 +72,8 @@ def make_probes(embed: Callable, spec: DataSpec, **more: Callable) -> dict[str, 
     Args:
         embed: (state, batch) -> features (b, d) float32.
         spec: of the data.
-        more: further metrics: name -> ((state, batch) -> (sum, count)).
+        measure: (state, batch) -> (those features, {metric: (sum, count)}), where the same pass
+            gives further metrics.
     """
     n = spec.num_classes
 
@@ -79,7 +82,8 @@ def make_probes(embed: Callable, spec: DataSpec, **more: Callable) -> dict[str, 
         return Learned(unit(features), label, *ridge(features, label, n), spread, rank)
 
     def score(state, learned, batch):
-        features, label, mask = embed(state, batch), batch["label"], batch["mask"]
+        features, more = measure(state, batch) if measure else (embed(state, batch), {})
+        label, mask = batch["label"], batch["mask"]
         votes = neighbour_votes(unit(features), learned.features, learned.label, n)
         linear = features @ learned.weights + learned.bias[None]
         count = mask.sum()
@@ -88,7 +92,7 @@ def make_probes(embed: Callable, spec: DataSpec, **more: Callable) -> dict[str, 
             "linear_accuracy": answer_metrics(linear, label, mask)["accuracy"],
             "feature_spread": (learned.spread * count, count),
             "feature_rank": (learned.rank * count, count),
-            **{name: metric(state, batch) for name, metric in more.items()},
+            **more,
         }
 
     return {"watch": Probe(embed, fit, score, WATCHED), "final": Probe(embed, fit, score)}

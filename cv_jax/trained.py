@@ -21,7 +21,7 @@ from cv_jax.config import base_config, check
 from cv_jax.data import DataSpec
 from cv_jax.data.dataset import spec_from_json
 from cv_jax.errors import UserError, first_line, nearest
-from cv_jax.optim import ema_params
+from cv_jax.optim import evaluated_params
 from cv_jax.runs import run_names, take_run
 from cv_jax.sweep import make_sweep, with_values
 from cv_jax.tasks import build_task
@@ -105,7 +105,7 @@ def as_evaluated(trained: Trained) -> Trained:
     an average, so that no state of an optimizer is needed.
     """
     config, spec, state = trained.config, trained.spec, trained.state
-    params = ema_params(state.opt_state) if config.optim.ema > 0 else state.params
+    params = evaluated_params(config.optim, state)
     config = with_values(config, _AS_EVALUATED)
     task = build_task(config, spec)
     return trained._replace(

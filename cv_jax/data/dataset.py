@@ -42,6 +42,11 @@ class DataSpec(NamedTuple):
     num_unlabelled: int = 0
 
     @property
+    def num_labelled(self) -> int:
+        """Examples of train whose label is known."""
+        return self.num_train - self.num_unlabelled
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 

@@ -19,7 +19,7 @@ from cv_jax.losses import squared_error
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.models.autoencoder import Autoencoder
 from cv_jax.models.layers import checked_widths
-from cv_jax.optim import ema_params
+from cv_jax.optim import evaluated_params
 from cv_jax.probes import NOTE, check_unsupervised, make_probes, step_metrics
 from cv_jax.spec import build_one, require
 from cv_jax.steps import make_steps
@@ -130,7 +130,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         return init_state(variables.pop("params"), variables, steps.tx)
 
     def apply(state, image):
-        params = ema_params(state.opt_state) if config.optim.ema > 0 else state.params
+        params = evaluated_params(config.optim, state)
         image = normalize(to_unit(image))
         return image, *model.apply({"params": params, **state.model_state}, image, train=False)
 
@@ -138,17 +138,16 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         _, drawn, features = apply(state, image)
         return {**features, "reconstruction": denormalize(drawn)}
 
-    def loss(state, batch):
-        image, drawn, _ = apply(state, batch["image"])
+    def measure(state, batch):
+        image, drawn, features = apply(state, batch["image"])
         values = squared_error(drawn, image, jnp.ones_like(image[..., :1]))
-        return (values * batch["mask"]).sum(), batch["mask"].sum()
+        loss = (values * batch["mask"]).sum(), batch["mask"].sum()
+        return features["pooled"], {"loss": loss}
 
     return Task(
         init=init,
         train_step=steps.train_step,
-        evals=make_probes(
-            lambda state, batch: apply(state, batch["image"])[2]["pooled"], spec, loss=loss
-        ),
+        evals=make_probes(lambda state, batch: measure(state, batch)[0], spec, measure),
         preview=view,
         notes=[f"method  {config.method}", NOTE, *steps.notes, *initial.notes],
         features=features,

@@ -15,7 +15,7 @@ from cv_jax.inputs import make_normalize, to_unit
 from cv_jax.losses import cross_entropy
 from cv_jax.metrics import classification_metrics
 from cv_jax.models import build_model, compute_dtype
-from cv_jax.optim import ema_params
+from cv_jax.optim import evaluated_params
 from cv_jax.resizing import resize
 from cv_jax.selection import make_select
 from cv_jax.steps import make_steps
@@ -39,7 +39,6 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     augment = make_augment(config.augment)
     normalize = make_normalize(spec, config.data.normalize)
     initial = make_initial(config, model, normalize, spec)
-    use_ema = config.optim.ema > 0
     find_tta(config.tta)  # a mistake in it shows here
     select = make_select(config.select)
     label_smoothing = config.label_smoothing
@@ -76,7 +75,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         return init_state(params, variables, steps.tx, last_loss_of=spec.num_train if select else 0)
 
     def predict(state, image, tta):
-        params = ema_params(state.opt_state) if use_ema else state.params
+        params = evaluated_params(config.optim, state)
 
         @jax.jit  # traced once for all views
         def apply(image):

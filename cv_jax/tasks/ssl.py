@@ -20,7 +20,7 @@ from cv_jax.initial import make_initial
 from cv_jax.inputs import make_normalize, make_view, to_unit
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.models.layers import batch_norm, checked_widths, dense
-from cv_jax.optim import ema_params
+from cv_jax.optim import evaluated_params
 from cv_jax.probes import NOTE, check_unsupervised, make_probes, step_metrics
 from cv_jax.resizing import resize
 from cv_jax.spec import build_one, require
@@ -179,7 +179,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         return init_state(params, variables, steps.tx)
 
     def features(state, image):
-        params = ema_params(state.opt_state) if config.optim.ema > 0 else state.params
+        params = evaluated_params(config.optim, state)
         variables = {"params": params, "batch_stats": state.model_state.get("batch_stats", {})}
         image = normalize(to_unit(image))
         z, pooled = model.apply(variables, image, train=False, method=Siamese.project)

@@ -52,11 +52,11 @@ from cv_jax.data import Dataset, DataSpec, Split, load_dataset
 from cv_jax.data.batches import STREAM_STEPS, SplitStream, stream_batches
 from cv_jax.errors import UserError, nearest
 from cv_jax.evaluate import padded_batches
-from cv_jax.flops import count_flops, step_flops
+from cv_jax.flops import count_flops, learned_from, step_flops
 from cv_jax.keys import derive_keys
 from cv_jax.mesh import batch_sharding, check_batch_size, make_mesh, replicated
 from cv_jax.result import write_json
-from cv_jax.tasks import build_task
+from cv_jax.tasks import Probe, build_task
 from cv_jax.tools import hlo
 
 
@@ -306,15 +306,20 @@ def training_cost(
 def evaluation_cost(
     config: ml_collections.ConfigDict, data: Dataset, chip: str, devices: list[jax.Device]
 ) -> dict[str, Any]:
-    """`cost` of the final evaluation of one batch."""
+    """`cost` of the final evaluation of one batch, by what a probe has learned."""
     mesh = make_mesh(devices=devices)
     task = build_task(config, data.spec)
     state = _placed(jax.eval_shape(task.init, jax.random.key(0)), replicated(mesh))
     size = min(config.eval_batch_size, data.spec.num_test)
     size = -(-size // mesh.size) * mesh.size
     (one,) = padded_batches(Split(*(array[:1] for array in data.test)), size)
-    evaluate = jax.jit(task.evals["final"])
-    return cost(evaluate, (state, _placed(one, batch_sharding(mesh))), 0, chip, mesh.size)
+    batch = _placed(one, batch_sharding(mesh))
+    final = task.evals["final"]
+    if not isinstance(final, Probe):
+        return cost(jax.jit(final), (state, batch), 0, chip, mesh.size)
+    fitted = jax.eval_shape(final.fit, *learned_from(final, data.spec, state, batch))
+    fitted = _placed(fitted, replicated(mesh))
+    return cost(jax.jit(final.score), (state, fitted, batch), 0, chip, mesh.size)
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:
