@@ -17,5 +17,5 @@ from cv_jax.config import choose
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = cifar10_simclr.get_config()
     config.method = "byol(momentum=0.99, projector=(512, 128), predictor=(512,))"
-    config.epochs = 15.0
+    config.epochs = 12.0
     return choose(config, arg)
