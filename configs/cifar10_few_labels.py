@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = "n94"
     config.augment = "flip|crop(4)|cutout(12)"
     config.label_smoothing = 0.2
-    config.tta = "mirror_translate"
+    config.tta = "mirror"
     config.log_every = config.eval_every = config.checkpoint_every = "100 steps"
 
     config.data.name = "cifar10"
