@@ -1,12 +1,17 @@
-"""CIFAR-10 with few labels, from a network that has learned without: 10 % of them, or less.
+r"""CIFAR-10 with few labels, from a network that has learned without: 10 % of them, or less.
 
     python train.py --config=configs/cifar10_simclr.py --workdir=runs/simclr
     python train.py --config=configs/cifar10_finetune.py
-    python train.py --config=configs/cifar10_finetune.py --config.data.label_fraction=0.01
-    python train.py --config=configs/cifar10_finetune.py --config.data.labels_per_class=10
+    python train.py --config=configs/cifar10_finetune.py --config.data.label_fraction=0.01 \
+        --config.optim.lr=0.01 --config.optim.groups.filters.lr=0.03
+    python train.py --config=configs/cifar10_finetune.py --config.data.labels_per_class=10 \
+        --config.steps=100 --config.optim.lr=0.005 --config.optim.groups.filters.lr=0.01
 
-All else is as in configs/cifar10_few_labels.py, which it is to be held against. The rates of both
-were chosen on val, with 10 % of the labels (results/README.md).
+All else is as in configs/cifar10_few_labels.py, which it is to be held against. Fewer labels want
+lower rates and a shorter training; these were chosen on val.
+
+Measured: with ten labels a class 52.15 % on test, 15.8 points more than from scratch (n = 5). On
+val, one seed: 66.14 % with 1 % of the labels, 82.62 % with 10 % (results/README.md).
 """
 
 import ml_collections

@@ -6,6 +6,9 @@
 The network is n94, and its filters are trained by Muon, as in configs/cifar10.py. Views are small,
 16 pixels a side, and 24 at the very end: a step of the small ones costs two fifths, and more images
 seen are worth more than larger ones.
+
+Measured: 71.95 % of test by the 200 nearest neighbours, one seed, 0.495 PFLOP of training
+(results/cifar10_simclr.json).
 """
 
 import ml_collections
