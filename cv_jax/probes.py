@@ -61,28 +61,28 @@ class Learned(NamedTuple):
     rank: jax.Array
 
 
-def make_probes(
-    embed: Callable, spec: DataSpec, measure: Callable | None = None
-) -> dict[str, Probe]:
+def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
     """The evaluations "watch" and "final" of a task without labels.
 
     Metrics: accuracy, that of the k nearest neighbours, with top5, per_class_accuracy and
     confusion as in classification; linear_accuracy; feature_spread and feature_rank.
 
     Args:
-        embed: (state, batch) -> features (b, d) float32.
+        measure: (state, batch) -> (features (b, d) float32, {metric: (sum, count)}), the latter
+            what the same pass of the network gives beside.
         spec: of the data.
-        measure: (state, batch) -> (those features, {metric: (sum, count)}), where the same pass
-            gives further metrics.
     """
     n = spec.num_classes
+
+    def embed(state, batch):
+        return measure(state, batch)[0]
 
     def fit(features, label):
         spread, rank = spread_and_rank(features)
         return Learned(unit(features), label, *ridge(features, label, n), spread, rank)
 
     def score(state, learned, batch):
-        features, more = measure(state, batch) if measure else (embed(state, batch), {})
+        features, more = measure(state, batch)
         label, mask = batch["label"], batch["mask"]
         votes = neighbour_votes(unit(features), learned.features, learned.label, n)
         linear = features @ learned.weights + learned.bias[None]

@@ -149,7 +149,7 @@ class Counted:
         label[::3] = -1
         self.data = data._replace(train=Split(data.train.image, label))
         self.embedded = 0  # batches, of all runs
-        probes = make_probes(self._embed, data.spec)
+        probes = make_probes(self._measure, data.spec)
         probes["watch"] = probes["watch"]._replace(limit=limit)
         task = Task(self._init, None, probes, None, [], None)
         config = _config(eval_batch_size)
@@ -164,10 +164,10 @@ class Counted:
     def _init(self, key):
         return init_state({"w": jax.random.normal(key, (64, 6))}, {}, optax.identity())
 
-    def _embed(self, state, batch):
+    def _measure(self, state, batch):
         jax.debug.callback(self._count)
         image = to_unit(batch["image"])
-        return image.reshape(len(image), -1) @ state.params["w"]
+        return image.reshape(len(image), -1) @ state.params["w"], {}
 
     def _count(self):
         self.embedded += 1

@@ -147,7 +147,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     return Task(
         init=init,
         train_step=steps.train_step,
-        evals=make_probes(lambda state, batch: measure(state, batch)[0], spec, measure),
+        evals=make_probes(measure, spec),
         preview=view,
         notes=[f"method  {config.method}", NOTE, *steps.notes, *initial.notes],
         features=features,

@@ -185,10 +185,13 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         z, pooled = model.apply(variables, image, train=False, method=Siamese.project)
         return {"pooled": pooled, "projection": z}
 
+    def measure(state, batch):
+        return features(state, batch["image"])["pooled"], {}
+
     return Task(
         init=init,
         train_step=steps.train_step,
-        evals=make_probes(lambda state, batch: features(state, batch["image"])["pooled"], spec),
+        evals=make_probes(measure, spec),
         preview=view,
         notes=[f"method  {config.method}", NOTE, *steps.notes, *initial.notes],
         features=features,
