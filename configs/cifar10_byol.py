@@ -18,4 +18,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = cifar10_simclr.get_config()
     config.method = "byol(momentum=0.99, projector=(512, 128), predictor=(512,))"
     config.epochs = 12.0
+    config.batch_size = 256
+    config.progressive_resizing = "size(16, until=0.95)"
     return choose(config, arg)
