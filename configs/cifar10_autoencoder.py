@@ -6,7 +6,8 @@
 
 The last one hides nothing and has two numbers for an image: to reduce dimensions with.
 
-Not run at full length yet.
+Measured on an H100, one seed, 0.110 PFLOP: a squared error of 0.358 on test, and 45.45 % of it by
+the 200 nearest neighbours (results/cifar10_autoencoder.json).
 """
 
 import ml_collections

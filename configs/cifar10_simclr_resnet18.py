@@ -7,7 +7,8 @@ The setting of lightly's CIFAR-10 benchmark (docs.lightly.ai, batch 128, 200 epo
 84.7 % accuracy of the 200 nearest neighbours for SimCLR, the best epoch on test. The same with
 --config.method="byol(0.99, projector=(1024, 256), predictor=(1024,))" is BYOL.
 
-Not run at full length yet.
+Measured on an H100, which saw 26,864 images a second: 190 of 200 epochs, then its time was over.
+They gave 80.76 % of val by 5,000 labelled images; the benchmark has 50,000 (results/README.md).
 """
 
 import ml_collections
