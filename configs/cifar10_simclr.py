@@ -6,7 +6,8 @@
 The network is n94, and its filters are trained by Muon, as in configs/cifar10.py. Views are small,
 16 pixels a side, and 24 for the last 30 %: a step of the small ones costs two fifths.
 
-Measured: not yet.
+Measured: 72.48 % of test by the 200 nearest neighbours, 72.36 % by ridge regression, one seed,
+0.473 PFLOP and 52 minutes of training (results/cifar10_simclr.json).
 """
 
 import ml_collections
