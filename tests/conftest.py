@@ -34,13 +34,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keeps decoded data and compiled programs of the tests away from the user's.
 
-    The workers of pytest-xdist, each in a folder of its own there, share it.
+    All workers of pytest-xdist share them. Decoded data and trained networks are made anew in every
+    run of the tests. Compiled programs are kept between runs in CV_JAX_TEST_CACHE, by default
+    ~/.cache/cv_jax/tests: XLA's key holds the program, the flags and the versions, so a changed
+    program is compiled again. An empty CV_JAX_TEST_CACHE keeps nothing.
     """
     base = tmp_path_factory.getbasetemp()
     directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     directory.mkdir(exist_ok=True)
     os.environ["CV_JAX_CACHE"] = str(directory)
-    jax.config.update("jax_compilation_cache_dir", str(directory / "xla"))
+    kept = os.environ.get("CV_JAX_TEST_CACHE", str(Path.home() / ".cache/cv_jax/tests"))
+    compiled = str(Path(kept or directory) / "xla")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled  # for the programs that tests start
+    jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
 
