@@ -128,7 +128,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         if result := finished_result(workdir, int(state.step), intervals.total):
             return result
 
-        write_environment(workdir)
+        first_does(partial(write_environment, workdir, goes_on=bool(restored)))
         train_chunk = compile_train_chunk(
             programs.train_chunk, runs.own, state, batches, runs.mesh, clock
         )

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cv_jax.paths import expand
 from cv_jax.result import git_commit, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ def make_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
 def save(name: str, args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Writes the record of a benchmark to the file that --out names, if it names one."""
     if args.out:
-        write_json(Path(args.out), record(name, vars(args), results))
+        write_json(Path(expand(args.out)), record(name, vars(args), results))
         print(f"written {args.out}")
 
 

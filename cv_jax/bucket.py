@@ -12,16 +12,17 @@ import fsspec
 from etils.epath import Path
 
 from cv_jax.errors import UserError
+from cv_jax.paths import expand
 
 # How old a file that grows may be in a bucket, where each addition writes all of it again.
 REWRITE_SECONDS = 60
 
 
 def work_directory(name: str) -> Path:
-    """The directory of this name: gs://BUCKET/PATH in a bucket, any other on a disk.
+    """Returns the directory of this name: gs://BUCKET/PATH in a bucket, any other on a disk.
 
     Raises:
-        UserError: it is another kind of place, or gcsfs is not installed.
+        UserError: it is another kind of place, gcsfs is not installed, or ~ is not known.
     """
     kind, found, _ = name.partition("://")
     if found and kind != "gs":
@@ -30,7 +31,7 @@ def work_directory(name: str) -> Path:
         raise UserError(f"{name} needs a package more: pip install gcsfs")
     if found:  # TensorStore and other processes write there too, which a cache would not see
         fsspec.config.conf["gcs"] = {"use_listings_cache": False}
-    return Path(name)
+    return Path(expand(name))
 
 
 def in_bucket(path: Path) -> bool:

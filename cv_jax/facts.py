@@ -13,6 +13,7 @@ from etils import epath
 from cv_jax.config import flatten
 from cv_jax.data import Dataset
 from cv_jax.result import PACKAGES
+from cv_jax.startup import number_variables
 
 
 def of_program(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def of_program(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[s
     return {
         "code (a digest of train.py and cv_jax)": digest[:16],
         **{f"version of {name}": metadata.version(name) for name in PACKAGES},
+        **{f"environment variable {k}": value for k, value in number_variables().items()},
         "--workdir": str(workdir),
         **{f"config.{key}": value for key, value in flatten(config).items()},
     }

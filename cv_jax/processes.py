@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cv_jax.errors import UserError, first_line
+from cv_jax.startup import check_platform
 
 # After how long without a sign of life a process counts as dead, and how long one that has ended
 # waits for the others to end: together less than a minute until all know.
@@ -41,7 +42,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             Open MPI says counts. Where they say nothing, the process stays alone.
 
     Raises:
-        UserError: only some of the three are given, or they make no sense here. Where not all
+        UserError: only some of the three are given, they make no sense here, or JAX cannot use
+            the platform that it is asked for. Where not all
             processes have come after five minutes, the runtime aborts this one, and says why.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -76,6 +78,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f"The processes cannot meet at --coordinator={coordinator} ({first_line(error)}); "
             "is its port free on the first process's host?"
         ) from error
+    check_platform()
     if jax.process_count() > 1:
         # Where another one hangs, the runtime aborts this one and says why; a stack says nothing.
         faulthandler.disable()
@@ -177,7 +180,8 @@ def _maximum() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
 
 def leave(code: int) -> NoReturn:
     """Ends this process; one of several without the others, which may not be about to end."""
-    if jax.process_count() == 1:
+    # Counting needs devices, which are not there where JAX_PLATFORMS is wrong.
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,6 +21,7 @@ from cv_jax.data.dataset import spec_to_json
 from cv_jax.errors import UserError
 from cv_jax.evaluate import means
 from cv_jax.loop import CLOCKS
+from cv_jax.startup import num_cores, number_variables
 
 # Of which result.json has the confusion matrix.
 MOST_CLASSES = 100
@@ -100,13 +101,31 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "device": device_name(),
+        "cores": num_cores(),
+        "variables": number_variables(),
     }
 
 
-def write_environment(workdir: epath.Path) -> None:
-    """Writes env.json; of a run that goes on, the newest start's counts."""
-    if jax.process_index() == 0:
-        write_json(workdir / "env.json", environment())
+def write_environment(workdir: epath.Path, goes_on: bool = False) -> None:
+    """Writes env.json; of a run that goes on, the newest start's counts.
+
+    Raises:
+        UserError: the run goes on, and an environment variable that changes numbers has another
+            value than at its last start.
+    """
+    path, here = workdir / "env.json", environment()
+    try:
+        there = json.loads(path.read_text())["variables"] if goes_on else {}
+    except (OSError, ValueError, KeyError, TypeError):  # of older code, or damaged
+        there = {}
+    for name, value in here["variables"].items():
+        if there.get(name, value) != value:
+            raise UserError(
+                f"The environment variable {name} is {value!r} and was {there[name]!r} when the "
+                f"run in {workdir} was last started, which can change its numbers: set it as it "
+                "was, or choose another --workdir."
+            )
+    write_json(path, here)
 
 
 def write_data(workdir: epath.Path, spec: DataSpec) -> None:

@@ -19,6 +19,8 @@ from configs import digits
 from cv_jax.config import base_config
 from cv_jax.data import Dataset, DataSpec, Split
 from cv_jax.ops import plain_lax
+from cv_jax.paths import expand
+from cv_jax.startup import cache_dir
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -36,14 +38,15 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     All workers of pytest-xdist share them. Decoded data and trained networks are made anew in every
     run of the tests. Compiled programs are kept between runs in CV_JAX_TEST_CACHE, by default
-    ~/.cache/cv_jax/tests: XLA's key holds the program, the flags and the versions, so a changed
+    `cache_dir()`/tests: XLA's key holds the program, the flags and the versions, so a changed
     program is compiled again. An empty CV_JAX_TEST_CACHE keeps nothing.
     """
     base = tmp_path_factory.getbasetemp()
     directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     directory.mkdir(exist_ok=True)
+    kept = os.environ.get("CV_JAX_TEST_CACHE")
+    kept = str(cache_dir() / "tests") if kept is None else expand(kept)
     os.environ["CV_JAX_CACHE"] = str(directory)
-    kept = os.environ.get("CV_JAX_TEST_CACHE", str(Path.home() / ".cache/cv_jax/tests"))
     compiled = str(Path(kept or directory) / "xla")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled  # for the programs that tests start
     jax.config.update("jax_compilation_cache_dir", compiled)
@@ -54,7 +57,7 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cifar10_dir() -> Path:
     """The directory of a prepared CIFAR-10; skips where TFDS_DATA_DIR has none."""
-    directory = Path(os.environ.get("TFDS_DATA_DIR", ""))
+    directory = Path(expand(os.environ.get("TFDS_DATA_DIR", "")))
     if not (directory / "cifar10").is_dir():
         pytest.skip("TFDS_DATA_DIR holds no prepared cifar10")
     return directory

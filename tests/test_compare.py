@@ -75,8 +75,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "a" / "result.json").write_text(json.dumps(_run([0.5, 0.6])))
     (tmp_path / "b.json").write_text(json.dumps(_run([0.7])))
     out = tmp_path / "out.json"
+    monkeypatch.setenv("HOME", str(tmp_path))
     names = [str(tmp_path / "a"), str(tmp_path / "b.json")]
-    monkeypatch.setattr(sys, "argv", ["compare", *names, f"--out={out}"])
+    monkeypatch.setattr(sys, "argv", ["compare", *names, "--out=~/out.json"])
     compare.main()
     assert json.loads(out.read_text())["runs"][names[1]]["n"] == 1
     assert "nothing can be said of chance" in capsys.readouterr().out

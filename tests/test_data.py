@@ -503,6 +503,9 @@ def test_tfds_data_dir_comes_after_the_config(tmp_path, monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert tfds_data_dir("") == tmp_path / "tensorflow_datasets"
+    assert tfds_data_dir("~/data") == tmp_path / "data"
+    with pytest.raises(UserError, match="home directory ~nobody-here .* --config.data.dir name"):
+        tfds_data_dir("~nobody-here/data")
 
 
 def test_the_highest_version_is_found(tmp_path):

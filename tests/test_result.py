@@ -6,7 +6,8 @@ import math
 import pytest
 
 from cv_jax.errors import UserError
-from cv_jax.result import environment, finished_result, summarize, write_json
+from cv_jax.result import environment, finished_result, summarize, write_environment, write_json
+from cv_jax.startup import num_cores
 
 
 def test_statistics_of_five_seeds():
@@ -33,6 +34,22 @@ def test_environment_names_versions_and_device():
     got = environment()
     assert got["packages"].keys() >= {"jax", "flax", "optax"}
     assert "cpu" in got["device"]
+    assert got["cores"] == num_cores()
+
+
+def test_a_run_goes_on_with_the_variables_that_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    write_environment(tmp_path)
+    monkeypatch.setenv("NPROC", "3")
+    with pytest.raises(UserError, match="NPROC is '3' and was '2' when the run in .* set it as it"):
+        write_environment(tmp_path, goes_on=True)
+    assert json.loads((tmp_path / "env.json").read_text())["variables"]["NPROC"] == "2"
+    monkeypatch.setenv("NPROC", "2")
+    write_environment(tmp_path, goes_on=True)
+    (tmp_path / "env.json").write_text("{}")  # of older code
+    monkeypatch.setenv("NPROC", "3")
+    write_environment(tmp_path, goes_on=True)
+    assert json.loads((tmp_path / "env.json").read_text())["variables"]["NPROC"] == "3"
 
 
 def test_a_run_is_finished_at_its_last_step_with_a_result(tmp_path):

@@ -5,11 +5,24 @@ import os
 import re
 from pathlib import Path
 
+from cv_jax.errors import UserError
+from cv_jax.paths import expand
+
 
 def tfds_data_dir(config_dir: str) -> Path:
-    """`config_dir` where that is set, else TFDS_DATA_DIR, else TFDS's ~/tensorflow_datasets."""
+    """Returns `config_dir` where it is set, else TFDS_DATA_DIR, else TFDS's ~/tensorflow_datasets.
+
+    Raises:
+        UserError: the directory is below a home directory that is not known.
+    """
     chosen = config_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(chosen).expanduser().absolute()
+    try:
+        return Path(expand(chosen)).absolute()
+    except UserError as error:
+        raise UserError(
+            f"The data sets of TFDS have no place: {error} Or let TFDS_DATA_DIR or "
+            "--config.data.dir name a directory."
+        ) from error
 
 
 def find_prepared(name: str, data_dir: Path) -> Path | None:

@@ -36,7 +36,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +54,7 @@ from cv_jax.evaluate import padded_batches
 from cv_jax.flops import count_flops, learned_from, step_flops
 from cv_jax.keys import derive_keys
 from cv_jax.mesh import batch_sharding, check_batch_size, make_mesh, replicated
+from cv_jax.paths import path_argument
 from cv_jax.result import write_json
 from cv_jax.tasks import Probe, build_task
 from cv_jax.tools import hlo
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--topology", required=True, help="v5e, v5e:2x4, v5p:2x2x1, ...")
     parser.add_argument("--scaling", action="store_true", help="compare with one chip")
     add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--out", type=path_argument, help="a JSON file to write")
     arguments, rest = parser.parse_known_args()
     try:
         prepare_compiler()

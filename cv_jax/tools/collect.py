@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -17,6 +16,7 @@ from etils import epath
 from cv_jax.bucket import work_directory
 from cv_jax.config import SEED_KEYS, differences
 from cv_jax.errors import UserError
+from cv_jax.paths import path_argument
 from cv_jax.result import percent, summarize, write_json
 
 _METRICS = ("accuracy", "loss", "linear_accuracy", "feature_rank", "feature_spread")
@@ -74,7 +74,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", help="work directories")
-    parser.add_argument("--out", required=True, type=Path, help="the JSON file to write")
+    parser.add_argument("--out", required=True, type=path_argument, help="the JSON file to write")
     arguments = parser.parse_args()
     try:
         record = collect([_read(work_directory(run) / "result.json") for run in arguments.runs])

@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from scipy import stats
 from cv_jax.bucket import work_directory
 from cv_jax.config import SEED_KEYS, differences
 from cv_jax.errors import UserError
+from cv_jax.paths import path_argument
 from cv_jax.result import summarize, write_json
 
 ALPHA, POWER = 0.05, 0.8  # of the test that `seeds_to_see` plans
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="work directories or records")
     parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--metric", default="accuracy")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--out", type=path_argument, help="a JSON file to write")
     arguments = parser.parse_args()
     try:
         paths = dict.fromkeys(map(work_directory, arguments.runs))

@@ -11,6 +11,7 @@ network predicts: exit code 1 where it does not. It needs `pip install -r requir
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,8 +24,9 @@ from cv_jax.errors import UserError, first_line
 from cv_jax.evaluate import TTA
 from cv_jax.export.card import make_card, to_markdown
 from cv_jax.export.formats import FORMATS, Predict, check_packages, read
+from cv_jax.paths import path_argument
 from cv_jax.result import environment, percent, write_json
-from cv_jax.startup import prepare_jax
+from cv_jax.startup import check_platform, prepare_jax
 from cv_jax.sweep import with_values
 from cv_jax.tasks import build_task
 from cv_jax.trained import Trained, as_evaluated, load_trained, read_json
@@ -88,7 +90,7 @@ def compare(ours: Predict, theirs: Predict, split: Split, batch_size: int) -> di
     }
 
 
-def record(path: epath.Path, name: str, report: dict[str, Any], trained: Trained) -> None:
+def record(path: Path, name: str, report: dict[str, Any], trained: Trained) -> None:
     """Puts the comparison of a format into a JSON file that may have those of others."""
     records = read_json(path) if path.exists() else {}
     made_with = {
@@ -117,7 +119,7 @@ def main() -> None:
     parser.add_argument("--run", default="", help="its name; default: the first seed of the best")
     parser.add_argument("--tta", choices=tuple(TTA), help="default: as the run was evaluated")
     parser.add_argument("--out", help="default: WORKDIR/export/model.FORMAT")
-    parser.add_argument("--record", type=epath.Path, help="a JSON file to add the comparison to")
+    parser.add_argument("--record", type=path_argument, help="a JSON file to add the comparison to")
     arguments = parser.parse_args()
     try:
         sys.exit(run(arguments))
@@ -129,6 +131,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exports as the command line says; returns the exit code."""
     prepare_jax()
+    check_platform()
     name = arguments.format
     check_packages(name)
     workdir = work_directory(arguments.workdir)

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cv_jax.errors import UserError
+from cv_jax.paths import path_argument
 from cv_jax.result import percent
 
 
@@ -90,8 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("records", nargs="+", type=Path)
-    parser.add_argument("--out", required=True, type=Path, help="the PNG file to write")
+    parser.add_argument("records", nargs="+", type=path_argument)
+    parser.add_argument("--out", required=True, type=path_argument, help="the PNG file to write")
     arguments = parser.parse_args()
     try:
         points = [read_point(path) for path in arguments.records]

@@ -28,7 +28,8 @@ from cv_jax.bucket import work_directory
 from cv_jax.errors import UserError
 from cv_jax.evaluate import find_tta
 from cv_jax.images import read_image
-from cv_jax.startup import num_cores, prepare_jax
+from cv_jax.paths import path_argument
+from cv_jax.startup import check_platform, num_cores, prepare_jax
 from cv_jax.trained import load_trained, make_classify
 
 # Images that are classified at once, while as many are read.
@@ -128,8 +129,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", nargs="*", type=Path, help="image files")
-    parser.add_argument("--dir", type=Path, help="a directory whose files are images, too")
+    parser.add_argument("images", nargs="*", type=path_argument, help="image files")
+    parser.add_argument("--dir", type=path_argument, help="a directory whose files are images, too")
     parser.add_argument("--workdir", required=True, help="of the run that trained the network")
     parser.add_argument("--run", default="", help="one of several in it, such as seed=3")
     parser.add_argument("--tta", help="views of an image; the config's where this is not given")
@@ -144,6 +145,7 @@ def main() -> None:
     try:
         files = find_files(arguments.images, arguments.dir)
         prepare_jax()
+        check_platform()
         trained = load_trained(work_directory(arguments.workdir), arguments.run)
         tta = trained.config.tta if arguments.tta is None else arguments.tta
         find_tta(tta)

@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 
 from cv_jax.bucket import work_directory
 from cv_jax.errors import UserError, first_line
+from cv_jax.paths import path_argument
 from cv_jax.plot import STYLE
 from cv_jax.report.page import build_page
 from cv_jax.report.picture import to_svg
 from cv_jax.report.run import read_run
-from cv_jax.startup import prepare_jax
+from cv_jax.startup import check_platform, prepare_jax
 
 
 def report(runs: list[str], out: Path, images: int = 2000, png: Path | None = None) -> None:
@@ -62,14 +63,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="work directories")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
-    parser.add_argument("--png", type=Path, help="a directory for the plots as PNG files")
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("report.html"), help="the page to write"
+    )
+    parser.add_argument("--png", type=path_argument, help="a directory for the plots as PNG files")
     parser.add_argument("--images", type=int, default=2000, help="test images to look at")
     arguments = parser.parse_args()
     if arguments.images < 1:
         parser.error("--images must be 1 or more")
-    prepare_jax()
     try:
+        prepare_jax()
+        check_platform()
         report(arguments.runs, arguments.out, arguments.images, arguments.png)
     except UserError as error:
         print(f"report: {error}", file=sys.stderr)

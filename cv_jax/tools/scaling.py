@@ -12,13 +12,13 @@ import argparse
 import importlib.metadata
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 
 from cv_jax.errors import UserError
+from cv_jax.paths import path_argument
 from cv_jax.result import git_commit, write_json
 from cv_jax.tools import aot
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--topologies", nargs="+", required=True, help="v5e:2x4 v5e:8x8 ...")
     parser.add_argument("--images_per_chip", nargs="+", type=int, required=True)
     aot.add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--out", type=path_argument, help="a JSON file to write")
     arguments, rest = parser.parse_known_args()
     try:
         aot.prepare_compiler()

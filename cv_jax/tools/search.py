@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cv_jax.errors import UserError
+from cv_jax.paths import path_argument
 from cv_jax.result import percent
 from cv_jax.spec import build_one
 
@@ -182,7 +183,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="as for train.py")
-    parser.add_argument("--dir", required=True, type=Path, help="of the study and its trials")
+    parser.add_argument(
+        "--dir", required=True, type=path_argument, help="of the study and its trials"
+    )
     parser.add_argument("--space", required=True, nargs="+", help="KEY=log(LOW, HIGH) and the like")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=1, help="of each trial")

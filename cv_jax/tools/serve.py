@@ -44,7 +44,7 @@ from cv_jax.errors import UserError
 from cv_jax.evaluate import find_tta
 from cv_jax.images import read_image
 from cv_jax.saliency import by_depth, explain
-from cv_jax.startup import prepare_jax
+from cv_jax.startup import check_platform, prepare_jax
 from cv_jax.stopping import Stopped, raise_when_signalled
 from cv_jax.trained import Trained, load_trained
 
@@ -313,6 +313,7 @@ def main() -> None:
     raise_when_signalled()
     try:
         prepare_jax()
+        check_platform()
         trained = load_trained(work_directory(arguments.workdir), arguments.run)
         tta = trained.config.tta if arguments.tta is None else arguments.tta
         find_tta(tta)
