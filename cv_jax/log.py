@@ -194,7 +194,10 @@ class Log:
             for name, pair in metrics.items()
         }
         loss = _divide(*rows["loss"])
-        self._watch(chunk.start, loss, skipped=rows["loss"][1] == 0)
+        # A step that counts no example has no loss either, and has not diverged.
+        finite = np.isfinite(rows["loss"][0])
+        skipped = rows["skipped"][0] > 0 if "skipped" in rows else np.zeros(loss.shape, bool)
+        self._watch(chunk.start, finite, skipped)
         num_images = chunk.num_steps * self._batch_size * len(self._names)
         self._window.add(rows, num_images, seconds)
         self._bar.set_postfix_str(
@@ -204,10 +207,13 @@ class Log:
         )
         self._bar.update(chunk.num_steps)
 
-    def _watch(self, start: int, loss: np.ndarray, skipped: np.ndarray) -> None:
-        """Looks for runs that diverge in losses (r, k) from step `start` on; an error if all do.
+    def _watch(self, start: int, finite: np.ndarray, skipped: np.ndarray) -> None:
+        """Raises UserError where all runs diverge, or all skip many steps in a row.
 
-        A skipped step has no loss. One of many in a row, of all runs, is an error.
+        Args:
+            start: steps before those that are looked at.
+            finite: (r, k), whether the sum of the losses is finite; that of a skipped step is 0.
+            skipped: (r, k), whether `update.skip_nonfinite` left the step out.
         """
         for step, at_step in enumerate(skipped.T, start + 1):
             self._skipped_in_a_row = (self._skipped_in_a_row + 1) * at_step
@@ -217,7 +223,6 @@ class Log:
                     f"({self._epoch(step)}) were all skipped: their loss or what they made of the "
                     f"state was not finite. {_REMEDIES}."
                 )
-        finite = np.isfinite(loss) | skipped
         for run in np.flatnonzero(~finite.all(axis=1)):
             if run in self._diverged:
                 continue

@@ -80,6 +80,15 @@ def test_a_row_is_the_mean_over_its_steps(make_log, tmp_path, capsys):
     assert events["val/accuracy", 2].simple_value == 0.25
 
 
+def test_steps_that_count_nothing_are_no_skipped_and_no_diverged_ones(make_log, tmp_path, capsys):
+    nothing = {"loss": (np.zeros((1, 14)), np.zeros((1, 14)))}
+    with make_log() as log:
+        log.train(Chunk(0, 14, True, False, False), nothing)
+    (record,) = _records(tmp_path)
+    assert list(record["values"]) == ["images_per_second"]
+    assert "skipped" not in capsys.readouterr().out
+
+
 def test_a_resumed_log_forgets_the_steps_after_the_checkpoint(make_log, tmp_path):
     with make_log() as log:
         for step in (2, 4, 6):
