@@ -1,6 +1,7 @@
 """An exported network predicts what it predicted in its run, and its file says what it is."""
 
 import argparse
+import io
 import json
 import pickle
 import re
@@ -14,18 +15,21 @@ import numpy as np
 import pytest
 from etils.epath import Path
 from jax import export, lax
+from PIL import Image
 
 from cv_jax.data import load_dataset
 from cv_jax.errors import UserError
 from cv_jax.evaluate import find_tta
-from cv_jax.export.card import make_card, to_markdown
+from cv_jax.export.card import make_card, photograph, to_markdown
 from cv_jax.export.formats import FORMATS, check_packages, read
+from cv_jax.images import read_image
 from cv_jax.ops import plain_lax
 from cv_jax.sweep import with_values
 from cv_jax.tasks import build_task
 from cv_jax.tools import export as tool
 from cv_jax.trained import as_evaluated, load_trained, variables
 from tests.conftest import random_dataset
+from tests.test_images import encode
 
 NAMES = sorted(FORMATS)
 
@@ -113,13 +117,40 @@ def test_a_card_says_what_it_is_and_how_to_use_it(files, trained, name, monkeypa
 
     text = path.with_name(path.name + ".md").read_text()
     assert f"{100 * accuracy['mean']:.2f} % ± {100 * accuracy['std']:.2f} over n = 2 seeds" in text
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    snippet, photo = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert photo.strip() == photograph((8, 8, 1))[1].strip()
     monkeypatch.chdir(path.parent)
     space = {}
     exec(snippet, space)
     assert space["logits"].shape == (7, 10)
     assert len(space["names"]) == 7
     assert set(space["names"]) <= set("0123456789")
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (32, 32, 3), (20, 30, 3)])
+def test_the_code_of_the_card_reads_photographs_as_predict_does(shape):
+    space = {}
+    exec(photograph(shape)[1], space)
+    rng = np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for size in ((97, 64, 3), (64, 97, 3), (9, 5, 3), (*shape[:2], 3), (50, 40, 4), (33, 70)):
+        image = Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8))
+        for kind, options in (("PNG", {}), ("JPEG", {"exif": turned}), ("GIF", {})):
+            if kind != "JPEG" or len(size) == 3 == size[-1]:
+                data = encode(image, kind, **options)
+                got = space["read_photo"](io.BytesIO(data))
+                np.testing.assert_array_equal(got, read_image(data, shape)[None])
+    np.testing.assert_allclose(space["softmax"](np.log([[1.0, 3.0]])), [[0.25, 0.75]])
+    assert photograph((8, 8, 5)) == ("no photograph has the 5 channels of this input", "")
+
+
+@pytest.mark.slow
+def test_stablehlo_takes_one_image_or_more_as_its_card_says(files):
+    predict = read("stablehlo", files("stablehlo"))
+    with pytest.raises(ValueError, match=r">= 1\b"):
+        predict(np.zeros((0, 8, 8, 1), np.uint8))
+    assert "uint8, 0 to 255, b >= 1" in _card("stablehlo", files("stablehlo"))["input"]
 
 
 @pytest.mark.slow
