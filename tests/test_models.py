@@ -504,3 +504,19 @@ def test_a_model_of_one_size_names_the_flag_that_keeps_it():
     batches = make_batches(config, data.train, derive_keys(0).order, make_mesh())
     with pytest.raises(UserError, match=r"one size only .*write --config.progressive_resizing=''"):
         try_step(task, batches.shapes)
+
+
+@pytest.mark.parametrize(
+    ("mean", "least", "most"),
+    [(1, 0, 1e-4), (10, 0, 1e-3), (100, 5e-3, 5e-2), (1000, 0.3, math.inf)],
+)
+def test_batch_norm_is_as_exact_as_its_docstring_says(mean, least, most):
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layers.batch_norm(x, True, name="norm", epsilon=1e-12)
+
+    x = np.float32(mean + 0.1 * np.random.default_rng(0).normal(size=(64, 8, 8, 4)))
+    y, _ = Norm().init_with_output(jax.random.key(0), x)
+    error = np.abs(np.asarray(y, np.float64).std((0, 1, 2)) - 1).max()
+    assert least <= error <= most
