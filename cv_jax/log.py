@@ -190,11 +190,15 @@ class Log:
         metrics = jax.device_get(metrics)
         seconds = self.pace.finished(chunk.num_steps)
         rows = {
-            name: tuple(np.asarray(part[:, : chunk.num_steps], np.float64) for part in pair)
+            name: tuple(np.array(part[:, : chunk.num_steps], np.float64) for part in pair)
             for name, pair in metrics.items()
         }
         loss = _divide(*rows["loss"])
-        self._watch(chunk.start, loss, skipped=rows["loss"][1] == 0)
+        skipped = rows["loss"][1] == 0
+        self._watch(chunk.start, loss, skipped)
+        for name, (total, _) in rows.items():
+            if name != "skipped" and name.partition("/")[0] != "lr":
+                total[~np.isfinite(loss) & ~skipped] = np.nan  # a step without a loss measures none
         num_images = chunk.num_steps * self._batch_size * len(self._names)
         self._window.add(rows, num_images, seconds)
         self._bar.set_postfix_str(
@@ -240,7 +244,7 @@ class Log:
         values = scalars(values)
         self._row |= {
             "step": step,
-            **{f"{split} {name}": finite_mean(v) for name, v in values.items()},
+            **{f"{split} {k}": finite_mean(v) for k, v in values.items() if np.isfinite(v).any()},
         }
         self._write(step, split, values)
 
@@ -294,8 +298,11 @@ class Log:
             if metrics:
                 self._write(step, f"final_{split}", scalars(means(metrics)))
             if "confusion" in metrics:
-                confusion = metrics["confusion"][0].sum(axis=0)
-                image = rasterize(draw_confusion(confusion, class_names))
+                of_runs = metrics["confusion"][0]
+                of_runs = of_runs[np.isfinite(of_runs).all(axis=(1, 2))]
+                if not len(of_runs):  # all have diverged
+                    continue
+                image = rasterize(draw_confusion(of_runs.sum(axis=0), class_names))
                 self._board.image(f"confusion/{split}", image, step)
         self._board.end(step)
 
