@@ -190,7 +190,7 @@ class Log:
         metrics = jax.device_get(metrics)
         seconds = self.pace.finished(chunk.num_steps)
         rows = {
-            name: tuple(np.asarray(part[:, : chunk.num_steps], np.float64) for part in pair)
+            name: tuple(np.array(part[:, : chunk.num_steps], np.float64) for part in pair)
             for name, pair in metrics.items()
         }
         loss = _divide(*rows["loss"])
@@ -198,6 +198,9 @@ class Log:
         finite = np.isfinite(rows["loss"][0])
         skipped = rows["skipped"][0] > 0 if "skipped" in rows else np.zeros(loss.shape, bool)
         self._watch(chunk.start, finite, skipped)
+        for name, (total, _) in rows.items():
+            if name != "skipped" and name.partition("/")[0] != "lr":
+                total[~finite & ~skipped] = np.nan  # a step whose loss is not finite measures none
         num_images = chunk.num_steps * self._batch_size * len(self._names)
         self._window.add(rows, num_images, seconds)
         self._bar.set_postfix_str(
@@ -245,7 +248,7 @@ class Log:
         values = scalars(values)
         self._row |= {
             "step": step,
-            **{f"{split} {name}": finite_mean(v) for name, v in values.items()},
+            **{f"{split} {k}": finite_mean(v) for k, v in values.items() if np.isfinite(v).any()},
         }
         self._write(step, split, values)
 
@@ -299,8 +302,11 @@ class Log:
             if metrics:
                 self._write(step, f"final_{split}", scalars(means(metrics)))
             if "confusion" in metrics:
-                confusion = metrics["confusion"][0].sum(axis=0)
-                image = rasterize(draw_confusion(confusion, class_names))
+                of_runs = metrics["confusion"][0]
+                of_runs = of_runs[np.isfinite(of_runs).all(axis=(1, 2))]
+                if not len(of_runs):  # all have diverged
+                    continue
+                image = rasterize(draw_confusion(of_runs.sum(axis=0), class_names))
                 self._board.image(f"confusion/{split}", image, step)
         self._board.end(step)
 

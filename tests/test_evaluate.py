@@ -69,6 +69,23 @@ def test_splits_of_other_image_sizes_have_programs_of_their_own():
     assert evaluate("final", jnp.int32(1), "test")["pixels"][1] == 1  # another type
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_network_that_has_diverged_has_no_accuracy(bad):
+    label = jnp.array([0, 1, 1, 0], jnp.int32)  # class 0 is what the argmax of NaN says
+    mask = jnp.array([1.0, 1, 1, 0])
+    logits = jnp.zeros((4, 6)).at[0, 2].set(bad)
+    metrics = classification_metrics(logits, label, mask)
+    assert set(metrics) == {
+        *("loss", "accuracy", "top5", "per_class_accuracy", "confusion", "calibration")
+    }
+    for name, (total, _) in metrics.items():
+        assert np.isnan(total).all(), name
+    assert metrics["accuracy"][1] == 3
+    np.testing.assert_array_equal(metrics["per_class_accuracy"][1], [1, 2, 0, 0, 0, 0])
+    one_run = means({"accuracy": sum_batches(lambda batch: batch, [metrics])["accuracy"]})
+    assert np.isnan(one_run["accuracy"])
+
+
 def test_top5_is_left_out_where_it_says_nothing():
     metrics = classification_metrics(jnp.zeros((2, 5)), jnp.zeros(2, jnp.int32), jnp.ones(2))
     assert "top5" not in metrics

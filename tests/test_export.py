@@ -302,6 +302,47 @@ def test_the_tool_compares_what_it_wrote(digits_run, tmp_path, capsys, monkeypat
     assert out.exists()
 
 
+def test_a_logit_that_is_not_finite_is_never_equal():
+    split = random_dataset(num_classes=2).test
+    good = np.eye(2, dtype=np.float32)[split.label]
+    bad = good.copy()
+    bad[0] = np.nan  # class 0 by its argmax
+    for label in (0, 1):  # of the first image
+        some = split._replace(label=np.concatenate([[label], split.label[1:]]))
+        report = tool.compare(lambda image: good, lambda image: bad, some, batch_size=37)
+        assert (report["equal"], report["of"], report["accuracy"]) == (36, 37, 36 / 37)
+        assert np.isnan(report["largest_difference"])
+        with pytest.raises(UserError, match="answers with numbers that are not finite"):
+            tool.compare(lambda image: bad, lambda image: good, some, batch_size=37)
+
+
+@pytest.mark.slow
+def test_a_network_whose_answers_are_not_finite_is_not_exported(digits_run, tmp_path, monkeypatch):
+    nothing = np.full((1, 10), np.nan)
+    monkeypatch.setattr(tool, "own_predict", lambda trained, tta: lambda image: nothing)
+    out = tmp_path / "b.stablehlo"
+    arguments = _arguments(workdir=str(digits_run), out=str(out))
+    with pytest.raises(UserError, match="answers with numbers that are not finite"):
+        tool.run(arguments)
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_card_of_a_sweep_is_of_its_best_setting(digits_run, trained):
+    config = trained.config.copy_and_resolve_references()
+    config.sweep = (("optim.lr", (0.02, 0.05)),)
+    best = {"optim.lr": 0.05}
+    sweep = [{"setting": {"optim.lr": lr}} for lr in (0.02, 0.05)]
+    result = {**trained.result, "best": best, "sweep": sweep}
+    network = trained._replace(config=config, result=result, name="optim.lr=0.05 seed=1")
+    card = make_card(Path(digits_run), network, "none")
+    assert card["test"]["accuracy"] == trained.result["test"]["accuracy"]["values"][1]
+    network = network._replace(name="optim.lr=0.02 seed=1")
+    assert make_card(Path(digits_run), network, "none")["test"] is None
+    card["test"] |= {"mean": None, "std": None, "ci95": None}
+    assert "; other seeds have diverged |" in to_markdown(card, "")
+
+
 @pytest.mark.slow
 def test_a_card_of_a_run_that_goes_on_has_no_accuracy(digits_run, trained):
     for result in (None, {**trained.result, "steps": trained.result["steps"] - 1}):

@@ -119,6 +119,15 @@ def test_photos_of_any_kind_are_brought_to_the_network(run_predict, tmp_path):
     assert all(line.count(" %") == 2 for line in lines)
 
 
+def test_answers_that_are_not_finite_are_refused(run_predict, digits_files, monkeypatch):
+    answers = np.array([[0.5, 0.5], [np.nan, 0.5]])
+    monkeypatch.setattr(predict, "make_classify", lambda *args: lambda images: answers)
+    files = sorted(digits_files.glob("*"))[:2]
+    code, lines, err = run_predict(*files, "--json")
+    assert (code, lines) == (2, [])
+    assert err.startswith("predict: The network answers with numbers that are not finite")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

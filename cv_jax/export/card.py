@@ -10,8 +10,9 @@ from etils import epath
 
 from cv_jax.data.dataset import spec_to_json
 from cv_jax.flops import count_flops
-from cv_jax.result import environment, percent
-from cv_jax.runs import run_name
+from cv_jax.result import best_runs, environment, percent
+from cv_jax.runs import run_names
+from cv_jax.sweep import make_sweep
 from cv_jax.trained import Trained, read_json
 
 _LICENCE = "Apache-2.0, as cv_jax; the data set has terms of its own"
@@ -68,7 +69,8 @@ def _on_test(trained: Trained) -> dict[str, Any] | None:
     # A run that was lengthened has the shorter one's result until its end.
     if not result or not result["test"] or result["steps"] != int(trained.state.step):
         return None
-    names = [run_name({**result.get("best", {}), "seed": seed}) for seed in result["seeds"]]
+    config = trained.config
+    names = run_names(config, make_sweep(config))[best_runs(result, config.num_seeds)]
     if trained.name not in names:  # of a setting whose test accuracy nobody has looked at
         return None
     accuracy = result["test"]["accuracy"]
@@ -170,6 +172,8 @@ def _accuracy(test: dict[str, Any] | None) -> str:
     own = f"{percent(test['accuracy'], None)} of {test['images']:,} images (views `{test['tta']}`)"
     if test["n"] == 1:
         return own
+    if test["ci95"] is None:
+        return f"{own}; other seeds have diverged"
     low, high = test["ci95"]
     return (
         f"{own}; {percent(test['mean'], test['std'])} over n = {test['n']} seeds, 95 % interval "

@@ -10,7 +10,8 @@ gets a line of its own on stderr, or with --json its "error", and the others go 
 pipe, a link to nothing, a directory that is not looked into. Control characters and bytes that are
 not UTF-8 are escaped in names.
 
-Exit codes: 0 all images were read; 1 some were not; 2 nothing could begin, the message says why.
+Exit codes: 0 all images were read; 1 some were not; 2 nothing could begin or the network's answers
+are not finite, the message says which.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from cv_jax.errors import UserError
 from cv_jax.evaluate import find_tta
 from cv_jax.images import read_file
 from cv_jax.startup import num_cores, prepare_jax
-from cv_jax.trained import load_trained, make_classify
+from cv_jax.trained import check_answers, load_trained, make_classify
 
 # Images that are classified at once, while as many are read.
 MOST_AT_ONCE = 1000
@@ -69,6 +70,8 @@ def predict(
     at_once: int,
 ) -> Iterator[tuple[Path, np.ndarray | str]]:
     """Yields each file, in order, with its probabilities (n,), or with what is wrong with it.
+
+    Raises UserError where the network answers with numbers that are not finite.
 
     Args:
         files: in which the images are.
@@ -110,7 +113,9 @@ def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray | str:
 def _answers(
     files: Sequence[Path] = (), images: Sequence = (), probabilities: Sequence = ()
 ) -> Iterator[tuple[Path, np.ndarray | str]]:
-    rows = iter(np.asarray(probabilities))
+    probabilities = np.asarray(probabilities)
+    check_answers(probabilities)
+    rows = iter(probabilities)
     for file, image in zip(files, images, strict=True):
         yield file, image if isinstance(image, str) else next(rows)
 
@@ -162,10 +167,10 @@ def main() -> None:
         trained = load_trained(work_directory(arguments.workdir), arguments.run)
         tta = trained.config.tta if arguments.tta is None else arguments.tta
         find_tta(tta)
+        sys.exit(_print_answers(files, trained, tta, arguments.top, arguments.json))
     except UserError as error:
         print(f"predict: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(_print_answers(files, trained, tta, arguments.top, arguments.json))
 
 
 def _print_answers(files, trained, tta, top, as_json) -> int:
