@@ -46,6 +46,7 @@ from cv_jax.errors import UserError
 from cv_jax.evaluate import Evaluator, means
 from cv_jax.facts import of_data, of_program
 from cv_jax.flops import evaluation_flops, step_flops, training_flops
+from cv_jax.inputs import check_augmented
 from cv_jax.log import Log
 from cv_jax.loop import Clock, compile_train_chunk, make_intervals, plan_chunks
 from cv_jax.mesh import check_batch_size
@@ -111,6 +112,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     try_step(task, batches.shapes)
     check_sweep(sweep, config, data.spec, batches.shapes)
     programs = make_programs(config, data.spec, task, sweep, batches, runs)
+    with clock("compile"):
+        augmented = programs.preview(runs.own, batches.feed(0, 1), np.int32(0))
+    notes = check_augmented(config.augment, np.asarray(augmented), data.spec)
 
     with (
         storage_errors(workdir),
@@ -149,8 +153,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                 profile_steps, num_left, workdir, config.dtype, last_step_flops, log, clock
             ) as profiler,
         ):
-            log.begin(changes, [*task.notes, *runs.notes])
-            log.preview(programs.preview(runs.own, batches.feed(int(state.step), 1), state.step))
+            log.begin(changes, [*task.notes, *notes, *runs.notes])
+            step = np.int32(state.step)
+            log.preview(programs.preview(runs.own, batches.feed(int(step), 1), step))
             with StopRequest() as stop, clock("train"):
                 for chunk in plan_chunks(int(state.step), intervals, batches.limit, profiler.pace):
                     with profiler(chunk):

@@ -44,11 +44,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optim.weight_decay = 2e-6 / 0.053
     config.optim.schedule = "linear"
     config.optim.rules = (
-        ("whiten/kernel", "frozen"),
-        ("whiten/bias", "whiten_bias"),
+        ("whiten/kernel", "frozen?"),
+        ("whiten/bias", "whiten_bias?"),
         ("head/kernel", "head"),
-        (r".*/conv\d/kernel", "filters"),
-        (r".*/norm\d/bias", "base"),
+        (r".*/conv\d/kernel", "filters?"),
+        (".*", "base"),
     )
     config.optim.groups = {
         "whiten_bias": {"schedule": "linear(until=0.3)"},

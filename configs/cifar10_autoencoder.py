@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optim.warmup = "100 steps"
     config.optim.clip_norm = 1.0
     config.optim.rules = (
-        ("backbone/whiten/.*", "frozen"),
+        ("backbone/whiten/.*", "frozen?"),
         (".*", "base"),
     )
     return choose(config, arg)

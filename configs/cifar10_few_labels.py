@@ -32,9 +32,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optim.weight_decay = 0.01
     config.optim.warmup = "20 steps"
     config.optim.rules = (
-        ("whiten/.*", "frozen"),
+        ("whiten/.*", "frozen?"),
         ("head/kernel", "head"),
-        (r".*/conv\d/kernel", "filters"),
+        (r".*/conv\d/kernel", "filters?"),
         (".*", "base"),
     )
     config.optim.groups = {

@@ -39,8 +39,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optim.weight_decay = 1e-4
     config.optim.warmup = "50 steps"
     config.optim.rules = (
-        ("backbone/whiten/.*", "frozen"),
-        (r"backbone/.*/conv\d/kernel", "filters"),
+        ("backbone/whiten/.*", "frozen?"),
+        (r"backbone/.*/conv\d/kernel", "filters?"),
         (r".*/bias|.*/scale", "vectors"),
         (".*", "base"),
     )

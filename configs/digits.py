@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optim.weight_decay = 1e-2
     config.optim.warmup = "1 epoch"
     config.optim.rules = (
-        ("whiten/.*", "frozen"),
+        ("whiten/.*", "frozen?"),
         (".*", "base"),
     )
     return choose(config, arg)

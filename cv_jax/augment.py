@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cv_jax import spec
+from cv_jax.errors import UserError, describe
 from cv_jax.spec import require
 
 Batch = dict[str, jax.Array]
@@ -37,14 +38,43 @@ def make_augment(text: str) -> Augment:
     Raises:
         UserError: an unknown op or a bad argument; the message lists what exists.
     """
+    names = [call.name for call in spec.parse(text, "config.augment")]
     ops = spec.build(text, AUGMENTATIONS, "config.augment")
 
     def augment(key: jax.Array, batch: Batch) -> Batch:
-        for position, op in enumerate(ops):
-            batch = op(jax.random.fold_in(key, position), batch)
+        for position, (name, op) in enumerate(zip(names, ops, strict=True)):
+            batch = _checked(name, op, jax.random.fold_in(key, position), batch)
         return batch
 
     return augment
+
+
+def _checked(name: str, op: Augment, key: jax.Array, batch: Batch) -> Batch:
+    """Returns op(key, batch); while it is traced, raises UserError for what is no such batch."""
+    try:
+        changed = op(key, batch)
+    except KeyError as error:
+        if error.args != ("label",) or "label" in batch:
+            raise
+        raise UserError(
+            f"config.augment: {name!r} mixes labels, and a task without labels has none: remove it."
+        ) from error
+    if not isinstance(changed, dict):
+        raise UserError(
+            f"config.augment: {name!r} returned {describe(changed)} and not the batch, a dict of "
+            f"{', '.join(batch)}."
+        )
+    for entry, before in batch.items():
+        after, shape = changed.get(entry), before.shape
+        if entry == "image" and np.ndim(after) == 4:  # its height and width may change
+            shape = (shape[0], *after.shape[1:3], shape[3])
+        wanted = jax.ShapeDtypeStruct(shape, before.dtype)
+        if describe(after) != describe(wanted):
+            raise UserError(
+                f"config.augment: {name!r} returned {describe(after)} as the batch's {entry!r}; "
+                f"expected is {describe(wanted)}."
+            )
+    return changed
 
 
 # --- Mirror images ---

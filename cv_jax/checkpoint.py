@@ -69,8 +69,8 @@ class Checkpoints:
         Args:
             state: a TrainState of all runs; its step names the checkpoint.
             progress: what the run knows of itself beside the state, as JSON values.
-            val_accuracy: of each run, where val was evaluated at this step; the mean over those
-                that have not diverged is the measure of the best.
+            val_accuracy: of each run, where val was evaluated at this step. Its mean is the
+                measure of the best; a run that has diverged counts as 0.
 
         Raises:
             UserError: no run's parameters are finite; the good checkpoints stay the newest.
@@ -85,7 +85,9 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         if val_accuracy is not None:
-            self._best.accuracies[step] = finite_mean(val_accuracy)
+            # NaN where all runs have diverged: such a checkpoint is never the best.
+            share = np.isfinite(val_accuracy).mean()
+            self._best.accuracies[step] = share * finite_mean(val_accuracy)
         # A copy, because the next chunk of steps is given this state's memory.
         state = jax.tree.map(jnp.copy, state)
         progress = {"progress": progress, "val_accuracies": dict(self._best.accuracies)}

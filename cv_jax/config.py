@@ -68,7 +68,8 @@ def base_config() -> ml_collections.ConfigDict:
     optim.clip_norm = 0.0  # of the whole gradient; 0: off
     optim.skip_nonfinite = False  # go on without a step whose loss or new state is not finite
     optim.ema = 0.0  # decay of the averaged parameters that evaluation uses; 0: off
-    optim.rules = ((".*", "base"),)  # (regex of the parameter's path, group): the first match
+    # (regex of the parameter's path, group): the first match; a rule may match none for "group?"
+    optim.rules = ((".*", "base"),)
     optim.groups = ml_collections.ConfigDict()  # group -> the settings in which it differs
 
     seeds = ml_collections.ConfigDict()

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -20,3 +21,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def first_line(error: Exception) -> str:
     """The type of an error and the first line of what it says, for a message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def describe(value: Any) -> str:
+    """Describes what somebody's function returned: "float32 (4, 10)", "(float32 (4,), None)"."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype} {value.shape}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {describe(x)}" for key, x in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(describe, value))})"
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -122,7 +122,7 @@ class Evaluator:
         self._mesh = mesh
         self._clock = clock
         self._batches: dict[str, list[dict]] = {}
-        self._programs: dict[tuple[Callable, int], Callable] = {}
+        self._programs: dict[tuple, Callable] = {}
         self._fitted: tuple[str, int, Any] | None = None
 
     def __call__(self, name: str, state: Any, split: str) -> dict:
@@ -161,9 +161,10 @@ class Evaluator:
         return put(padded_batches(split, batch_size), batch_sharding(self._mesh))
 
     def _call(self, function: Callable, *args: Any) -> Any:
-        """function(own, *args), compiled when its first argument of these shapes comes."""
-        *_, last = jax.tree.leaves(args)
-        program = (function, len(last))  # splits with batches of one size share it
+        """Returns function(own, *args), compiled when arguments of new shapes or dtypes come."""
+        leaves, structure = jax.tree.flatten(args)
+        shapes = tuple((x.shape, x.dtype) for x in leaves)
+        program = (function, structure, shapes)  # splits with batches of one shape share it
         if program not in self._programs:
             with self._clock("compile"):
                 jitted = jax.jit(function, out_shardings=replicated(self._mesh))

@@ -1,7 +1,10 @@
 """Image files of any kind, as the arrays that a network takes."""
 
+import stat
 import warnings
+from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,9 +14,35 @@ from cv_jax.errors import UserError, first_line
 
 # A few bytes can say that they are an image of any size: more pixels are refused.
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 500_000_000  # of a file: so many pixels of 8 bytes, and its other contents
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of twice as many
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage that leaves the pixels whole
 Image.init()
 KINDS = [kind for kind in Image.ID if kind != "EPS"]  # which Ghostscript would run as a program
+
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of so many channels
+
+
+def read_file(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads an image file, see `read_image`.
+
+    Raises:
+        UserError: the path is not that of a plain file of at most 500 MB that can be read, or the
+            file is not an image.
+    """
+    try:
+        about = path.stat()
+        if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+            raise UserError("it is a pipe, a socket or a device and not a file")  # may never end
+        if about.st_size > MAX_BYTES:
+            raise UserError(f"it has more than {MAX_BYTES // 10**6} MB")
+        data = path.read_bytes()
+    except IsADirectoryError as error:
+        raise UserError("it is a directory that is not looked into: name it as --dir") from error
+    except OSError as error:
+        raise UserError(error.strerror or str(error)) from error
+    return read_image(data, image_shape)
 
 
 def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -21,13 +50,14 @@ def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
 
     Evaluation takes images as they are, so one of that size keeps each of its pixels. Any other is
     resized (bicubic, smoothed where it shrinks) until it covers h x w, and its middle is cut out.
-    Before that it is turned as its EXIF data say; what is transparent becomes white; grey becomes
-    RGB, or colours the grey of ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B); 16 bits become 8. Of
-    several frames the first one counts.
+    Before that it is turned as its EXIF data say, unless they are damaged; grey becomes RGB, or
+    colours the grey of ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B); 16 bits become 8. Where there is
+    no channel for transparency, what is transparent becomes white. Of several frames the first one
+    counts.
 
     Args:
         data: the content of a file of a kind that Pillow or OpenCV opens.
-        image_shape: (h, w, c), c is 1 or 3.
+        image_shape: (h, w, c), c is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGBA.
 
     Returns:
         (h, w, c) uint8.
@@ -38,12 +68,13 @@ def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
     h, w, c = image_shape
     try:
         image = _open(data)
-        ImageOps.exif_transpose(image, in_place=True)
+        with suppress(Exception):  # whatever damaged EXIF data do: the pixels are whole
+            ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image)
-        if image.has_transparency_data:
+        if c in (1, 3) and image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if c == 1 else "RGB")
+        image = image.convert(MODES[c])
         if image.size != (w, h):
             image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
     except UserError:

@@ -16,6 +16,7 @@ from cv_jax.bucket import work_directory
 from cv_jax.data import DataSpec
 from cv_jax.errors import UserError, nearest
 from cv_jax.inputs import to_unit
+from cv_jax.models import checked_outputs
 from cv_jax.tables import align
 from cv_jax.trained import as_evaluated, load_trained, variables
 
@@ -57,7 +58,10 @@ def make_initial(
         params = {**flatten_dict(drawn["params"]), **flatten_dict(from_images)}
         return {**drawn, "params": unflatten_dict(params)}
 
-    shapes = jax.eval_shape(draw, jax.random.key(0))
+    whole = not hasattr(model, "backbone")  # the model itself, with its head
+    path, num_classes = ((), spec.num_classes) if whole else (("backbone",), 0)
+    with checked_outputs(config.model, path, num_classes):
+        shapes = jax.eval_shape(draw, jax.random.key(0))
     allow, anew = (_matcher(config, key) for key in ("init_allow", "init_anew"))
     if not config.init_from:
         return Initial(draw, shapes, [])

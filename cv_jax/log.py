@@ -190,11 +190,17 @@ class Log:
         metrics = jax.device_get(metrics)
         seconds = self.pace.finished(chunk.num_steps)
         rows = {
-            name: tuple(np.asarray(part[:, : chunk.num_steps], np.float64) for part in pair)
+            name: tuple(np.array(part[:, : chunk.num_steps], np.float64) for part in pair)
             for name, pair in metrics.items()
         }
         loss = _divide(*rows["loss"])
-        self._watch(chunk.start, loss, skipped=rows["loss"][1] == 0)
+        # A step that counts no example has no loss either, and has not diverged.
+        finite = np.isfinite(rows["loss"][0])
+        skipped = rows["skipped"][0] > 0 if "skipped" in rows else np.zeros(loss.shape, bool)
+        self._watch(chunk.start, finite, skipped)
+        for name, (total, _) in rows.items():
+            if name != "skipped" and name.partition("/")[0] != "lr":
+                total[~finite & ~skipped] = np.nan  # a step whose loss is not finite measures none
         num_images = chunk.num_steps * self._batch_size * len(self._names)
         self._window.add(rows, num_images, seconds)
         self._bar.set_postfix_str(
@@ -204,10 +210,13 @@ class Log:
         )
         self._bar.update(chunk.num_steps)
 
-    def _watch(self, start: int, loss: np.ndarray, skipped: np.ndarray) -> None:
-        """Looks for runs that diverge in losses (r, k) from step `start` on; an error if all do.
+    def _watch(self, start: int, finite: np.ndarray, skipped: np.ndarray) -> None:
+        """Raises UserError where all runs diverge, or all skip many steps in a row.
 
-        A skipped step has no loss. One of many in a row, of all runs, is an error.
+        Args:
+            start: steps before those that are looked at.
+            finite: (r, k), whether the sum of the losses is finite; that of a skipped step is 0.
+            skipped: (r, k), whether `update.skip_nonfinite` left the step out.
         """
         for step, at_step in enumerate(skipped.T, start + 1):
             self._skipped_in_a_row = (self._skipped_in_a_row + 1) * at_step
@@ -217,7 +226,6 @@ class Log:
                     f"({self._epoch(step)}) were all skipped: their loss or what they made of the "
                     f"state was not finite. {_REMEDIES}."
                 )
-        finite = np.isfinite(loss) | skipped
         for run in np.flatnonzero(~finite.all(axis=1)):
             if run in self._diverged:
                 continue
@@ -240,7 +248,7 @@ class Log:
         values = scalars(values)
         self._row |= {
             "step": step,
-            **{f"{split} {name}": finite_mean(v) for name, v in values.items()},
+            **{f"{split} {k}": finite_mean(v) for k, v in values.items() if np.isfinite(v).any()},
         }
         self._write(step, split, values)
 
@@ -294,8 +302,11 @@ class Log:
             if metrics:
                 self._write(step, f"final_{split}", scalars(means(metrics)))
             if "confusion" in metrics:
-                confusion = metrics["confusion"][0].sum(axis=0)
-                image = rasterize(draw_confusion(confusion, class_names))
+                of_runs = metrics["confusion"][0]
+                of_runs = of_runs[np.isfinite(of_runs).all(axis=(1, 2))]
+                if not len(of_runs):  # all have diverged
+                    continue
+                image = rasterize(draw_confusion(of_runs.sum(axis=0), class_names))
                 self._board.image(f"confusion/{split}", image, step)
         self._board.end(step)
 

@@ -20,7 +20,8 @@ def classification_metrics(logits: jax.Array, label: jax.Array, mask: jax.Array)
     Returns:
         loss (cross-entropy, nats); those of `answer_metrics`; calibration, whose sum is (3, 15): of
         the examples whose confidence (the probability of the answer) lies in each of 15 bins of
-        equal width, the number, how many are right, and the sum of the confidences.
+        equal width, the number, how many are right, and the sum of the confidences. Every sum is
+        NaN where a logit or the loss is not finite, see `nan_unless`.
     """
     count = mask.sum()
     losses = cross_entropy(logits, jax.nn.one_hot(label, logits.shape[-1]))
@@ -28,11 +29,22 @@ def classification_metrics(logits: jax.Array, label: jax.Array, mask: jax.Array)
     confidence = jax.nn.softmax(logits).max(-1)
     bins = jnp.minimum((confidence * CONFIDENCE_BINS).astype(jnp.int32), CONFIDENCE_BINS - 1)
     binned = jnp.stack([jnp.ones_like(mask), correct, confidence]) * mask[None]
-    return {
-        "loss": ((losses * mask).sum(), count),
+    loss = (losses * mask).sum()
+    metrics = {
+        "loss": (loss, count),
         **answer_metrics(logits, label, mask),
         "calibration": (binned @ jax.nn.one_hot(bins, CONFIDENCE_BINS), count),
     }
+    return nan_unless(jnp.isfinite(logits).all() & jnp.isfinite(loss), metrics)
+
+
+def nan_unless(finite: jax.Array, metrics: dict) -> dict:
+    """Returns the (sum, count) pairs with NaN for every sum unless `finite` () is True.
+
+    A run that has diverged has no accuracy: the argmax of NaN is class 0, which looks like an
+    answer. The counts stay.
+    """
+    return {name: (jnp.where(finite, x, jnp.nan), count) for name, (x, count) in metrics.items()}
 
 
 def answer_metrics(scores: jax.Array, label: jax.Array, mask: jax.Array) -> dict:

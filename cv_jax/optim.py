@@ -239,9 +239,14 @@ def _settings(config_optim: ml_collections.ConfigDict) -> dict[str, dict[str, An
 def _apply_rules(
     rules: tuple[tuple[str, str], ...], names: list[str], groups: set[str]
 ) -> list[Decision]:
-    """Gives every parameter to the group of the first rule that matches its whole path."""
+    """Gives every parameter to the group of the first rule that matches its whole path.
+
+    A rule that matches none is a mistake, unless its group ends with "?" or it is the last resort
+    ".*": a config can so have rules for layers that only some models have.
+    """
     decisions, left = [], names
-    for pattern, group in rules:
+    for pattern, text in rules:
+        group = text.removesuffix("?")
         if group not in groups:
             raise UserError(
                 f"config.optim.rules: unknown group {group!r}.{nearest(group, groups)} "
@@ -253,10 +258,11 @@ def _apply_rules(
             raise UserError(
                 f"config.optim.rules: {pattern!r} is not a regular expression: {error}."
             ) from error
-        if not matched and pattern != ".*":
+        if not matched and pattern != ".*" and group == text:
             raise UserError(
-                f"config.optim.rules: {pattern!r} decides no parameter. Mend or remove it; "
-                f"left by the rules before it: {', '.join(left) or 'none'}."
+                f"config.optim.rules: {pattern!r} decides no parameter. Mend or remove it, or "
+                f"write its group {f'{group}?'!r} if other models have such a parameter; left by "
+                f"the rules before it: {', '.join(left) or 'none'}."
             )
         decisions.append(Decision(pattern, group, matched))
         left = [name for name in left if name not in matched]

@@ -150,7 +150,8 @@ def draw_reliability(calibration: np.ndarray) -> Figure:
     )
     axes.plot([0, 100], [0, 100], "--", color=INK, linewidth=0.8)
     axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
-    _legend(axes)
+    # Above the axes: inside of them there may be a bar anywhere.
+    _legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return axes.figure
 
 
@@ -208,7 +209,7 @@ def draw_sweep(points: list[dict[str, Any]], best: dict[str, Any]) -> Figure:
     chosen = next(p for p in points if p["setting"] == best)
     axes.plot(
         [best[x_key] if numeric else str(best[x_key])],
-        [100 * chosen["val"]["accuracy"]["mean"]],
+        [100 * np.array(chosen["val"]["accuracy"]["mean"], float)],
         "o",
         markersize=14,
         fillstyle="none",

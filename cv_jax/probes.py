@@ -14,7 +14,7 @@ import ml_collections
 from cv_jax.data import DataSpec
 from cv_jax.errors import UserError
 from cv_jax.losses import unit
-from cv_jax.metrics import answer_metrics
+from cv_jax.metrics import answer_metrics, nan_unless
 from cv_jax.tasks import Probe
 
 NEIGHBOURS, TEMPERATURE = 200, 0.1
@@ -65,7 +65,8 @@ def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
     """The evaluations "watch" and "final" of a task without labels.
 
     Metrics: accuracy, that of the k nearest neighbours, with top5, per_class_accuracy and
-    confusion as in classification; linear_accuracy; feature_spread and feature_rank.
+    confusion as in classification; linear_accuracy; feature_spread and feature_rank. Every sum is
+    NaN where a feature, what was learned or a sum of `measure` is not finite.
 
     Args:
         measure: (state, batch) -> (features (b, d) float32, {metric: (sum, count)}), the latter
@@ -87,13 +88,16 @@ def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
         votes = neighbour_votes(unit(features), learned.features, learned.label, n)
         linear = features @ learned.weights + learned.bias[None]
         count = mask.sum()
-        return {
+        sums = [total for total, _ in more.values()]
+        finite = [jnp.isfinite(x).all() for x in (features, *learned, *sums)]
+        metrics = {
             **answer_metrics(votes, label, mask),
             "linear_accuracy": answer_metrics(linear, label, mask)["accuracy"],
             "feature_spread": (learned.spread * count, count),
             "feature_rank": (learned.rank * count, count),
             **more,
         }
+        return nan_unless(jnp.stack(finite).all(), metrics)
 
     return {"watch": Probe(embed, fit, score, WATCHED), "final": Probe(embed, fit, score)}
 

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import jax
 import ml_collections
+from flax.errors import ScopeParamShapeError
 
 from cv_jax.data import DataSpec
 from cv_jax.data.batches import Batches
+from cv_jax.errors import UserError, first_line
 from cv_jax.loop import make_train_chunk
 from cv_jax.mesh import divide, replicated
 from cv_jax.runs import Runs, take_run
@@ -44,7 +46,14 @@ def try_step(task: Task, batch: dict) -> None:
         UserError: something that the task refuses there.
     """
     key = jax.random.key(0)
-    jax.eval_shape(jax.jit(task.train_step), jax.eval_shape(task.init, key), batch, key)
+    try:
+        jax.eval_shape(jax.jit(task.train_step), jax.eval_shape(task.init, key), batch, key)
+    except ScopeParamShapeError as error:
+        raise UserError(
+            f"config.model takes images of one size only ({first_line(error)[:160]}): write "
+            "--config.progressive_resizing='' and no augmentation that changes the size, or choose "
+            "another config.model."
+        ) from error
 
 
 def make_programs(

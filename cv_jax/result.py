@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from cv_jax.config import write_atomically
+from cv_jax.config import flatten, write_atomically
 from cv_jax.data import DataSpec
 from cv_jax.data.dataset import spec_to_json
 from cv_jax.errors import UserError
@@ -28,29 +28,55 @@ MOST_CLASSES = 100
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
-def summarize(values: Sequence[float]) -> dict[str, Any]:
-    """Statistics of one number measured on n seeds.
+def is_share(metric: str) -> bool:
+    """Returns whether a metric is a share of examples, in [0, 1], such as "accuracy" or "top5"."""
+    return metric.endswith("accuracy") or metric.startswith("top")
+
+
+def summarize(values: Sequence[float], share: bool = False) -> dict[str, Any]:
+    """Returns statistics of one number measured on n seeds.
+
+    Let m be the mean, s the sample standard deviation (n - 1) and t the 0.975 quantile of Student's
+    t with n - 1 degrees of freedom. The 95 % interval of the mean is
+
+        m ± t s / sqrt(n)                                                     of any number,
+        logistic(logit(m) ± t s / (sqrt(n) m (1 - m)))                        of a share.
+
+    The second is Student's t on the logit of the mean, whose standard error is that of the mean
+    times logit'(m) = 1 / (m (1 - m)) (delta method): it stays inside [0, 1]. Where all values are
+    equal, also where all are 0 or all are 1, both intervals are [m, m].
+
+    Args:
+        values: of each seed; NaN of one that has diverged.
+        share: whether the number lies in [0, 1] by its nature, see `is_share`.
 
     Returns:
-        mean; std, the sample standard deviation (n - 1); ci95 = [low, high], the 95 % interval of
-        the mean by Student's t; n; values, one a seed. std and ci95 are None for n = 1: one run
-        says nothing about spread.
+        mean; std; ci95 = [low, high]; n; values. std and ci95 are None for n = 1, since one run
+        says nothing about spread, and where a value is not finite.
     """
     values = [float(value) for value in values]
     n, mean = len(values), float(np.mean(values))
     std = ci95 = None
-    if n > 1:
+    if n > 1 and np.isfinite(values).all():
         # Slow to import, and most runs have one seed; scipy.stats is three times slower still.
-        from scipy.special import stdtrit
+        from scipy.special import expit, logit, stdtrit
 
         std = float(np.std(values, ddof=1))
         half = float(stdtrit(n - 1, 0.975)) * std / n**0.5
         ci95 = [mean - half, mean + half]
+        if share and half > 0 and 0 < mean < 1:
+            center, half = float(logit(mean)), half / mean / (1 - mean)
+            ci95 = [float(expit(center - half)), float(expit(center + half))]
     return {"mean": mean, "std": std, "ci95": ci95, "n": n, "values": values}
 
 
-def percent(mean: float, std: float | None) -> str:
-    """An accuracy in [0, 1] for a table: "94.29 % ± 0.20", without spread where it is unknown."""
+def percent(mean: float | None, std: float | None) -> str:
+    """Returns an accuracy in [0, 1] for a table: "94.29 % ± 0.20", or "diverged" for no number.
+
+    The spread is left out where it is unknown.
+    """
+    if mean is None or not np.isfinite(mean):
+        return "diverged"
     spread = "" if std is None else f" ± {100 * std:.2f}"
     return f"{100 * mean:.2f} %{spread}"
 
@@ -176,7 +202,8 @@ def write_result(
         workdir: where.
         config, spec: of the runs.
         settings: {config key: value} of a sweep, [{}] without one. The best by its mean accuracy
-            on val, where there is one, is that whose numbers stand under "val" and "test".
+            on val, where there is one, is that whose numbers stand under "val" and "test". A
+            setting of which a seed has diverged is worse than all that have fewer such seeds.
         steps: made in all.
         sums: split -> {metric: (sum, count)} of the final evaluation, with the axis of runs (all
             seeds of the first setting, ...); {} for an empty split.
@@ -188,7 +215,7 @@ def write_result(
     values = {split: means(metrics) for split, metrics in sums.items()}
     per_setting = [
         {
-            split: _split_result(v, spec.class_names, _runs_of(i, config.num_seeds))
+            split: _split_result(v, spec.class_names, runs_of(i, config.num_seeds))
             for split, v in values.items()
         }
         for i in range(len(settings))
@@ -200,7 +227,7 @@ def write_result(
         **{
             split: {
                 **per_setting[best][split],
-                **_counts(metrics, _runs_of(best, config.num_seeds)),
+                **_counts(metrics, runs_of(best, config.num_seeds)),
                 "count": int(metrics["accuracy"][1][0]),
             }
             if metrics
@@ -233,36 +260,90 @@ def write_result(
     return result
 
 
-def _runs_of(setting: int, num_seeds: int) -> slice:
-    """Where the seeds of a setting are among all runs."""
+def runs_of(setting: int, num_seeds: int) -> slice:
+    """Returns where the seeds of the i-th setting are among all runs of a program."""
     return slice(setting * num_seeds, (setting + 1) * num_seeds)
 
 
+def best_runs(result: dict[str, Any] | None, num_seeds: int) -> slice:
+    """Returns where the runs of the best setting are among all runs of a program.
+
+    Without a sweep, or where the best is not known yet, they are those of the first setting.
+
+    Args:
+        result: the content of result.json; None of a run that is not complete.
+        num_seeds: of the config.
+    """
+    result = result or {}
+    settings = [point["setting"] for point in result.get("sweep", ())]
+    return runs_of(settings.index(result["best"]) if settings else 0, num_seeds)
+
+
+def measured_config(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of the config that a run's numbers are of, {config key: value}.
+
+    A swept key has its value in the best setting.
+
+    Args:
+        run: the content of a result.json or a record: its "config", and its "best" of a sweep.
+    """
+    return {**flatten(run["config"]), **(run.get("best") or {})}
+
+
+def setting_text(setting: dict[str, Any]) -> str:
+    """Returns a setting for people: "optim.lr=0.1, label_smoothing=0.2"."""
+    return ", ".join(f"{key}={value}" for key, value in setting.items())
+
+
+def check_no_seed_diverged(name: str, run: dict[str, Any], split: str, metric: str) -> None:
+    """Raises UserError where a seed has no finite value of a metric; result.json has null then."""
+    values = run[split][metric]["values"]
+    seeds = run.get("seeds", range(len(values)))
+    bad = [str(seed) for seed, value in zip(seeds, values, strict=True) if value is None]
+    if bad:
+        raise UserError(
+            f"{name}: seed {', '.join(bad)} has diverged, so that {metric} on {split} is no "
+            "number; lower config.optim.lr, or train it with other seeds."
+        )
+
+
 def _counts(metrics: dict[str, tuple], runs: slice) -> dict[str, Any]:
-    """What is counted and not averaged, over some runs; see `metrics.classification_metrics`."""
+    """What is counted and not averaged, over some runs; None where one of them has diverged.
+
+    See `metrics.classification_metrics`.
+    """
     counts = {
         name: metrics[name][0][runs].sum(axis=0)
         for name in ("confusion", "calibration")
         if name in metrics
     }
-    return {name: x.tolist() for name, x in counts.items() if len(x) <= MOST_CLASSES}
+    return {
+        name: x.tolist() if np.isfinite(x).all() else None
+        for name, x in counts.items()
+        if len(x) <= MOST_CLASSES
+    }
 
 
 def _split_result(
     values: dict[str, np.ndarray], class_names: Sequence[str], runs: slice
 ) -> dict[str, Any]:
     """The statistics over the seeds of a setting."""
-    result = {name: summarize(v[runs]) for name, v in values.items() if np.ndim(v) == 1}
+    result = {
+        name: summarize(v[runs], is_share(name)) for name, v in values.items() if np.ndim(v) == 1
+    }
     if "per_class_accuracy" in values:
         per_class = values["per_class_accuracy"][runs].mean(axis=0)
         result["per_class_accuracy"] = dict(zip(class_names, per_class.tolist(), strict=True))
     return result
 
 
-def _on_val(splits: dict[str, dict]) -> float:
-    """What settings are chosen by; a run that has diverged makes its setting the worst."""
-    mean = splits["val"]["accuracy"]["mean"] if splits["val"] else 0.0
-    return mean if np.isfinite(mean) else -1.0
+def _on_val(splits: dict[str, dict]) -> tuple[int, float]:
+    """What settings are chosen by: the number of seeds with an accuracy, then its mean."""
+    if not splits["val"]:
+        return 0, 0.0
+    values = np.array(splits["val"]["accuracy"]["values"])
+    finite = values[np.isfinite(values)]
+    return len(finite), float(finite.mean()) if len(finite) else 0.0
 
 
 def print_result(result: dict[str, Any], workdir: epath.Path) -> None:
@@ -270,8 +351,8 @@ def print_result(result: dict[str, Any], workdir: epath.Path) -> None:
     for point in result.get("sweep", ()):
         accuracy = point["val"]["accuracy"]
         chosen = "  <- best on val" if point["setting"] == result["best"] else ""
-        setting = ", ".join(f"{key}={value}" for key, value in point["setting"].items())
-        print(f"{setting}: val {percent(accuracy['mean'], accuracy['std'])}{chosen}")
+        value = percent(accuracy["mean"], accuracy["std"])
+        print(f"{setting_text(point['setting'])}: val {value}{chosen}")
     for split in ("val", "test"):
         if result[split]:
             numbers = ", ".join(
@@ -292,6 +373,8 @@ def print_result(result: dict[str, Any], workdir: epath.Path) -> None:
 
 
 def _with_spread(values: dict[str, Any]) -> str:
+    if values["mean"] is None or not np.isfinite(values["mean"]):
+        return "diverged"
     spread = "" if values["std"] is None else f" ± {values['std']:.4f}"
     return f"{values['mean']:.4f}{spread}"
 

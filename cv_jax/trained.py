@@ -22,6 +22,7 @@ from cv_jax.data import DataSpec
 from cv_jax.data.dataset import spec_from_json
 from cv_jax.errors import UserError, first_line, nearest
 from cv_jax.optim import evaluated_params
+from cv_jax.result import best_runs
 from cv_jax.runs import run_names, take_run
 from cv_jax.sweep import make_sweep, with_values
 from cv_jax.tasks import build_task
@@ -62,17 +63,18 @@ def load_trained(workdir: epath.Path, run: str = "", classifies: bool = True) ->
         classifies: whether it has to; else its `predict` may be None.
 
     Raises:
-        UserError: there is no run of this name or no checkpoint, a file of it is damaged, or its
-            task does not predict classes.
+        UserError: there is no run of this name or no checkpoint, a file of it is damaged, its task
+            does not predict classes, or a number of its network is not finite.
     """
     if workdir.suffix == ".safetensors":
-        return _only_run(load_safetensors(workdir), run, workdir)
+        trained = _only_run(load_safetensors(workdir), run, workdir)
+        _check_parameters(trained, workdir)
+        return trained
     config, spec = read_config(workdir), read_spec(workdir)
     result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
     sweep = make_sweep(config)
     names = run_names(config, sweep)
-    best = sweep.settings.index(result["best"]) if result and "best" in result else 0
-    name = run or names[best * config.num_seeds]
+    name = run or names[best_runs(result, config.num_seeds).start]
     if name not in names:
         raise UserError(
             f"{workdir} has no run {name!r}.{nearest(name, names)} "
@@ -89,7 +91,29 @@ def load_trained(workdir: epath.Path, run: str = "", classifies: bool = True) ->
         )
     state = read_newest(workdir, _state_of_runs(task.init, len(names)))
     state = take_run(state, RUN_AXES, position)
-    return Trained(config, spec, name, state, task.features, task.predict, result)
+    trained = Trained(config, spec, name, state, task.features, task.predict, result)
+    _check_parameters(trained, workdir)
+    return trained
+
+
+def _check_parameters(trained: Trained, path: epath.Path) -> None:
+    """Raises UserError where an array that evaluation uses is not finite."""
+    state = trained.state.replace(params=evaluated_params(trained.config.optim, trained.state))
+    for name, array in variables(state).items():
+        if not np.isfinite(np.asarray(array, np.float32)).all():
+            raise UserError(
+                f"{path}: the network of {trained.name} has diverged, {name} is not finite; choose "
+                "another run, or train it again with a lower config.optim.lr."
+            )
+
+
+def check_answers(answers: Any) -> None:
+    """Raises UserError where logits or probabilities are not finite: their argmax says nothing."""
+    if not np.isfinite(answers).all():
+        raise UserError(
+            "The network answers with numbers that are not finite: train it again with a lower "
+            "config.optim.lr."
+        )
 
 
 def _only_run(trained: Trained, run: str, path: epath.Path) -> Trained:

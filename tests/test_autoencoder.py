@@ -1,5 +1,6 @@
 """Autoencoders: what is drawn, what is compared, and what is refused."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -177,3 +178,15 @@ def _refused(config, what):
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(changes, what):
     _refused(_config(**changes), what)
+
+
+def test_a_model_without_a_feature_map_is_described():
+    class Flat(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return x[:, 0, 0, :0], {"pooled": x.mean((1, 2))}
+
+    model = Autoencoder(Flat(), 12, (8, 6))
+    message = r"Flat\.__call__ returned the features \{'pooled': float32 \(1, 3\)\}: add one"
+    with pytest.raises(UserError, match=message):
+        model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)

@@ -63,6 +63,14 @@ def test_the_newest_and_the_best_on_val_are_kept(tmp_path):
     assert _steps(tmp_path) == ["2", "5", "6"]
 
 
+def test_a_run_that_has_diverged_makes_no_checkpoint_the_best(tmp_path):
+    accuracies = {1: [0.6, 0.5], 2: [0.9, np.nan], 3: [np.nan, np.nan], 4: [0.1, 0.1]}
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        for step, accuracy in accuracies.items():
+            checkpoints.save(_state(step), {}, np.array(accuracy))
+    assert _steps(tmp_path) == ["1", "4"]
+
+
 def test_saving_a_step_again_changes_nothing(tmp_path):
     _save(tmp_path, {4: 0.1})
     _save(tmp_path, {4: 0.2})

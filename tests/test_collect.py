@@ -63,6 +63,22 @@ def test_another_config_is_refused():
         collect.collect([_result(0, 0.5), other])
 
 
+def test_a_seed_that_has_diverged_is_refused():
+    other = _result(1, 0.7)
+    other["test"]["accuracy"]["values"] = [None]
+    with pytest.raises(UserError, match="seed 1 has diverged, so that accuracy on test is no num"):
+        collect.collect([_result(0, 0.5), other])
+
+
+def test_sweeps_are_put_together_where_they_chose_the_same():
+    first, same, other = (
+        _result(seed, 0.5) | {"best": {"optim.lr": lr}} for seed, lr in enumerate((0.3, 0.3, 0.2))
+    )
+    assert collect.collect([first, same])["best"] == {"optim.lr": 0.3}
+    with pytest.raises(UserError, match=r"differ in optim\.lr, not in seed alone"):
+        collect.collect([first, other])
+
+
 def test_the_command_writes_the_record(tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         (tmp_path / f"{seed}").mkdir()

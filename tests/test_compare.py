@@ -70,6 +70,35 @@ def test_runs_are_paired_where_their_seeds_match():
     assert "config.optim.lr: 0.1 -> 0.2" in text
 
 
+def test_a_sweep_is_compared_with_the_values_of_its_best_setting():
+    sweep = [["optim.lr", [0.1, 0.3]]]
+    runs = {
+        "a": _run([0.5, 0.6], optim={"lr": 0.1}, sweep=sweep) | {"best": {"optim.lr": 0.3}},
+        "b": _run([0.6, 0.8], optim={"lr": 0.2}, sweep=[]),
+    }
+    report = compare.compare(runs, "test", "accuracy")
+    assert report["differences"][0]["config"]["optim.lr"] == (0.3, 0.2)
+    assert report["settings"] == {"a": {"optim.lr": 0.3}, "b": {}}
+    text = compare.describe(report)
+    assert "best on val of its sweep: optim.lr=0.3" in text
+    assert "config.optim.lr: 0.3 -> 0.2" in text
+
+
+def test_a_seed_that_has_diverged_is_named():
+    runs = {"a": _run([0.5, None], seeds=[3, 4]), "b": _run([0.5, 0.6])}
+    with pytest.raises(UserError, match=r"a: seed 4 has diverged, so that accuracy on test is no"):
+        compare.compare(runs, "test", "accuracy")
+
+
+def test_only_a_share_has_the_interval_of_a_share():
+    runs = {"a": _run([0.99, 1.0, 1.0]), "b": _run([0.5, 0.6, 0.7])}
+    for run in runs.values():
+        run["test"]["loss"] = run["test"]["accuracy"]
+    accuracy = compare.compare(runs, "test", "accuracy")["runs"]["a"]
+    loss = compare.compare(runs, "test", "loss")["runs"]["a"]
+    assert accuracy["ci95"][1] < 1 < loss["ci95"][1]
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "result.json").write_text(json.dumps(_run([0.5, 0.6])))

@@ -2,8 +2,12 @@
 
 import ast
 import importlib.util
+from functools import partial
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -15,7 +19,10 @@ from cv_jax.data.dataset import first_examples
 from cv_jax.flops import evaluation_flops, training_flops
 from cv_jax.keys import derive_keys
 from cv_jax.mesh import make_mesh
+from cv_jax.models import build_model
+from cv_jax.models.layers import conv, dense
 from cv_jax.ops import plain_lax
+from cv_jax.optim import make_optimizer
 from cv_jax.programs import try_step
 from cv_jax.tasks import build_task
 from tests.conftest import ROOT, random_dataset
@@ -74,10 +81,36 @@ def test_every_config_makes_a_task(path):
         task = build_task(_watch(config, read), data.spec)
         batches = make_batches(config, data.train, derive_keys(0).order, make_mesh())
         try_step(task, batches.shapes)
+        table = next(note for note in task.notes if note.startswith("rule "))
+        # Of its own model every rule decides something: a letter wrong in one shows here.
+        unused = [row.split()[0] for row in table.splitlines() if row.split()[2] == "0"]
+        assert set(unused) <= {".*"}
         assert training_flops(task, batches.shapes, 2) > 0
         assert evaluation_flops(task, data.spec, 8) > 0
     groups = {key for key in flatten(config) if key.startswith("optim.groups.")}
     assert groups - read == set()
+
+
+class _Tiny(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        pooled = conv(x, 4, 3, name="conv").mean((1, 2))
+        return dense(pooled, 10, name="head"), {"pooled": pooled}
+
+
+@pytest.mark.parametrize("model", ["lenet", "resnet18", "tiny"])
+def test_every_config_has_rules_for_other_models(model):
+    module = _Tiny() if model == "tiny" else build_model(model, 10, jnp.float32)
+    image = jnp.zeros((1, 32, 32, 3))
+    params = jax.eval_shape(partial(module.init, train=False), jax.random.key(0), image)["params"]
+    for path in CONFIGS:
+        config = _load(path)
+        backbone = params if config.task == "classification" else {"backbone": params}
+        optimizer = make_optimizer(config.optim, backbone, 100, config.batch_size, lambda text: 0)
+        assert not optimizer.frozen or path.stem == "cifar10_linear"
+        rows = [row.split()[:3] for row in optimizer.report.splitlines()[1:]]
+        assert sum(int(arrays) for _, _, arrays in rows) == len(jax.tree.leaves(params))
+        assert ["whiten/.*", "frozen", "0"] in rows or path.stem != "digits"
 
 
 @pytest.mark.slow

@@ -822,6 +822,31 @@ def test_data_prepared_anew_is_read_anew(prepared, capsys, content):
     assert capsys.readouterr().err == ""
 
 
+def test_a_file_below_a_folder_is_part_of_the_data(prepared):
+    directory, stored = prepared
+    image = directory / "train" / "cat" / "1.png"
+    image.parent.mkdir(parents=True)
+    (image.parent / "broken").symlink_to("nowhere")
+    image.write_bytes(b"1")
+    os.utime(image, (0, 0))
+    cached(directory, lambda _: stored)
+    assert cached(directory, _never).class_names == stored.class_names
+    os.utime(image, (1, 1))
+    assert cached(directory, lambda _: stored) is stored  # as new contents of the same size
+    image.rename(image.parent.parent / "1.png")
+    assert cached(directory, lambda _: stored) is stored
+    cached(directory, _never)
+
+
+def test_settings_of_the_decoding_have_entries_of_their_own(prepared):
+    directory, stored = prepared
+    cached(directory, lambda _: stored)
+    other = stored._replace(class_names=tuple("vwxyz"))
+    assert cached(directory, lambda _: other, settings="size=64") is other
+    assert cached(directory, _never).class_names == stored.class_names
+    assert cached(directory, _never, settings="size=64").class_names == other.class_names
+
+
 def test_two_directories_of_one_version_do_not_share(tmp_path, prepared):
     directory, stored = prepared
     copy = tmp_path / "copy" / "name" / "1.0.0"

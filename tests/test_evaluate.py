@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cv_jax.data import Dataset, Split
 from cv_jax.errors import UserError
-from cv_jax.evaluate import find_tta, means, padded_batches, sum_batches
+from cv_jax.evaluate import Evaluator, find_tta, means, padded_batches, sum_batches
+from cv_jax.loop import Clock
+from cv_jax.mesh import make_mesh
 from cv_jax.metrics import classification_metrics
 from tests.conftest import random_split
 
@@ -48,6 +51,39 @@ def test_any_batch_size_gives_the_same_numbers(batch_size):
     hits, _ = np.histogram(confidence, 15, (0, 1), weights=right.astype(float))
     total, _ = np.histogram(confidence, 15, (0, 1), weights=confidence)
     np.testing.assert_allclose(sums["calibration"][0], [counts, hits, total], rtol=1e-5)
+
+
+def test_splits_of_other_image_sizes_have_programs_of_their_own():
+    def split(side, dtype):
+        return Split(np.ones((4, side, side, 1), dtype), np.zeros(4, np.int32))
+
+    data = Dataset(None, None, split(2, np.uint8), split(3, np.uint8))
+
+    def pixels(own, state, batch):
+        return {"pixels": (batch["image"].sum(axis=(1, 2, 3)).sum(), state)}
+
+    state = jnp.float32(1)
+    evaluate = Evaluator({"final": pixels}, None, data, 4, make_mesh(), Clock())
+    assert evaluate("final", state, "val")["pixels"][0] == 4 * 2 * 2
+    assert evaluate("final", state, "test")["pixels"][0] == 4 * 3 * 3
+    assert evaluate("final", jnp.int32(1), "test")["pixels"][1] == 1  # another type
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_network_that_has_diverged_has_no_accuracy(bad):
+    label = jnp.array([0, 1, 1, 0], jnp.int32)  # class 0 is what the argmax of NaN says
+    mask = jnp.array([1.0, 1, 1, 0])
+    logits = jnp.zeros((4, 6)).at[0, 2].set(bad)
+    metrics = classification_metrics(logits, label, mask)
+    assert set(metrics) == {
+        *("loss", "accuracy", "top5", "per_class_accuracy", "confusion", "calibration")
+    }
+    for name, (total, _) in metrics.items():
+        assert np.isnan(total).all(), name
+    assert metrics["accuracy"][1] == 3
+    np.testing.assert_array_equal(metrics["per_class_accuracy"][1], [1, 2, 0, 0, 0, 0])
+    one_run = means({"accuracy": sum_batches(lambda batch: batch, [metrics])["accuracy"]})
+    assert np.isnan(one_run["accuracy"])
 
 
 def test_top5_is_left_out_where_it_says_nothing():

@@ -1,6 +1,7 @@
 """An exported network predicts what it predicted in its run, and its file says what it is."""
 
 import argparse
+import io
 import json
 import pickle
 import re
@@ -14,18 +15,21 @@ import numpy as np
 import pytest
 from etils.epath import Path
 from jax import export, lax
+from PIL import Image
 
 from cv_jax.data import load_dataset
 from cv_jax.errors import UserError
 from cv_jax.evaluate import find_tta
-from cv_jax.export.card import make_card, to_markdown
+from cv_jax.export.card import make_card, photograph, to_markdown
 from cv_jax.export.formats import FORMATS, check_packages, read
+from cv_jax.images import read_image
 from cv_jax.ops import plain_lax
 from cv_jax.sweep import with_values
 from cv_jax.tasks import build_task
 from cv_jax.tools import export as tool
 from cv_jax.trained import as_evaluated, load_trained, variables
 from tests.conftest import random_dataset
+from tests.test_images import encode
 
 NAMES = sorted(FORMATS)
 
@@ -113,13 +117,40 @@ def test_a_card_says_what_it_is_and_how_to_use_it(files, trained, name, monkeypa
 
     text = path.with_name(path.name + ".md").read_text()
     assert f"{100 * accuracy['mean']:.2f} % ± {100 * accuracy['std']:.2f} over n = 2 seeds" in text
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    snippet, photo = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert photo.strip() == photograph((8, 8, 1))[1].strip()
     monkeypatch.chdir(path.parent)
     space = {}
     exec(snippet, space)
     assert space["logits"].shape == (7, 10)
     assert len(space["names"]) == 7
     assert set(space["names"]) <= set("0123456789")
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (32, 32, 3), (20, 30, 3)])
+def test_the_code_of_the_card_reads_photographs_as_predict_does(shape):
+    space = {}
+    exec(photograph(shape)[1], space)
+    rng = np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for size in ((97, 64, 3), (64, 97, 3), (9, 5, 3), (*shape[:2], 3), (50, 40, 4), (33, 70)):
+        image = Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8))
+        for kind, options in (("PNG", {}), ("JPEG", {"exif": turned}), ("GIF", {})):
+            if kind != "JPEG" or len(size) == 3 == size[-1]:
+                data = encode(image, kind, **options)
+                got = space["read_photo"](io.BytesIO(data))
+                np.testing.assert_array_equal(got, read_image(data, shape)[None])
+    np.testing.assert_allclose(space["softmax"](np.log([[1.0, 3.0]])), [[0.25, 0.75]])
+    assert photograph((8, 8, 5)) == ("no photograph has the 5 channels of this input", "")
+
+
+@pytest.mark.slow
+def test_stablehlo_takes_one_image_or_more_as_its_card_says(files):
+    predict = read("stablehlo", files("stablehlo"))
+    with pytest.raises(ValueError, match=r">= 1\b"):
+        predict(np.zeros((0, 8, 8, 1), np.uint8))
+    assert "uint8, 0 to 255, b >= 1" in _card("stablehlo", files("stablehlo"))["input"]
 
 
 @pytest.mark.slow
@@ -269,6 +300,47 @@ def test_the_tool_compares_what_it_wrote(digits_run, tmp_path, capsys, monkeypat
     assert tool.run(arguments) == 1
     assert "does not predict what the network does" in capsys.readouterr().err
     assert out.exists()
+
+
+def test_a_logit_that_is_not_finite_is_never_equal():
+    split = random_dataset(num_classes=2).test
+    good = np.eye(2, dtype=np.float32)[split.label]
+    bad = good.copy()
+    bad[0] = np.nan  # class 0 by its argmax
+    for label in (0, 1):  # of the first image
+        some = split._replace(label=np.concatenate([[label], split.label[1:]]))
+        report = tool.compare(lambda image: good, lambda image: bad, some, batch_size=37)
+        assert (report["equal"], report["of"], report["accuracy"]) == (36, 37, 36 / 37)
+        assert np.isnan(report["largest_difference"])
+        with pytest.raises(UserError, match="answers with numbers that are not finite"):
+            tool.compare(lambda image: bad, lambda image: good, some, batch_size=37)
+
+
+@pytest.mark.slow
+def test_a_network_whose_answers_are_not_finite_is_not_exported(digits_run, tmp_path, monkeypatch):
+    nothing = np.full((1, 10), np.nan)
+    monkeypatch.setattr(tool, "own_predict", lambda trained, tta: lambda image: nothing)
+    out = tmp_path / "b.stablehlo"
+    arguments = _arguments(workdir=str(digits_run), out=str(out))
+    with pytest.raises(UserError, match="answers with numbers that are not finite"):
+        tool.run(arguments)
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_card_of_a_sweep_is_of_its_best_setting(digits_run, trained):
+    config = trained.config.copy_and_resolve_references()
+    config.sweep = (("optim.lr", (0.02, 0.05)),)
+    best = {"optim.lr": 0.05}
+    sweep = [{"setting": {"optim.lr": lr}} for lr in (0.02, 0.05)]
+    result = {**trained.result, "best": best, "sweep": sweep}
+    network = trained._replace(config=config, result=result, name="optim.lr=0.05 seed=1")
+    card = make_card(Path(digits_run), network, "none")
+    assert card["test"]["accuracy"] == trained.result["test"]["accuracy"]["values"][1]
+    network = network._replace(name="optim.lr=0.02 seed=1")
+    assert make_card(Path(digits_run), network, "none")["test"] is None
+    card["test"] |= {"mean": None, "std": None, "ci95": None}
+    assert "; other seeds have diverged |" in to_markdown(card, "")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from cv_jax.errors import UserError
 from cv_jax.tools import frontier
 
 
@@ -31,6 +32,12 @@ def test_points_are_printed_by_cost_and_drawn(tmp_path, monkeypatch, capsys):
     ours, public = figure.axes[0].get_lines()[0], figure.axes[0].get_lines()[-1]
     assert ours.get_xydata().tolist() == [[pytest.approx(0.25), pytest.approx(94.01)]]
     assert public.get_xydata().tolist() == [[0.29, 94.01]]
+
+
+def test_a_record_of_a_run_that_has_diverged_has_no_point(tmp_path):
+    _record(tmp_path / "x.json", None, None, 1e15)
+    with pytest.raises(UserError, match=r"x\.json: a seed has diverged"):
+        frontier.read_point(tmp_path / "x.json")
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Image files of every kind become the array that evaluation would have seen."""
 
+import os
 from io import BytesIO
 
 import cv2
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cv_jax.errors import UserError
-from cv_jax.images import MAX_PIXELS, read_image
+from cv_jax.images import MAX_BYTES, MAX_PIXELS, read_file, read_image
 
 RED = (200, 30, 60)
 
@@ -51,6 +52,25 @@ def test_exif_turns_the_image():
     stored = np.rot90(upright)  # counter-clockwise
     got = read_image(encode(np.ascontiguousarray(stored), exif=exif), (8, 8, 3))
     np.testing.assert_array_equal(got, upright)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"garbage", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff1"]
+)
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_a_damaged_exif_block_leaves_the_pixels(kind, options, exif):
+    image = _noise(8, 6, 3)
+    file = encode(image, kind, exif=exif, **options)
+    np.testing.assert_array_equal(read_image(file, (8, 6, 3)), image)
+
+
+def test_two_and_four_channels_have_alpha_for_the_last():
+    image = _noise(8, 6, 4)
+    np.testing.assert_array_equal(read_image(encode(image), (8, 6, 4)), image)
+    np.testing.assert_array_equal(read_image(encode(image[..., :2]), (8, 6, 2)), image[..., :2])
+    opaque = np.full((2, 3, 3), RED, np.uint8)
+    assert (read_image(encode(opaque), (8, 8, 4)) == (*RED, 255)).all()
+    assert (read_image(encode(opaque[..., 0]), (8, 8, 2)) == (RED[0], 255)).all()
 
 
 def test_what_is_transparent_is_white():
@@ -105,3 +125,20 @@ def test_what_pillow_does_not_know_opencv_opens():
 def test_what_is_no_image_is_said_in_a_sentence(data, message):
     with pytest.raises(UserError, match=message):
         read_image(data, (8, 8, 3))
+
+
+def test_only_plain_files_of_a_size_that_can_be_held_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")  # opening it would wait for a writer
+    (tmp_path / "folder.png").mkdir()
+    os.symlink(tmp_path / "gone", tmp_path / "loose.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    for path, message in (
+        (tmp_path / "fifo.png", "a pipe, a socket or a device"),
+        (tmp_path / os.devnull, "a pipe, a socket or a device"),
+        (tmp_path / "folder.png", "a directory that is not looked into"),
+        (tmp_path / "loose.png", "No such file"),
+        (tmp_path / "huge.png", "more than 500 MB"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_file(path, (8, 8, 3))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from cv_jax import plot
 from cv_jax.config import base_config
 from cv_jax.errors import UserError
 from cv_jax.log import Log, image_grid
@@ -78,6 +79,15 @@ def test_a_row_is_the_mean_over_its_steps(make_log, tmp_path, capsys):
     events = read_events(tmp_path)
     assert events["train/loss", 2].simple_value == 3.0
     assert events["val/accuracy", 2].simple_value == 0.25
+
+
+def test_steps_that_count_nothing_are_no_skipped_and_no_diverged_ones(make_log, tmp_path, capsys):
+    nothing = {"loss": (np.zeros((1, 14)), np.zeros((1, 14)))}
+    with make_log() as log:
+        log.train(Chunk(0, 14, True, False, False), nothing)
+    (record,) = _records(tmp_path)
+    assert list(record["values"]) == ["images_per_second"]
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_a_resumed_log_forgets_the_steps_after_the_checkpoint(make_log, tmp_path):
@@ -169,6 +179,43 @@ def test_a_run_that_diverges_leaves_the_others_alone(make_log, tmp_path, capsys)
     assert capsys.readouterr().out.count("lr=9: the loss is not finite at step 2") == 1
     assert [record["values"]["loss"] for record in _records(tmp_path)] == [1.5, 1.0, 1.0]
     assert _records(tmp_path)[1]["runs"]["loss"] == [1.0, None]
+
+
+def test_a_step_without_a_loss_has_no_accuracy(make_log, tmp_path):
+    def metrics(*losses):
+        losses, one = np.array([losses]).T, np.ones((2, 1))
+        return {"loss": (losses, one), "accuracy": (one, one), "lr": (0.1 * one, one)}
+
+    with make_log(names=("lr=1", "lr=9")) as log:
+        log.train(Chunk(0, 1, True, False, False), metrics(2.0, math.nan))
+        log.evals(1, "val", {"accuracy": np.array([0.5, math.nan])})
+    train, val = _records(tmp_path)
+    assert train["runs"] == {"loss": [2.0, None], "accuracy": [1.0, None], "lr": [0.1, 0.1]}
+    assert val["runs"] == {"accuracy": [0.5, None]}
+
+
+def test_a_row_leaves_out_what_no_run_has(make_log, capsys):
+    with make_log() as log:
+        log.evals(2, "val", {"loss": np.array([math.nan]), "accuracy": np.array([math.nan])})
+        log.row()
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_the_confusion_in_tensorboard_is_of_the_runs_that_have_not_diverged(
+    make_log, tmp_path, monkeypatch
+):
+    drawn = []
+    draw = plot.draw_confusion
+    monkeypatch.setattr(plot, "draw_confusion", lambda *args: drawn.append(args[0]) or draw(*args))
+    confusion = np.stack([np.diag([2.0, 3.0]), np.full((2, 2), np.nan)])
+    count = np.full(2, 5.0)
+    accuracy = np.array([5.0, np.nan])
+    sums = {"accuracy": (accuracy, count), "confusion": (confusion, count)}
+    nothing = {"accuracy": (0 * accuracy[1:], count[1:]), "confusion": (confusion[1:], count[1:])}
+    with make_log(names=("lr=1", "lr=9")) as log:
+        log.finals(14, {"val": sums, "test": nothing}, ["a", "b"])
+    (one,) = drawn
+    np.testing.assert_array_equal(one, np.diag([2.0, 3.0]))
 
 
 def test_a_grid_lays_images_out_in_rows():

@@ -1,4 +1,5 @@
 import math
+import re
 
 import chex
 import flax.linen as nn
@@ -8,11 +9,18 @@ import numpy as np
 import pytest
 
 from cv_jax import spec
+from cv_jax.config import base_config
+from cv_jax.data.batches import make_batches
 from cv_jax.errors import UserError
+from cv_jax.keys import derive_keys
+from cv_jax.mesh import make_mesh
 from cv_jax.models import MODELS, build_model, compute_dtype, layers
 from cv_jax.models.n94 import Group, identity_init, unit_std_init, whitening_kernel
 from cv_jax.models.resnet import BasicBlock, ResNet
 from cv_jax.models.wide_resnet import PreActivationBlock, WideResNet
+from cv_jax.programs import try_step
+from cv_jax.tasks import build_task
+from tests.conftest import random_dataset
 
 # model, image size, classes, published parameter count (frozen ones included)
 PUBLISHED = [
@@ -428,6 +436,49 @@ def test_unknown_models_and_arguments_are_explained(text, message):
         build_model(text, 10, F32)
 
 
+class _Own(nn.Module):
+    returns: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        logits = layers.dense(x.mean((1, 2)), 10 if self.returns != "classes" else 7, name="head")
+        return {
+            "logits": logits,
+            "none": None,
+            "classes": (logits, {"pooled": logits}),
+            "no pooled": (logits, {"stem": logits}),
+            "right": (logits, {"pooled": logits}),
+        }[self.returns]
+
+
+@pytest.mark.parametrize(
+    ("returns", "described"),
+    [
+        ("logits", "float32 (1, 10)"),
+        ("none", "None"),
+        ("classes", "(float32 (1, 7), {'pooled': float32 (1, 7)})"),
+        ("no pooled", "(float32 (1, 10), {'stem': float32 (1, 10)})"),
+    ],
+)
+def test_a_model_that_returns_something_else_is_described(monkeypatch, returns, described):
+    monkeypatch.setitem(MODELS, "own", lambda returns, *, num_classes, dtype: _Own(returns))
+    data = random_dataset()
+    config = base_config()
+    config.model = "own('right')"
+    build_task(config, data.spec)
+    config.model = f"own({returns!r})"
+    message = f"_Own.__call__ returned {described} for float32 (1, 8, 8, 1); expected are logits (1"
+    with pytest.raises(UserError, match=re.escape(message)):
+        build_task(config, data.spec)
+    config.model = "own('right')"  # which has 10 classes where a backbone has none
+    config.task, config.method = "ssl", "simclr"
+    with pytest.raises(UserError, match=r"expected are logits \(1, 0\) and a dict"):
+        build_task(config, data.spec)
+    monkeypatch.setitem(MODELS, "own", lambda *, num_classes, dtype: None)
+    with pytest.raises(UserError, match=r"config\.model='own': its function returned None"):
+        build_model("own", 10, F32)
+
+
 @pytest.mark.parametrize(("text", "shape"), [("lenet", (1, 15, 40, 3)), ("n94", (1, 8, 1, 3))])
 def test_too_small_images_are_named(text, shape):
     with pytest.raises(UserError, match=f"'{text}' needs images of .* got {shape[1]}x{shape[2]}"):
@@ -442,3 +493,30 @@ def test_compute_dtype(monkeypatch):
         assert compute_dtype("auto") == BF16
     with pytest.raises(UserError, match=r"config\.dtype is .*, not 'float16'"):
         compute_dtype("float16")
+
+
+def test_a_model_of_one_size_names_the_flag_that_keeps_it():
+    config = base_config()
+    config.model, config.progressive_resizing = "lenet", "size(20, until=0.5)"
+    config.batch_size = 4
+    data = random_dataset((32, 32, 3))
+    task = build_task(config, data.spec)
+    batches = make_batches(config, data.train, derive_keys(0).order, make_mesh())
+    with pytest.raises(UserError, match=r"one size only .*write --config.progressive_resizing=''"):
+        try_step(task, batches.shapes)
+
+
+@pytest.mark.parametrize(
+    ("mean", "least", "most"),
+    [(1, 0, 1e-4), (10, 0, 1e-3), (100, 5e-3, 5e-2), (1000, 0.3, math.inf)],
+)
+def test_batch_norm_is_as_exact_as_its_docstring_says(mean, least, most):
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layers.batch_norm(x, True, name="norm", epsilon=1e-12)
+
+    x = np.float32(mean + 0.1 * np.random.default_rng(0).normal(size=(64, 8, 8, 4)))
+    y, _ = Norm().init_with_output(jax.random.key(0), x)
+    error = np.abs(np.asarray(y, np.float64).std((0, 1, 2)) - 1).max()
+    assert least <= error <= most

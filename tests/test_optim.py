@@ -360,8 +360,15 @@ def test_rule_must_match_the_whole_path():
     optimizer = make(rules=(("(conv|head)/k.*", "frozen"), (".*", "base")))
     history, _ = train(optimizer, GRADS[:1])
     np.testing.assert_array_equal(history[0]["head/kernel"], np.float32(START["head/kernel"]))
-    with pytest.raises(UserError, match="'conv' decides no parameter"):
+    with pytest.raises(UserError, match=r"'conv' decides no parameter.*write its group 'frozen\?'"):
         make(rules=(("conv", "frozen"), (".*", "base")))
+    allowed = make(rules=(("conv", "frozen?"), (".*", "base?")))
+    assert [row.split()[:3] for row in allowed.report.splitlines()[1:]] == [
+        ["conv", "frozen", "0"],
+        [".*", "base", "4"],
+    ]
+    with pytest.raises(UserError, match=r"unknown group 'frosen'\. Did you mean 'frozen'"):
+        make(rules=(("conv", "frosen?"), (".*", "base")))
 
 
 def test_groups_differ_from_base_only_where_they_say_so():

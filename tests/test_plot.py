@@ -2,7 +2,14 @@
 
 import numpy as np
 
-from cv_jax.plot import draw_bars, draw_confusion, draw_map, draw_sweep, rasterize
+from cv_jax.plot import (
+    draw_bars,
+    draw_confusion,
+    draw_map,
+    draw_reliability,
+    draw_sweep,
+    rasterize,
+)
 
 
 def test_a_confusion_matrix_is_dark_on_a_perfect_diagonal():
@@ -28,3 +35,18 @@ def test_a_setting_that_has_diverged_is_left_out_of_the_picture_of_a_sweep():
     line, *_, best = draw_sweep(points, {"lr": 0.1}).axes[0].lines
     np.testing.assert_array_equal(line.get_ydata(), [90.0, 80.0, np.nan])
     np.testing.assert_array_equal(best.get_ydata(), [90.0])
+
+
+def test_the_legend_of_a_reliability_diagram_covers_no_bar():
+    figure = draw_reliability([[1] * 15, [1] * 15, [1.0] * 15])  # a bar everywhere, to the top
+    rasterize(figure)
+    (axes,) = figure.axes
+    assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+
+
+def test_a_sweep_of_which_all_have_diverged_is_drawn_without_points():
+    accuracy = {"mean": None, "std": None, "n": 1}
+    points = [{"setting": {"lr": lr}, "val": {"accuracy": accuracy}} for lr in (1, 2)]
+    line, *_, best = draw_sweep(points, {"lr": 1}).axes[0].lines
+    np.testing.assert_array_equal(line.get_ydata(), [np.nan, np.nan])
+    np.testing.assert_array_equal(best.get_ydata(), [np.nan])

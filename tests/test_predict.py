@@ -62,19 +62,52 @@ def test_a_bad_file_gets_its_line_and_the_others_go_on(run_predict, digits_files
     (tmp_path / "folder").mkdir()
     os.symlink(good, tmp_path / "folder" / "link.png")
     os.symlink(tmp_path / "gone", tmp_path / "loose.png")
+    os.symlink(tmp_path / "folder", tmp_path / "linked")
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "full.png").mkdir()  # all that is in it is read
+    os.symlink(good, tmp_path / "full.png" / "link.png")
     code, lines, err = run_predict(f"--dir={tmp_path}", good)
     assert code == 1
-    assert [line.split(": ")[0] for line in lines] == [str(good), f"{tmp_path}/folder/link.png"]
+    assert [line.split(": ")[0] for line in lines] == [
+        str(good),
+        *(f"{tmp_path}/{name}/link.png" for name in ("folder", "full.png")),
+    ]
     assert all(line.split(": ")[1].startswith("3 ") for line in lines)
+    bad = ["empty.png", "fifo.png", "half.png", "linked", "loose.png", "notes <b>.txt"]
     assert [line.split(": ")[0] for line in err.splitlines()] == [
-        *(f"{tmp_path}/{name}" for name in ("half.png", "loose.png", "notes <b>.txt")),
+        *(f"{tmp_path}/{name}" for name in bad),
         "predict",
     ]
-    assert "3 of 5 files could not be read" in err
+    assert "6 of 9 files could not be read" in err
 
     code, lines, _ = run_predict(tmp_path / "half.png", "--json")
     assert code == 1
     assert "damaged" in json.loads(lines[0])["error"]
+
+
+def test_a_directory_that_cannot_be_listed_is_said(monkeypatch, tmp_path):
+    def walk(directory, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{directory}/closed"))
+        return iter([(str(directory), ["closed"], ["a.png"])])
+
+    monkeypatch.setattr(os, "walk", walk)
+    assert predict.find_files([], tmp_path) == [tmp_path / "a.png", tmp_path / "closed"]
+
+
+def test_a_name_of_any_bytes_makes_one_line(run_predict, digits_files, tmp_path):
+    names = [b"a\nb.png", b"c\td\x1b[31m.png", b"\xe9\xc3\xa9.png"]
+    file = next(digits_files.iterdir()).read_bytes()
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(file)
+    code, lines, _ = run_predict(f"--dir={tmp_path}")
+    shown = [rf"{tmp_path}/{name}" for name in (r"a\nb.png", r"c\td\x1b[31m.png", r"\xe9é.png")]
+    assert (code, [line.split(": ")[0] for line in lines]) == (0, shown)
+    _, lines, _ = run_predict(f"--dir={tmp_path}", "--json")
+    files = [json.loads(line)["file"] for line in lines]
+    assert files == [
+        f"{tmp_path}/{name}" for name in ("a\nb.png", "c\td\x1b[31m.png", r"\xe9é.png")
+    ]
 
 
 def test_photos_of_any_kind_are_brought_to_the_network(run_predict, tmp_path):
@@ -84,6 +117,15 @@ def test_photos_of_any_kind_are_brought_to_the_network(run_predict, tmp_path):
     code, lines, _ = run_predict(f"--dir={tmp_path}", "--top=2", "--tta=mirror")
     assert (code, len(lines)) == (0, 2)
     assert all(line.count(" %") == 2 for line in lines)
+
+
+def test_answers_that_are_not_finite_are_refused(run_predict, digits_files, monkeypatch):
+    answers = np.array([[0.5, 0.5], [np.nan, 0.5]])
+    monkeypatch.setattr(predict, "make_classify", lambda *args: lambda images: answers)
+    files = sorted(digits_files.glob("*"))[:2]
+    code, lines, err = run_predict(*files, "--json")
+    assert (code, lines) == (2, [])
+    assert err.startswith("predict: The network answers with numbers that are not finite")
 
 
 @pytest.mark.parametrize(

@@ -360,6 +360,9 @@ def test_tensorflow_is_asked_for_where_it_is_needed(tmp_path, monkeypatch):
 def test_an_unknown_name_gets_the_nearest(tmp_path, name, guess):
     message = _error(name, tmp_path)
     assert f"Unknown data set {name!r}.{guess} config.data.name is 'digits', which" in message
+    assert "returns cv_jax.data.dataset.Stored and add its name to OWN in cv_jax/data/load.py" in (
+        message
+    )
 
 
 def test_a_directory_that_is_not_one_is_named(tmp_path):

@@ -227,6 +227,21 @@ def test_a_probe_learns_from_all_labelled_images_whatever_the_batch_size(eval_ba
     assert others["feature_spread"] != network.expected("test", labelled)["feature_spread"]
 
 
+@pytest.mark.parametrize("scale", [np.nan, 1e30], ids=["not finite", "beyond float32"])
+def test_a_run_that_has_diverged_has_no_accuracy_and_the_others_have(scale):
+    network = Counted()
+    before = network("watch", "val")
+    network.state = network.state.replace(
+        step=network.state.step + 1,
+        params={"w": network.state.params["w"].at[1].multiply(jnp.float32(scale))},
+    )
+    after = network("watch", "val")
+    assert {"accuracy", "linear_accuracy", "confusion", "feature_spread"} <= after.keys()
+    for name, values in after.items():
+        np.testing.assert_array_equal(values[0], before[name][0], err_msg=name)
+        assert np.isnan(values[1]).all(), name
+
+
 def test_a_probe_learns_from_so_many_at_most():
     network = Counted(limit=20)
     labelled = np.flatnonzero(network.data.train.label >= 0)

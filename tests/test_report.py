@@ -12,7 +12,7 @@ from PIL import Image
 
 from cv_jax.data import load_dataset
 from cv_jax.errors import UserError
-from cv_jax.report import examples
+from cv_jax.report import examples, page
 from cv_jax.report.run import Run, calibration_error, curve, read_run
 from cv_jax.tools import report
 
@@ -51,6 +51,41 @@ def test_the_curve_of_a_sweep_is_that_of_its_best_setting():
     records = [{"epoch": 1.0, "split": "val", "values": {"loss": 8.5}, "runs": values}]
     result = {"best": {"lr": 2}, "sweep": [{"setting": {"lr": 1}}, {"setting": {"lr": 2}}]}
     assert curve(_run(records, result), "val", "loss").mean.tolist() == [15.0]
+
+
+CONFIG = {
+    **{"model": "lenet", "data": {"name": "digits"}, "num_seeds": 2, "optim": {"lr": 0.1}},
+    **{"sweep": [["optim.lr", [0.1, 0.3]]]},
+}
+
+
+def _swept(accuracy):
+    """A run that swept optim.lr, of which 0.3 is the best, with these accuracies on test."""
+    values = [None, None] if accuracy is None else [accuracy, accuracy]
+    statistics = {"mean": accuracy, "std": None, "ci95": None, "n": 2, "values": values}
+    per_class = {"a": accuracy, "b": None}  # of b there are no images
+    test = {"accuracy": statistics, "per_class_accuracy": per_class, "count": 5}
+    sweep = [{"setting": {"optim.lr": lr}} for lr in (0.1, 0.3)]
+    result = {"test": test, "val": None, "seeds": [0, 1], "best": {"optim.lr": 0.3}, "sweep": sweep}
+    return Run(Path("r"), CONFIG, {}, [], result)
+
+
+def test_the_page_names_the_best_setting_and_compares_its_values():
+    assert "Best on val of 2 settings: optim.lr=0.3." in page._heading(_swept(0.5))
+    other = Run(Path("q"), {**CONFIG, "optim": {"lr": 0.2}, "sweep": []}, {}, [], None)
+    html = page._comparison([_swept(0.5), other], None)
+    assert '<th scope="row">optim.lr</th><td>0.3</td><td>0.2</td>' in html
+
+
+def test_what_has_no_number_has_no_bar():
+    drawn = []
+    html = page._classes(_swept(0.5), lambda figure, *_: drawn.append(figure) or "")
+    (bars,) = drawn
+    assert [text.get_text() for text in bars.axes[0].get_yticklabels()] == ["a"]
+    assert "Without images in test, and so without accuracy: b." in html
+    assert page._classes(_swept(None), None) == ""
+    assert "2 of 2 seeds diverged: no mean." in page._heading(_swept(None))
+    assert "diverged" not in page._heading(_swept(0.5))
 
 
 def test_half_a_line_of_the_log_is_left_out(tmp_path):

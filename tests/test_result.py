@@ -3,11 +3,25 @@
 import json
 import math
 
+import numpy as np
 import pytest
+from etils.epath import Path
 
+from cv_jax.config import base_config
 from cv_jax.errors import UserError
-from cv_jax.result import environment, finished_result, summarize, write_environment, write_json
+from cv_jax.result import (
+    best_runs,
+    environment,
+    finished_result,
+    is_share,
+    percent,
+    summarize,
+    write_environment,
+    write_json,
+    write_result,
+)
 from cv_jax.startup import num_cores
+from tests.conftest import random_dataset
 
 
 def test_statistics_of_five_seeds():
@@ -22,6 +36,85 @@ def test_statistics_of_five_seeds():
 
 def test_one_run_has_no_spread():
     assert summarize([0.5]) == {"mean": 0.5, "std": None, "ci95": None, "n": 1, "values": [0.5]}
+
+
+def test_the_interval_of_a_share_stays_inside_0_and_1():
+    got = summarize([0.99, 1.0, 1.0], share=True)
+    # m = 0.996667, s = 0.0057735; t(0.975, 2) = 4.302653; logit(m) = 5.700444. The plain interval
+    # would end at 1.0110.
+    mean, half = 2.99 / 3, 4.302653 * (0.01 / math.sqrt(3)) / math.sqrt(3)
+    center, half = math.log(mean / (1 - mean)), half / (mean * (1 - mean))
+    expected = [1 / (1 + math.exp(-(center + sign * half))) for sign in (-1, 1)]
+    assert got["ci95"] == pytest.approx(expected, rel=1e-6)
+    assert 0 < got["ci95"][0] < mean < got["ci95"][1] < 1
+    # Far from 0 and 1, with little spread, it is Student's t.
+    narrow = [0.5, 0.5001, 0.4999]
+    assert summarize(narrow, True)["ci95"] == pytest.approx(summarize(narrow)["ci95"], abs=1e-7)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 1.0], [0.7, 0.7], [0.0, 1.0]])
+def test_the_interval_of_any_shares_is_finite(values):
+    low, high = summarize(values, share=True)["ci95"]
+    assert 0 <= low <= np.mean(values) <= high <= 1
+    if len(set(values)) == 1:
+        assert (low, high) == pytest.approx((values[0], values[0]), abs=1e-12)
+
+
+def test_only_shares_are_shares():
+    shares = [name for name in METRICS if is_share(name)]
+    assert shares == ["accuracy", "top5", "linear_accuracy"]
+
+
+METRICS = ("accuracy", "top5", "linear_accuracy", "loss", "feature_rank", "feature_spread")
+
+
+def test_a_seed_that_has_diverged_leaves_no_number():
+    got = summarize([0.5, math.nan, 0.7], share=True)
+    assert math.isnan(got["mean"])
+    assert (got["std"], got["ci95"], got["n"]) == (None, None, 3)
+    assert percent(got["mean"], got["std"]) == percent(None, None) == "diverged"
+
+
+def _sums(accuracy):
+    """Those of classification, of runs of 10 images and 2 classes with these accuracies."""
+    accuracy = np.array(accuracy)
+    count = np.full(len(accuracy), 10.0)
+    return {
+        "accuracy": (10 * accuracy, count),
+        "per_class_accuracy": (5 * np.stack([accuracy] * 2, 1), np.full((len(accuracy), 2), 5.0)),
+        "confusion": (accuracy[:, None, None] * 10 * np.eye(2), count),
+    }
+
+
+def _written(tmp_path, accuracy, num_seeds=1):
+    config = base_config()
+    config.num_seeds, config.batch_size = num_seeds, 10
+    settings = [{"optim.lr": lr} for lr in (1e30, 0.1, 0.01)][: len(accuracy) // num_seeds]
+    config.sweep = (("optim.lr", tuple(s["optim.lr"] for s in settings)),)
+    spec = random_dataset(num_classes=2).spec
+    sums = {split: _sums(accuracy) for split in ("val", "test")}
+    result = write_result(Path(tmp_path), config, spec, settings, 5, sums, {"training": 1}, {})
+    return result, json.loads((tmp_path / "result.json").read_text())
+
+
+def test_a_setting_that_has_diverged_is_never_the_best(tmp_path):
+    result, written = _written(tmp_path, [math.nan, 0.2, 0.3])
+    assert result["best"] == {"optim.lr": 0.01}
+    assert written["sweep"][0]["val"]["accuracy"]["values"] == [None]
+    assert written["test"]["confusion"] == [[3.0, 0.0], [0.0, 3.0]]
+    # Of two seeds, the setting of which fewer have diverged.
+    result, written = _written(tmp_path, [math.nan, math.nan, 0.9, math.nan, 0.1, 0.2], 2)
+    assert result["best"] == {"optim.lr": 0.01}
+    result, written = _written(tmp_path, [math.nan, math.nan, 0.9, math.nan], 2)
+    assert result["best"] == {"optim.lr": 0.1}
+    assert best_runs(written, 2) == slice(2, 4)
+    test = written["test"]
+    assert test["accuracy"] == {
+        **{"mean": None, "std": None, "ci95": None},
+        **{"n": 2, "values": [pytest.approx(0.9), None]},
+    }
+    assert (test["confusion"], test["count"]) == (None, 10)
+    assert set(test["per_class_accuracy"].values()) == {None}
 
 
 def test_nan_is_written_as_null(tmp_path):

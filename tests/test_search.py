@@ -1,5 +1,6 @@
 """A search makes trials, goes on where it was stopped, and says what it cannot use."""
 
+import json
 import os
 import signal
 import subprocess
@@ -56,6 +57,22 @@ def test_a_trial_is_judged_on_val_and_pruned_there(tmp_path):
     assert bad.state.name == "PRUNED"
     assert (tmp_path / "1" / "saved").exists()
     assert len(bad.intermediate_values) < 50
+
+
+def test_a_trial_of_which_a_seed_has_diverged_is_not_judged(tmp_path):
+    (tmp_path / "result.json").write_text('{"val": {"accuracy": {"mean": null, "std": null}}}')
+    records = [
+        {"step": 1, "split": "val", "values": {"accuracy": 0.8}, "runs": {"accuracy": [0.9, 0.7]}},
+        {"step": 2, "split": "val", "values": {"accuracy": 0.8}, "runs": {"accuracy": [0.8, None]}},
+        {"step": 3, "split": "val", "values": {}, "runs": {"accuracy": [None, None]}},
+        {"step": 4, "split": "val", "values": {}},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert search._val_accuracies(tmp_path) == [(1, 0.8), (2, 0.4), (3, 0.0), (4, 0.0)]
+    study = optuna.create_study(direction="maximize")
+    study.optimize(lambda trial: search.run_trial(trial, ["true"], tmp_path), 1)
+    (trial,) = study.trials
+    assert (trial.state.name, search._judgement(trial)) == ("PRUNED", "diverged")
 
 
 def test_what_train_py_says_is_passed_on(tmp_path):

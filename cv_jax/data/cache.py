@@ -22,19 +22,22 @@ from cv_jax.startup import cache_dir
 FORMAT = 1
 
 
-def cached(directory: Path, read: Callable[[Path], Stored]) -> Stored:
-    """`read(directory)`, done once; later calls map its arrays from the cache into memory.
+def cached(directory: Path, read: Callable[[Path], Stored], settings: str = "") -> Stored:
+    """Returns `read(directory)`, done once; later calls map its arrays from the cache into memory.
 
-    An entry belongs to the directory's path and to the names, sizes and times of its files. All
-    of it is verified by checksum on every call. A damaged entry is made again, which a line on
-    stderr says; so it does where the cache cannot be written, and then there is none.
+    An entry belongs to the directory's path, to `settings`, and to the names, sizes and times of
+    all files in the directory and in the directories below it. All of it is verified by checksum on
+    every call. A damaged entry is made again, which a line on stderr says; so it does where the
+    cache cannot be written, and then there is none.
 
     Args:
         directory: a prepared data set, .../NAME[/CONFIG]/VERSION.
         read: decodes it.
+        settings: what else `read` depends on, as text; each text has an entry of its own.
     """
     path = directory.resolve()
-    entry = cache_dir() / "data" / f"{path.parent.name}-{path.name}-{_digest(str(path))[:12]}"
+    key = _digest(f"{path}\0{settings}" if settings else str(path))[:12]
+    entry = cache_dir() / "data" / f"{path.parent.name}-{path.name}-{key}"
     identity = _identity(path)
     try:
         if found := _load(entry, identity):
@@ -54,9 +57,13 @@ def _digest(text: str) -> str:
 
 
 def _identity(directory: Path) -> str:
-    files = sorted((file.name, file.stat()) for file in directory.iterdir())
-    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    return _digest(repr((FORMAT, facts)))
+    facts = []
+    for folder, _, names in os.walk(directory, followlinks=True):
+        for name in names:
+            path = Path(folder, name)
+            stat = path.stat() if path.exists() else path.lstat()  # of a broken link, its own
+            facts.append((str(path.relative_to(directory)), stat.st_size, stat.st_mtime_ns))
+    return _digest(repr((FORMAT, sorted(facts))))
 
 
 def _arrays(stored: Stored) -> dict[str, np.ndarray]:

@@ -84,7 +84,8 @@ def _check_can_prepare(name: str, data_dir: Path) -> None:
         raise UserError(
             f"Unknown data set {name!r}.{nearest(_family(name), [*known, 'digits'])} "
             "config.data.name is 'digits', which needs no download, or the TFDS name of an "
-            "image-classification data set."
+            "image-classification data set; for data of your own, write a function that returns "
+            "cv_jax.data.dataset.Stored and add its name to OWN in cv_jax/data/load.py."
         )
     if _family(name) in _WITHOUT_TENSORFLOW or importlib.util.find_spec("tensorflow"):
         return

@@ -1,7 +1,7 @@
 """The files that a trained network can become: how each is written, read and used.
 
 In each are the weights, the normalisation and a card (see card.py); what goes in are uint8 images
-(b, h, w, c) of any b, what comes out are logits (b, n) in float32.
+(b, h, w, c) with b of 1 or more, what comes out are logits (b, n) in float32.
 """
 
 import importlib

@@ -12,11 +12,13 @@ depends on the (normalised, float32) training images.
 A new model is a new file and a line in MODELS.
 """
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cv_jax.errors import UserError
+from cv_jax.errors import UserError, describe
 from cv_jax.models.lenet import lenet
 from cv_jax.models.n94 import n94, n96
 from cv_jax.models.resnet import resnet18, resnet50
@@ -44,7 +46,41 @@ def build_model(text: str, num_classes: int, dtype: jnp.dtype) -> nn.Module:
     Raises:
         UserError: an unknown name or bad arguments.
     """
-    return build_one(text, MODELS, "config.model", num_classes=num_classes, dtype=dtype)
+    model = build_one(text, MODELS, "config.model", num_classes=num_classes, dtype=dtype)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"config.model={text!r}: its function returned {describe(model)} and not a Flax module."
+        )
+    return model
+
+
+def checked_outputs(
+    text: str, path: tuple[str, ...], num_classes: int
+) -> contextlib.AbstractContextManager:
+    """While it is entered, raises UserError where a model returns what no model should.
+
+    Args:
+        text: `config.model`.
+        path: of the model in the module that is traced; (): it is that module.
+        num_classes: of the model.
+    """
+
+    def intercept(method, args, kwargs, context):
+        out = method(*args, **kwargs)
+        if context.module.path != path or context.method_name != "__call__":
+            return out
+        b = len(args[0])
+        match out:
+            case (logits, {"pooled": pooled}) if getattr(logits, "shape", ()) == (b, num_classes):
+                if getattr(pooled, "shape", ())[:1] == (b,) and pooled.ndim == 2:
+                    return out
+        raise UserError(
+            f"config.model={text!r}: {type(context.module).__name__}.__call__ returned "
+            f"{describe(out)} for {describe(args[0])}; expected are logits ({b}, {num_classes}) "
+            f"and a dict of features that has 'pooled' ({b}, d)."
+        )
+
+    return nn.intercept_methods(intercept)
 
 
 def compute_dtype(text: str) -> jnp.dtype:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cv_jax.errors import UserError, describe
 from cv_jax.models.layers import batch_norm, conv, dense
 
 SMALLEST = 4  # pixels a side at most, from which the decoder begins
@@ -27,7 +28,14 @@ class Autoencoder(nn.Module):
         """Normalised images (b, h, w, c) to reconstructions of them, and "latent", "pooled"."""
         _, h, w, c = x.shape
         _, features = self.backbone(x, train)
-        spatial = [f for f in features.values() if f.ndim == 4][-1]  # b 3 3 256
+        spatial = [f for f in features.values() if f.ndim == 4]
+        if not spatial:
+            raise UserError(
+                f"An autoencoder needs a feature map (b, h, w, c) of its model, and "
+                f"{type(self.backbone).__name__}.__call__ returned the features "
+                f"{describe(features)}: add one, or choose another config.model."
+            )
+        spatial = spatial[-1]  # b 3 3 256
         latent = dense(spatial.reshape(len(x), -1), self.latent, name="latent")  # b 128
         *sides, smallest = _sides(h, w)
         width = self.widths[0]

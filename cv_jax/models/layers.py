@@ -110,6 +110,11 @@ def batch_norm(
 
     `train` normalises with the batch's own mean and (biased) variance and moves the averages in
     "batch_stats": average = momentum * average + (1 - momentum) * batch. Statistics are float32.
+
+    The variance is E[x^2] - E[x]^2, which loses digits where |mean| is far above the standard
+    deviation: over 4,096 values the result's standard deviation is right to 0.1 % for a ratio of
+    100 and to 5 % for 1,000, and says nothing for 10,000. Inputs such as float images around 1,000
+    have to be normalised before, which `config.data.normalize` does.
     """
     norm = nn.BatchNorm(momentum=momentum, epsilon=epsilon, use_scale=use_scale, name=name)
     return norm(x.astype(jnp.float32), use_running_average=not train).astype(x.dtype)

@@ -40,7 +40,10 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
         return "".join([*parts, paragraph(sentence), _filters(trained)])
     image, label = data.test.image[:num_images], data.test.label[:num_images]
     if trained.predict:
-        answers = network.ask(trained, image)
+        try:
+            answers = network.ask(trained, image)
+        except UserError as error:
+            return "".join([*parts, paragraph(str(error)), _filters(trained)])
         seen = answers.seen
         parts.append(_mistakes(answers, image, label, data.spec.class_names))
     else:

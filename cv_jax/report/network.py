@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from cv_jax.data import DataSpec, Split
 from cv_jax.evaluate import padded_batches
 from cv_jax.tasks import build_task
-from cv_jax.trained import GROUP_SIZE, Trained
+from cv_jax.trained import GROUP_SIZE, Trained, check_answers
 
 
 class Answers(NamedTuple):
@@ -29,7 +29,10 @@ class Answers(NamedTuple):
 
 
 def ask(trained: Trained, images: np.ndarray) -> Answers:
-    """Answers of the network for images (m, h, w, c) uint8."""
+    """Returns answers of the network for images (m, h, w, c) uint8.
+
+    Raises UserError where they are not finite.
+    """
 
     def apply(state, image):
         logits, features = trained.predict(state, image, "none")
@@ -37,6 +40,7 @@ def ask(trained: Trained, images: np.ndarray) -> Answers:
 
     seen = _in_groups(apply, trained.state, images)
     probability = seen.pop("probability")
+    check_answers(probability)
     return Answers(probability.argmax(-1), probability.max(-1), seen)
 
 

@@ -10,7 +10,8 @@ from cv_jax import plot
 from cv_jax.config import SEED_KEYS, differences, flatten
 from cv_jax.report.examples import examples
 from cv_jax.report.markup import Show, beside, h2, paragraph, soft, table
-from cv_jax.report.run import Run, calibration_error, curve
+from cv_jax.report.run import Run, calibration_error, curve, measured
+from cv_jax.result import is_share, setting_text
 
 _UNKNOWN = "-"
 MOST_BARS = 30  # classes
@@ -70,9 +71,14 @@ def _title(run: Run) -> str:
 
 
 def _heading(run: Run) -> str:
-    config, env = run.config, run.env
-    about = f"{config['model']} on {config['data']['name']}, in {run.path}"
-    parts = [f"<h1>{escape(_title(run))}</h1>", soft(escape(about)), _numbers(run)]
+    config, env = measured(run), run.env
+    about = f"{config['model']} on {config['data.name']}, in {run.path}"
+    parts = [f"<h1>{escape(_title(run))}</h1>", soft(escape(about))]
+    if run.result and "best" in run.result:
+        chosen = setting_text(run.result["best"])
+        num_settings = len(run.result["sweep"])
+        parts.append(soft(escape(f"Best on val of {num_settings} settings: {chosen}.")))
+    parts.append(_numbers(run))
     if command := env.get("command"):
         words = escape(shlex.join(["python", *map(str, command)]))
         parts.append(f'<code class="command">{words}</code>')
@@ -101,8 +107,7 @@ def _numbers(run: Run) -> str:
         for name, s in metrics.items():
             if not isinstance(s, dict) or name == "per_class_accuracy":
                 continue
-            in_percent = name.endswith("accuracy") or name.startswith("top")
-            form = _percent if in_percent else _decimals
+            form = _percent if is_share(name) else _decimals
             interval = _interval(s, form)
             rows.append(
                 [f"{split} {_words(name)}", form(s["mean"]), form(s["std"]), interval, s["n"]]
@@ -115,8 +120,16 @@ def _numbers(run: Run) -> str:
     head = ["", "mean", "standard deviation", "95 % interval of the mean", "seeds"]
     if all(n == 1 for *_, n in rows):
         head, rows = ["", "value"], [row[:2] for row in rows]
+    if diverged := _diverged(run):
+        shown.append(soft(f"{diverged} of {len(run.result['seeds'])} seeds diverged: no mean."))
     about = soft(_PROBED) if "linear_accuracy" in (run.result["test"] or {}) else ""
     return f'<div class="numbers">{"".join(shown)}</div>{about}{table(head, rows, "result")}'
+
+
+def _diverged(run: Run) -> int:
+    """Returns how many seeds of the result have no accuracy, on test or on val."""
+    splits = [run.result[split]["accuracy"] for split in ("test", "val") if run.result[split]]
+    return max((s["values"].count(None) for s in splits if "values" in s), default=0)
 
 
 _PROBED = (
@@ -181,8 +194,8 @@ def _comparison(runs: Sequence[Run], show: Show) -> str:
     if drawn:
         parts.append(f'<div class="pair">{drawn}</div>')
 
-    leaves = [flatten(run.config) for run in runs]
-    apart = {key for run in runs[1:] for key in differences(runs[0].config, run.config)}
+    leaves = [measured(run) for run in runs]
+    apart = {key for own in leaves[1:] for key in differences(leaves[0], own)}
     rows = [
         [key, *(repr(own[key]) if key in own else _UNKNOWN for own in leaves)]
         for key in sorted(apart - SEED_KEYS)
@@ -239,8 +252,8 @@ def _training(run: Run, show: Show) -> str:
     notes = []
     if any(record.get("runs") for record in run.records):
         notes.append("Bands are one standard deviation over the seeds to either side of the mean.")
-    if run.config.get("select"):
-        notes.append(f"Loss and accuracy on train are of {run.config['select']} alone.")
+    if select := measured(run).get("select"):
+        notes.append(f"Loss and accuracy on train are of {select} alone.")
     return f'{h2("Training")}<div class="pair">{drawn}</div>{soft(escape(" ".join(notes)))}'
 
 
@@ -249,7 +262,12 @@ def _classes(run: Run, show: Show) -> str:
     accuracy, confusion = test.get("per_class_accuracy"), test.get("confusion")
     if not accuracy:
         return ""
-    notes, bars = [], {name: value or 0.0 for name, value in accuracy.items()}  # None: no images
+    notes, bars = [], {name: value for name, value in accuracy.items() if value is not None}
+    if not bars:  # a seed has diverged
+        return ""
+    if len(bars) < len(accuracy):
+        missing = ", ".join(escape(name) for name in accuracy if name not in bars)
+        notes.append(f"Without images in test, and so without accuracy: {missing}.")
     if len(bars) > MOST_BARS:
         bars = dict(sorted(bars.items(), key=lambda item: item[1])[:MOST_BARS])
         notes.append(f"The {MOST_BARS} of {len(accuracy)} classes with the lowest accuracy.")
@@ -282,7 +300,7 @@ def _sweep(run: Run, show: Show) -> str:
     if not (run.result and "sweep" in run.result):
         return ""
     figure = plot.draw_sweep(run.result["sweep"], run.result["best"])
-    best = ", ".join(f"{key}={value}" for key, value in run.result["best"].items())
+    best = setting_text(run.result["best"])
     about = soft(escape(f"Best on val: {best}. All that is above is of this setting."))
     drawn = show(figure, "sweep", "accuracy on val of each setting")
     return f"{h2('Sweep')}{beside(drawn, about)}"

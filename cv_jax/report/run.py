@@ -8,6 +8,7 @@ from etils import epath
 
 from cv_jax.errors import UserError
 from cv_jax.plot import Curve
+from cv_jax.result import best_runs, measured_config
 from cv_jax.trained import read_json
 
 
@@ -46,6 +47,11 @@ def read_run(path: epath.Path) -> Run:
     return Run(path, config, env, _read_records(path / "metrics.jsonl"), optional("result.json"))
 
 
+def measured(run: Run) -> dict[str, Any]:
+    """Returns the leaves of the config that the run's numbers are of, see `measured_config`."""
+    return measured_config({"config": run.config, "best": (run.result or {}).get("best")})
+
+
 def _read_records(path: epath.Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -68,12 +74,8 @@ def curve(run: Run, split: str, name: str) -> Curve | None:
         split: "train", "val"; of "final_val" and "final_test" the newest value alone.
         name: "loss", "accuracy", "lr", ...
     """
-    runs = slice(None)
-    if run.result and "best" in run.result:
-        settings = [point["setting"] for point in run.result["sweep"]]
-        num_seeds = run.config["num_seeds"]
-        best = settings.index(run.result["best"])
-        runs = slice(best * num_seeds, (best + 1) * num_seeds)
+    known = run.result and "best" in run.result
+    runs = best_runs(run.result, run.config["num_seeds"]) if known else slice(None)
     records = [r for r in run.records if r["split"] == split and name in r["values"]]
     if split.startswith("final_"):
         records = records[-1:]

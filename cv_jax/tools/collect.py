@@ -17,7 +17,14 @@ from cv_jax.bucket import work_directory
 from cv_jax.config import SEED_KEYS, differences
 from cv_jax.errors import UserError
 from cv_jax.paths import path_argument
-from cv_jax.result import percent, summarize, write_json
+from cv_jax.result import (
+    check_no_seed_diverged,
+    is_share,
+    measured_config,
+    percent,
+    summarize,
+    write_json,
+)
 
 _METRICS = ("accuracy", "loss", "linear_accuracy", "feature_rank", "feature_spread")
 
@@ -27,14 +34,15 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         Of test and val: _METRICS as `result.summarize` gives them, and count; the seconds of all
-        for each seed; and what all runs have in common.
+        for each seed; and what all runs have in common, with the best setting of a sweep.
 
     Raises:
-        UserError: the runs differ in more than their seed, or come from different code.
+        UserError: the runs differ in more than their seed, come from different code, or one of them
+            has diverged.
     """
     first = results[0]
     for other in results[1:]:
-        apart = differences(first["config"], other["config"]).keys() - SEED_KEYS
+        apart = differences(measured_config(first), measured_config(other)).keys() - SEED_KEYS
         apart |= {key for key in ("commit", "device", "steps") if first[key] != other[key]}
         if apart:
             raise UserError(f"The runs differ in {', '.join(sorted(apart))}, not in seed alone.")
@@ -44,16 +52,23 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     record["seeds"] = [seed for result in results for seed in result["seeds"]]
     for split in ("val", "test"):
         if first[split]:
+            metrics = [name for name in _METRICS if name in first[split]]
+            for result in results:
+                for name in metrics:
+                    check_no_seed_diverged("One of the runs", result, split, name)
             record[split] = {
-                name: summarize([v for result in results for v in result[split][name]["values"]])
-                for name in _METRICS
-                if name in first[split]
+                name: summarize(
+                    [v for result in results for v in result[split][name]["values"]], is_share(name)
+                )
+                for name in metrics
             }
             record[split]["count"] = first[split]["count"]
     record["seconds"] = {
         name: round(sum(result["seconds"][name] for result in results) / len(record["seeds"]), 1)
         for name in first["seconds"]
     }
+    if "best" in first:
+        record["best"] = first["best"]
     config = first["config"].items()
     record["config"] = {key: value for key, value in config if key not in SEED_KEYS}
     return record

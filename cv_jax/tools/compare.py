@@ -21,7 +21,14 @@ from cv_jax.bucket import work_directory
 from cv_jax.config import SEED_KEYS, differences
 from cv_jax.errors import UserError
 from cv_jax.paths import path_argument
-from cv_jax.result import summarize, write_json
+from cv_jax.result import (
+    check_no_seed_diverged,
+    is_share,
+    measured_config,
+    setting_text,
+    summarize,
+    write_json,
+)
 
 ALPHA, POWER = 0.05, 0.8  # of the test that `seeds_to_see` plans
 MOST_SEEDS = 100_000
@@ -36,8 +43,9 @@ def compare(runs: dict[str, dict[str, Any]], split: str, metric: str) -> dict[st
         metric: "accuracy", "loss", ...
 
     Returns:
-        runs: name -> `result.summarize` of the metric; differences: one for each run but the first,
-        as `difference` gives them, with the config keys that differ.
+        runs: name -> `result.summarize` of the metric; settings: name -> the best setting of its
+        sweep, {} without one; differences: one for each run but the first, as `difference` gives
+        them, with the config keys that differ. A swept key has its value in the best setting.
 
     Raises:
         UserError: a run has no such number.
@@ -47,12 +55,13 @@ def compare(runs: dict[str, dict[str, Any]], split: str, metric: str) -> dict[st
     report = {
         "split": split,
         "metric": metric,
-        "runs": {name: summarize(numbers) for name, numbers in values.items()},
+        "runs": {name: summarize(x, is_share(metric)) for name, x in values.items()},
+        "settings": {name: run.get("best") or {} for name, run in runs.items()},
         "differences": [],
     }
     for name, run in others:
         paired = len(base["seeds"]) > 1 and base["seeds"] == run["seeds"]
-        apart = differences(base["config"], run["config"])
+        apart = differences(measured_config(base), measured_config(run))
         report["differences"].append(
             {
                 "of": name,
@@ -129,8 +138,7 @@ def _values(name: str, run: dict[str, Any], split: str, metric: str) -> list[flo
     numbers = (run.get(split) or {}).get(metric)
     if not isinstance(numbers, dict) or "values" not in numbers:
         raise UserError(f"{name} has no {metric} on {split}.")
-    if None in numbers["values"]:
-        raise UserError(f"{name}: a seed has diverged, its {metric} on {split} is no number.")
+    check_no_seed_diverged(name, run, split, metric)
     return numbers["values"]
 
 
@@ -148,9 +156,9 @@ def read_run(path: epath.Path) -> dict[str, Any]:
 
 def describe(report: dict[str, Any]) -> str:
     """The report as text. Accuracies are in %, their differences in points."""
-    accuracy = "accuracy" in report["metric"] or report["metric"].startswith("top")
-    scale, digits = (100, 2) if accuracy else (1, 4)
-    unit, points = ("%", " points") if accuracy else ("", "")
+    share = is_share(report["metric"])
+    scale, digits = (100, 2) if share else (1, 4)
+    unit, points = ("%", " points") if share else ("", "")
 
     def number(x, sign=""):
         return f"{scale * x:{sign}.{digits}f}"
@@ -164,6 +172,8 @@ def describe(report: dict[str, Any]) -> str:
             else ""
         )
         lines.append(f"  {name:<{width}}  {number(s['mean'])}{spread}  n = {s['n']}")
+        if setting := report["settings"][name]:
+            lines.append(f"  {'':<{width}}  best on val of its sweep: {setting_text(setting)}")
     for d in report["differences"]:
         lines.append(f"\n{d['of']} - {d['from']}: {number(d['mean'], '+')}{points}")
         if d["p"] is None:

@@ -29,7 +29,7 @@ from cv_jax.result import environment, percent, write_json
 from cv_jax.startup import check_platform, prepare_jax
 from cv_jax.sweep import with_values
 from cv_jax.tasks import build_task
-from cv_jax.trained import Trained, as_evaluated, load_trained, read_json
+from cv_jax.trained import Trained, as_evaluated, check_answers, load_trained, read_json
 
 
 def write(workdir: epath.Path, trained: Trained, name: str, tta: str, out: epath.Path) -> None:
@@ -72,15 +72,21 @@ def compare(ours: Predict, theirs: Predict, split: Split, batch_size: int) -> di
 
     Returns:
         of, the number of images; equal, for how many both choose the same class;
-        largest_difference of any two logits; accuracy of the second.
+        largest_difference of any two logits; accuracy of the second. An image for which the second
+        gives a logit that is not finite counts as not equal and not right.
+
+    Raises:
+        UserError: the first gives a logit that is not finite.
     """
     equal, right, largest = 0, 0, 0.0
     for start in range(0, len(split.label), batch_size):
         image, label = (x[start : start + batch_size] for x in split)
         a, b = np.asarray(ours(image)), np.asarray(theirs(image))
-        equal += int((a.argmax(-1) == b.argmax(-1)).sum())
-        right += int((b.argmax(-1) == label).sum())
-        largest = max(largest, float(np.abs(a - b).max()))
+        check_answers(a)
+        answer = np.where(np.isfinite(b).all(-1), b.argmax(-1), -1)
+        equal += int((a.argmax(-1) == answer).sum())
+        right += int((answer == label).sum())
+        largest = float(np.maximum(largest, np.abs(a - b).max()))  # NaN stays
     count = len(split.label)
     return {
         "equal": equal,
@@ -141,6 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = work_directory(arguments.out) if arguments.out else default
     trained = load_trained(workdir, arguments.run)
     tta = arguments.tta or trained.config.tta
+    ours = own_predict(trained, tta)
+    check_answers(ours(np.zeros((1, *trained.spec.image_shape), np.uint8)))
     write(workdir, trained, name, tta, out)
     size = out.stat().length
     print(f"written {out} ({size:,} bytes) and {out.name}.md")
@@ -150,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"not compared with the network, since the data set is not at hand: {error}")
         return 0
     theirs = read(name, out)
-    report = compare(own_predict(trained, tta), theirs, test, trained.config.eval_batch_size)
+    report = compare(ours, theirs, test, trained.config.eval_batch_size)
     print(describe(report))
     if arguments.record:
         record(arguments.record, name, {**report, "bytes": size, "tta": tta}, trained)

@@ -42,12 +42,14 @@ PUBLIC = (
 
 
 def read_point(path: Path) -> Point:
-    """The point of a record. Raises UserError for a file that is none."""
+    """Returns the point of a record. Raises UserError for a file that is none, or has none."""
     try:
         record = json.loads(path.read_text())
         accuracy, flops = record["test"]["accuracy"], record["flops"]["total"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a record of cv_jax.tools.collect ({error!r}).") from error
+    if accuracy["mean"] is None:
+        raise UserError(f"{path}: a seed has diverged, so that its test accuracy is no number.")
     return Point(path.stem, flops / 1e15, accuracy["mean"], accuracy["std"], accuracy["n"])
 
 

@@ -5,10 +5,13 @@
 
 A line an image: its classes with their probabilities, the most probable first. Images of any kind
 and size are brought to the network's by `cv_jax.images.read_image`, and it sees the views of the
-run's final evaluation; --tta=none looks once at each, which is faster. A file that cannot be read
-gets a line of its own on stderr, or with --json its "error", and the others go on.
+run's final evaluation; --tta=none looks once at each, which is faster. What is not a readable image
+gets a line of its own on stderr, or with --json its "error", and the others go on: a text file, a
+pipe, a link to nothing, a directory that is not looked into. Control characters and bytes that are
+not UTF-8 are escaped in names.
 
-Exit codes: 0 all images were read; 1 some were not; 2 nothing could begin, the message says why.
+Exit codes: 0 all images were read; 1 some were not; 2 nothing could begin or the network's answers
+are not finite, the message says which.
 """
 
 import argparse
@@ -27,10 +30,10 @@ from tqdm import tqdm
 from cv_jax.bucket import work_directory
 from cv_jax.errors import UserError
 from cv_jax.evaluate import find_tta
-from cv_jax.images import read_image
+from cv_jax.images import read_file
 from cv_jax.paths import path_argument
 from cv_jax.startup import check_platform, num_cores, prepare_jax
-from cv_jax.trained import load_trained, make_classify
+from cv_jax.trained import check_answers, load_trained, make_classify
 
 # Images that are classified at once, while as many are read.
 MOST_AT_ONCE = 1000
@@ -38,18 +41,24 @@ PART = 50  # files that a thread reads at a time
 
 
 def find_files(images: Sequence[Path], directory: Path | None) -> list[Path]:
-    """The images, and all files in a directory and below it, but for the hidden ones.
+    """Returns the images, and all files in a directory and below it, but for the hidden ones.
+
+    Among the files are directories that cannot be listed and links to directories, which are not
+    followed: reading each says so.
 
     Raises:
         UserError: there is no such directory, or nothing at all.
     """
     files = list(images)
     if directory:
-        if not directory.is_dir():
+        if not os.path.isdir(directory):  # Path.is_dir raises where it may not look
             raise UserError(f"--dir={directory} is not a directory.")
-        for folder, folders, names in os.walk(directory):
+        closed = []
+        for folder, folders, names in os.walk(directory, onerror=closed.append):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            names += [name for name in folders if os.path.islink(os.path.join(folder, name))]
             files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        files += [Path(error.filename) for error in closed]
     if not files:
         raise UserError("There are no images: name some, or a --dir that holds some.")
     return files
@@ -62,6 +71,8 @@ def predict(
     at_once: int,
 ) -> Iterator[tuple[Path, np.ndarray | str]]:
     """Yields each file, in order, with its probabilities (n,), or with what is wrong with it.
+
+    Raises UserError where the network answers with numbers that are not finite.
 
     Args:
         files: in which the images are.
@@ -95,17 +106,17 @@ def _begin_reading(
 
 def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray | str:
     try:
-        return read_image(path.read_bytes(), image_shape)
+        return read_file(path, image_shape)
     except UserError as error:
         return str(error)
-    except OSError as error:
-        return error.strerror or str(error)
 
 
 def _answers(
     files: Sequence[Path] = (), images: Sequence = (), probabilities: Sequence = ()
 ) -> Iterator[tuple[Path, np.ndarray | str]]:
-    rows = iter(np.asarray(probabilities))
+    probabilities = np.asarray(probabilities)
+    check_answers(probabilities)
+    rows = iter(probabilities)
     for file, image in zip(files, images, strict=True):
         yield file, image if isinstance(image, str) else next(rows)
 
@@ -113,15 +124,24 @@ def _answers(
 def describe(
     file: Path, answer: np.ndarray | str, class_names: Sequence[str], top: int, as_json: bool
 ) -> str:
-    """The line of a file: its `top` most probable classes, or what is wrong with it."""
+    """Returns the line of a file: its `top` most probable classes, or what is wrong with it."""
+    name = os.fsencode(file).decode("utf-8", "backslashreplace")  # JSON holds no other bytes
     if isinstance(answer, str):
-        return json.dumps({"file": str(file), "error": answer}) if as_json else f"{file}: {answer}"
+        return json.dumps({"file": name, "error": answer}) if as_json else _line(name, answer)
     best = np.argsort(-answer, kind="stable")[:top]
     if as_json:
         probabilities = {class_names[i]: round(float(answer[i]), 6) for i in best}
         best_class = class_names[best[0]]
-        return json.dumps({"file": str(file), "class": best_class, "probabilities": probabilities})
-    return f"{file}: " + ", ".join(f"{class_names[i]} {100 * answer[i]:.1f} %" for i in best)
+        return json.dumps({"file": name, "class": best_class, "probabilities": probabilities})
+    return _line(name, ", ".join(f"{class_names[i]} {100 * answer[i]:.1f} %" for i in best))
+
+
+def _line(name: str, text: str) -> str:
+    """Returns both as one line: whatever would break it or command the terminal is escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in f"{name}: {text}"
+    )
 
 
 def main() -> None:
@@ -149,14 +169,15 @@ def main() -> None:
         trained = load_trained(work_directory(arguments.workdir), arguments.run)
         tta = trained.config.tta if arguments.tta is None else arguments.tta
         find_tta(tta)
+        sys.exit(_print_answers(files, trained, tta, arguments.top, arguments.json))
     except UserError as error:
         print(f"predict: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(_print_answers(files, trained, tta, arguments.top, arguments.json))
 
 
 def _print_answers(files, trained, tta, top, as_json) -> int:
     """Prints all lines and returns the exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # of letters that the terminal lacks
     at_once = min(len(files), MOST_AT_ONCE)
     answers = predict(
         files, trained.spec.image_shape, make_classify(trained, tta, at_once), at_once

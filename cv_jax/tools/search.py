@@ -57,7 +57,8 @@ def run_trial(trial: "optuna.Trial", command: list[str], workdir: Path) -> float
     """Runs train.py to its end. Returns the mean accuracy on val.
 
     Raises:
-        optuna.TrialPruned: it was stopped early.
+        optuna.TrialPruned: it was stopped early, or a seed has diverged: then its user attribute
+            "diverged" is True.
         UserError: train.py failed; what it said goes with it.
     """
     import optuna
@@ -92,11 +93,17 @@ def run_trial(trial: "optuna.Trial", command: list[str], workdir: Path) -> float
         raise UserError("a search chooses on val: hold images out with --config.data.num_val.")
     accuracy = val["accuracy"]
     trial.set_user_attr("std", accuracy["std"])
-    return accuracy["mean"] if accuracy["mean"] is not None else 0.0
+    if accuracy["mean"] is None:
+        trial.set_user_attr("diverged", True)
+        raise optuna.TrialPruned()
+    return accuracy["mean"]
 
 
 def _val_accuracies(workdir: Path) -> list[tuple[int, float]]:
-    """(step, mean accuracy on val) of each evaluation up to now."""
+    """Returns (step, mean accuracy on val) of each evaluation up to now.
+
+    A seed that has diverged counts as 0.
+    """
     path = workdir / "metrics.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -105,7 +112,9 @@ def _val_accuracies(workdir: Path) -> list[tuple[int, float]]:
         except ValueError:
             continue  # a line that is being written
         if record["split"] == "val":
-            found.append((record["step"], record["values"].get("accuracy", 0.0)))
+            mean = record["values"].get("accuracy", 0.0)  # over the seeds that have one
+            of_runs = record.get("runs", {}).get("accuracy", [mean])
+            found.append((record["step"], mean * (1 - of_runs.count(None) / len(of_runs))))
     return found
 
 
@@ -168,6 +177,8 @@ def search(
 
 
 def _judgement(trial: "optuna.trial.FrozenTrial") -> str:
+    if trial.user_attrs.get("diverged"):
+        return "diverged"
     if trial.value is None or trial.state.name == "PRUNED":
         return "stopped early"
     return f"val {percent(trial.value, trial.user_attrs.get('std'))}"
@@ -211,6 +222,8 @@ def main() -> None:
         sys.exit(f"search: {error}")
     except KeyboardInterrupt:
         sys.exit("search: interrupted. The same command goes on.")
+    if all(trial.state.name != "COMPLETE" for trial in study.get_trials(deepcopy=False)):
+        sys.exit("search: every trial diverged or was stopped early, so that none is the best.")
     best = study.best_trial
     flags = " ".join(f"--config.{key}={value}" for key, value in best.params.items())
     workdir = arguments.dir / best.user_attrs["workdir"]

@@ -46,7 +46,7 @@ from cv_jax.images import read_image
 from cv_jax.saliency import by_depth, explain
 from cv_jax.startup import check_platform, prepare_jax
 from cv_jax.stopping import Stopped, raise_when_signalled
-from cv_jax.trained import Trained, load_trained
+from cv_jax.trained import Trained, check_answers, load_trained
 
 PAGE = Path(__file__).with_suffix(".html")
 METHODS = {"/": "GET", "/run": "GET", "/predict": "POST"}  # of each path
@@ -76,8 +76,7 @@ def make_answer(trained: Trained, tta: str) -> Callable[[bytes], dict[str, Any]]
     def look(image: np.ndarray) -> dict[str, Any]:
         explained = compiled(trained.state, image.astype(np.float32) / np.float32(255))
         probabilities, saliency, features = jax.device_get(explained)
-        if not np.isfinite(probabilities).all():
-            raise UserError("the network answers with numbers that are not finite")
+        check_answers(probabilities)
         return {
             "classes": [
                 {"name": trained.spec.class_names[i], "probability": float(probabilities[i])}
