@@ -504,7 +504,7 @@ def test_tfds_data_dir_comes_after_the_config(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert tfds_data_dir("") == tmp_path / "tensorflow_datasets"
     assert tfds_data_dir("~/data") == tmp_path / "data"
-    with pytest.raises(UserError, match="home directory ~nobody-here .* --config.data.dir name"):
+    with pytest.raises(UserError, match=r"home directory ~nobody-here .* --config.data.dir name"):
         tfds_data_dir("~nobody-here/data")
 
 

@@ -134,7 +134,9 @@ def test_a_run_goes_on_with_the_variables_that_it_began_with(tmp_path, monkeypat
     monkeypatch.setenv("NPROC", "2")
     write_environment(tmp_path)
     monkeypatch.setenv("NPROC", "3")
-    with pytest.raises(UserError, match="NPROC is '3' and was '2' when the run in .* set it as it"):
+    with pytest.raises(
+        UserError, match=r"NPROC is '3' and was '2' when the run in .* set it as it"
+    ):
         write_environment(tmp_path, goes_on=True)
     assert json.loads((tmp_path / "env.json").read_text())["variables"]["NPROC"] == "2"
     monkeypatch.setenv("NPROC", "2")

@@ -1,4 +1,4 @@
-"""What the surroundings of a start must not change, and what is said of those that it cannot use."""
+"""Starting JAX: what changes numbers, where the cache lies, and what a bad platform is told."""
 
 import os
 import pwd
