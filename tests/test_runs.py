@@ -101,8 +101,9 @@ def test_a_sweep_is_a_run_for_each_setting(tiny_config, tmp_path):
         {"optim.lr": lr, "augment": augment} for lr in sweep[0][1] for augment in sweep[1][1]
     ]
     accuracies = [point["val"]["accuracy"]["mean"] for point in result["sweep"]]
-    assert result["best"] == result["sweep"][int(np.argmax(accuracies))]["setting"]
-    assert result["val"]["accuracy"]["mean"] == max(accuracies)
+    assert np.isnan(accuracies).tolist() == [False, False, True, True]  # 1e6 has diverged
+    assert result["best"] == result["sweep"][int(np.argmax(accuracies[:2]))]["setting"]
+    assert result["val"]["accuracy"]["mean"] == max(accuracies[:2])
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
     single = _short(tiny_config, num_seeds=1, seed=1, augment=sweep[1][1][1])
