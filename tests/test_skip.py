@@ -151,7 +151,7 @@ class _Linear(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         x = nn.BatchNorm(use_running_average=not train)(x.reshape(len(x), -1))
-        return nn.Dense(self.num_classes)(x), {}
+        return nn.Dense(self.num_classes)(x), {"pooled": x}
 
 
 @pytest.fixture
