@@ -18,10 +18,12 @@ import signal
 import sys
 from functools import partial
 
+from cv_jax.console import guard_console
+
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # while it imports there is nothing to end in order
+    guard_console()
+    # While it imports there is nothing to end in order.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 import ml_collections

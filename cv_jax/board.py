@@ -29,6 +29,9 @@ BANDS = ("train/loss", "val/loss", "val/accuracy")
 NUM_BINS = 64  # of a histogram
 # How old what TensorBoard can show may be.
 FLUSH_SECONDS = 10
+# What every start of a program writes, and what its end does, by how the tags begin.
+AT_START = ("augmented", "_hparams_/session_start_info")
+AT_END = ("final_", "confusion/", "_hparams_/session_end_info")
 
 
 class Counted(NamedTuple):
@@ -73,19 +76,22 @@ class Board:
         workdir: of the program.
         names: of its runs.
         start_step: steps already made; what is there of later ones is taken back.
+        total: steps of the training. What is written again at `start_step` is taken back, too.
     """
 
-    def __init__(self, workdir: Path, names: Sequence[str], start_step: int):
+    def __init__(self, workdir: Path, names: Sequence[str], start_step: int, total: int):
         with _without_pytorch():
             from tensorboardX import summary
         self._summary = summary
-        self._mean = _Events(workdir, start_step)
+        again = AT_START + (AT_END if start_step == total else ())
+        self._mean = _Events(workdir, start_step, again)
         self._runs: list[_Events] = []
         if len(names) > 1:
             folders = [workdir / "runs" / name.replace("/", "_") for name in names]
-            self._runs = [_Events(folder, start_step) for folder in folders]
-            charts = {tag: ["Margin", [tag, *_edges(tag)]] for tag in BANDS}
-            self._mean.add(summary.custom_scalars({"runs": charts}), 0)
+            self._runs = [_Events(folder, start_step, again) for folder in folders]
+            if not start_step:  # a start that goes on finds them there
+                charts = {tag: ["Margin", [tag, *_edges(tag)]] for tag in BANDS}
+                self._mean.add(summary.custom_scalars({"runs": charts}), 0)
         self._each = self._runs or [self._mean]
 
     def scalars(self, split: str, values: dict[str, np.ndarray], step: int) -> None:
@@ -149,10 +155,10 @@ class _Events:
     """An event file, written by this thread: where that fails, it fails here.
 
     TensorBoard reads the files of a folder in the order of their names, which number them: a clock
-    that was set back does not change it.
+    that was set back does not change it. No tag has two values at a step in them.
     """
 
-    def __init__(self, folder: Path, start_step: int):
+    def __init__(self, folder: Path, start_step: int, again: tuple[str, ...]):
         with _without_pytorch():
             from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.record_writer import RecordWriter, register_writer_factory
@@ -160,12 +166,15 @@ class _Events:
         register_writer_factory("gs", SimpleNamespace(open=lambda path: Growing(Path(path))))
         self._event = Event
         folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob("events.out.tfevents.*")))
+        earlier = sorted(folder.glob("events.out.tfevents.*"))
+        for path in earlier:
+            _take_back(path, start_step, again)
+        number = len(earlier)
         name = f"events.out.tfevents.{number:06d}.{socket.gethostname()}"
         self._file = RecordWriter(str(folder / name))
         self._flushed = time.perf_counter()
         self._write(file_version="brain.Event:2")
-        # Events of later steps, in the files before this one, do not count any more.
+        # A TensorBoard that has read events of later steps already forgets them.
         self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, summary: Any, step: int) -> None:
@@ -179,6 +188,37 @@ class _Events:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _take_back(path: Path, start_step: int, again: tuple[str, ...]) -> None:
+    """Takes events out of a file: those after `start_step`, and tags `again` at that step.
+
+    At step 0 nothing stays. A reader that has the file open keeps what it reads: the file is
+    replaced. What is damaged, such as the record that a kill cut off, goes, too.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at, kept = path.read_bytes(), 0, bytearray()
+    while at < len(data):
+        # A record: the length as 8 bytes, their checksum as 4, the event, its checksum as 4.
+        size = 16 + int.from_bytes(data[at : at + 8], "little")
+        if at + size > len(data):
+            break
+        try:
+            event = Event.FromString(data[at + 12 : at + size - 4])
+        except DecodeError:  # damaged: no reader comes past it
+            break
+        tags = [value.tag for value in event.summary.value]
+        before = event.step < start_step
+        at_it = event.step == start_step > 0 and not any(tag.startswith(again) for tag in tags)
+        if not tags or before or at_it:
+            kept += data[at : at + size]
+        at += size
+    if len(kept) < len(data):
+        scratch = path.with_name("events.tmp")
+        scratch.write_bytes(bytes(kept))
+        scratch.replace(path)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ class UserError(Exception):
     The message is one clear sentence that names the key, file or record and says what to do.
     """
 
+    exit_code = 2  # of the program that it ends
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'X'?" for the known word closest to `word`, or "" if none is close."""

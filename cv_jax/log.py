@@ -92,7 +92,7 @@ class Log:
         self._writes = jax.process_index() == 0
         if self._writes:
             self._jsonl = _open_jsonl(workdir / "metrics.jsonl", start_step, intervals.total)
-            self._board = Board(workdir, names, start_step)
+            self._board = Board(workdir, names, start_step, intervals.total)
         self._bar = tqdm(
             total=intervals.total,
             initial=start_step,

@@ -1,24 +1,38 @@
 #!/usr/bin/env bash
 # Trains on a slice of Cloud TPU VMs until it is done, through preemptions.
 #
-#   CONFIG=configs/cifar10.py WORKDIR=gs://BUCKET/cifar10 bash launch/tpu_vm.sh
+#   REPO=https://github.com/YOU/cv_jax CONFIG=configs/cifar10.py WORKDIR=gs://BUCKET/cifar10 \
+#     bash launch/tpu_vm.sh
 #
 # Before: `gcloud auth login`, `gcloud config set project PROJECT`, TPU quota in the zone, and a bucket
-# that the TPU's service account may write. The loop runs here: use a machine that stays up.
+# that the TPU's service account may write. The loop runs here: use a machine that stays up. The slice is
+# deleted when training is done; wherever the script ends before that, it prints the command that does it.
 # To stop in order, with a checkpoint, and free the slice:
 #   gcloud compute tpus tpu-vm ssh cv-jax --zone=ZONE --worker=all --command='pkill -f train.py'
 #   gcloud compute tpus queued-resources delete cv-jax --zone=ZONE --force
 set -euo pipefail
 
 : "${CONFIG:?such as configs/cifar10.py}" "${WORKDIR:?such as gs://BUCKET/cifar10}"
-REPO=${REPO:-https://github.com/YOU/cv_jax} # change: what the workers clone
-REVISION=${REVISION:-main}                  # change: a commit, so that a restart runs the same code
+: "${REPO:?what the workers clone, such as https://github.com/YOU/cv_jax}"
+REVISION=${REVISION:-main}                # better: a commit, so that a restart runs the same code
 ZONE=${ZONE:-us-west4-a}
 NAME=${NAME:-cv-jax}
 ACCELERATOR=${ACCELERATOR:-v5litepod-16}  # 16 chips of v5e: 4 hosts with 4 chips each
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}   # its image; v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e
 SPOT=${SPOT---spot}                       # SPOT= for a slice that is not preempted
 POLL=${POLL:-60}                          # seconds; a preemption shows this late
+
+# All that can be wrong is looked for before a slice is requested, which costs money from then on.
+fail() { echo "tpu_vm.sh: $1" >&2; exit 2; }
+case $WORKDIR in
+  gs://?*) ;;
+  *) fail "WORKDIR=$WORKDIR is not gs://BUCKET/PATH; a directory of the slice is deleted with it." ;;
+esac
+for program in gcloud git; do
+  command -v "$program" >/dev/null || fail "$program is not installed here."
+done
+GIT_TERMINAL_PROMPT=0 git ls-remote "$REPO" >/dev/null ||
+  fail "REPO=$REPO cannot be cloned; see git's message above."
 
 request() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
 state() { request describe --format='value(state.state)' 2>/dev/null || echo NONE; }
@@ -29,6 +43,15 @@ install="test -d cv_jax || git clone -q '$REPO' cv_jax; cd cv_jax && git checkou
   python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.13 .venv &&
   python3 -m uv pip install -q -r requirements-tpu.txt gcsfs"
 train="cd cv_jax && .venv/bin/python train.py --config='$CONFIG' --workdir='$WORKDIR'"
+
+say_what_is_left() {
+  echo "tpu_vm.sh: the slice $NAME may still be there, and cost money. To delete it:" >&2
+  echo "  gcloud compute tpus queued-resources delete $NAME --zone=$ZONE --force" >&2
+}
+trap say_what_is_left EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT # gcloud may end by Ctrl-C as if by an error of its own
+trap 'exit 143' TERM
 
 while true; do
   case $(state) in
@@ -49,3 +72,4 @@ while true; do
   esac
 done
 request delete --force --quiet
+trap - EXIT

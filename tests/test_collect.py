@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 
 import pytest
@@ -90,5 +91,6 @@ def test_the_command_writes_the_record(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("| digits | 50.00 % ± 0.00 | 2 |")
 
     monkeypatch.setattr(sys, "argv", ["collect", str(tmp_path), f"--out={tmp_path / 'x.json'}"])
-    with pytest.raises(SystemExit, match="is the run complete"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         collect.main()
+    assert re.match("collect: .*is the run complete", capsys.readouterr().err)

@@ -127,7 +127,8 @@ SKYPILOT = _strict(
                 ),
             }
         ),
-        "envs": TEXTS,
+        # null: has to be given with --env
+        "envs": {"type": "object", "additionalProperties": {"type": ["string", "null"]}},
         "setup": TEXT,
         "run": TEXT,
     }
@@ -178,6 +179,16 @@ def test_a_script_is_one_for_bash(name):
     assert "WORKDIR" in done.stderr
 
 
+def test_a_placeholder_in_the_jobset_is_named(platform):
+    assert platform.run(*_script("jobset.yaml"), REPO="https://github.com/YOU/cv_jax") == 2
+    assert "change REPO and WORKDIR" in platform.errors
+    assert platform.lines("trained") == []
+
+
+def test_skypilot_asks_for_the_work_directory():
+    assert _yaml("skypilot.yaml")["envs"] == {"CONFIG": "configs/cifar10.py", "WORKDIR": None}
+
+
 def test_the_readme_has_a_row_for_each_recipe():
     rows = re.findall(r"^\| .*\[`([\w.]+)`\]\(([\w.]+)\)", (LAUNCH / "README.md").read_text(), re.M)
     assert sorted(name for name, _ in rows) == RECIPES
@@ -193,7 +204,8 @@ STUBS = {
             rm "$HERE/preempted"; echo SUSPENDED > "$HERE/state"; exit 1
         fi
         exit "${CODE:-0}" """,
-    "git": '[ "$1" != clone ] || { mkdir -p cv_jax; cp -r "$HERE/.venv" cv_jax; }',
+    "git": """[ "$2" != gone ] || exit 128
+        [ "$1" != clone ] || { mkdir -p cv_jax; cp -r "$HERE/.venv" cv_jax; }""",
     "pip": "",
     "gcloud": """echo "$*" >> "$HERE/gcloud"
         case "$*" in
@@ -225,10 +237,13 @@ class _Platform:
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     def run(self, *command: object, **environment: str) -> int:
-        own = {"CONFIG": CONFIG, "WORKDIR": "runs/it", "POLL": "0", "SLURM_JOB_ID": "7"}
+        own = {"CONFIG": CONFIG, "WORKDIR": "gs://b/it", "REPO": "repo", "POLL": "0"}
+        own |= {"REVISION": "main", "SLURM_JOB_ID": "7"}
         path = f"{self.here / 'bin'}:{os.environ['PATH']}"
         env = {**os.environ, "PATH": path, "HERE": str(self.here), **own, **environment}
-        done = subprocess.run(command, cwd=self.here, env=env, capture_output=True, timeout=60)
+        pipes = {"capture_output": True, "text": True}
+        done = subprocess.run(command, cwd=self.here, env=env, timeout=60, **pipes)
+        self.errors = done.stderr
         return done.returncode
 
     def lines(self, name: str) -> list[str]:
@@ -256,7 +271,7 @@ def _script(name: str) -> tuple:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_the_training_command(name, platform):
     assert platform.run(*_script(name)) == 0
-    assert platform.lines("trained") == [f"train.py --config={CONFIG} --workdir=runs/it"]
+    assert platform.lines("trained") == [f"train.py --config={CONFIG} --workdir=gs://b/it"]
 
 
 @pytest.mark.parametrize("name", ["jobset.yaml", "skypilot.yaml", "slurm.sbatch"])
@@ -304,3 +319,39 @@ def test_an_error_on_a_slice_that_is_there_is_not_repeated(platform):
     assert platform.run(*_script("tpu_vm.sh"), CODE="2") == 1
     assert len(platform.lines("trained")) == 1
     assert _requests(platform) == ["create"]  # left for the user to look at
+    assert DELETE in platform.errors
+
+
+DELETE = "gcloud compute tpus queued-resources delete cv-jax --zone=us-west4-a --force"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"REPO": ""}, "REPO: what the workers clone"),
+        ({"REPO": "gone"}, "REPO=gone cannot be cloned"),
+        ({"CONFIG": ""}, "CONFIG: such as"),
+        ({"WORKDIR": "runs/it"}, "WORKDIR=runs/it is not gs://BUCKET/PATH"),
+    ],
+)
+def test_no_slice_is_requested_for_a_wrong_setting(wrong, message, platform):
+    assert platform.run(*_script("tpu_vm.sh"), **wrong) != 0
+    assert message in platform.errors
+    assert platform.lines("gcloud") == []
+    assert DELETE not in platform.errors  # nothing is there
+
+
+@pytest.mark.parametrize(("signal", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_a_stopped_script_says_how_to_delete_the_slice(signal, code, platform):
+    # The signal comes from what the slice runs, and reaches the script alone.
+    platform._write(platform.here / ".venv/bin/python", f'kill -{signal} "$(cat "$HERE/pid")"')
+    script = f'echo $$ > "$HERE/pid"; exec bash {LAUNCH / "tpu_vm.sh"}'
+    assert platform.run("bash", "-c", script) == code
+    assert _requests(platform) == ["create"]
+    assert DELETE in platform.errors
+
+
+def test_a_finished_training_leaves_nothing_to_delete(platform):
+    assert platform.run(*_script("tpu_vm.sh")) == 0
+    assert _requests(platform) == ["create", "delete"]
+    assert platform.errors == ""

@@ -16,6 +16,7 @@ from cv_jax.config import base_config
 from cv_jax.errors import UserError
 from cv_jax.log import Log, image_grid
 from cv_jax.loop import Chunk, Intervals
+from cv_jax.mesh import make_mesh
 from tests.conftest import ROOT, random_dataset
 
 
@@ -25,6 +26,7 @@ def make_log(tmp_path):
     config.batch_size = 10  # 7 steps an epoch
 
     def make(start_step=0, names=("seed=0",), window=None):
+        config.num_seeds = len(names)
         intervals = Intervals(total=14, log=2, eval=0, save=0)
         return Log(tmp_path, config, random_dataset().spec, names, start_step, intervals, window)
 
@@ -44,14 +46,16 @@ def _records(tmp_path):
 
 
 def read_events(tmp_path):
-    """The values of all event files: (tag, step) -> value."""
+    """The values of all event files: (tag, step) -> value; none is there twice."""
     values = {}
     for path in sorted(tmp_path.glob("events.*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
             length = int.from_bytes(data[at : at + 8], "little")
             event = Event.FromString(data[at + 12 : at + 12 + length])
-            values |= {(value.tag, event.step): value for value in event.summary.value}
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in values
+                values[value.tag, event.step] = value
             at += 16 + length
     return values
 
@@ -141,6 +145,58 @@ def test_a_clock_that_is_set_back_loses_no_events(make_log, tmp_path, monkeypatc
     values = read_events(tmp_path)  # reads files in the order of their names, as TensorBoard does
     assert [values["train/loss", step].simple_value for step in (2, 4, 6)] == [0.0, 2.0, 4.0]
     assert len(list(tmp_path.glob("events.*"))) == 3
+
+
+def test_tensorboard_has_no_value_twice_at_a_step(make_log, tmp_path):
+    one, two = np.array([5.0, 5.0]), np.array([1.0, 2.0])
+    spec = random_dataset().spec
+
+    def start(start_step, *ends):
+        with make_log(start_step, names=("seed=0", "seed=1")) as log:
+            log.begin([], [])
+            log.preview(np.zeros((8, 8, 8, 1), np.float32))
+            for end in ends:
+                metrics = {"loss": (two[:, None] * start_step, np.ones((2, 1)))}
+                log.train(Chunk(end - 1, end, True, True, True), metrics)
+                log.evals(end, "val", {"accuracy": two})
+                params = {"w": np.full((2, 3), start_step, np.float32)}
+                log.histograms(Chunk(end - 1, end, True, True, True, True), params, make_mesh())
+            if not ends or ends[-1] == 14:
+                confusion = (np.ones((2, 10, 10)), one)
+                sums = {"test": {"accuracy": (one, one), "confusion": confusion}}
+                log.finals(14, sums, spec.class_names)
+
+    start(0, 1)
+    start(0, 1, 2)  # killed before its first checkpoint
+    start(1, 2, 3)
+    start(1, 2, 14)  # killed before its second, and before result.json
+    start(14)
+    for folder in (tmp_path, tmp_path / "runs" / "seed=1"):
+        events = read_events(folder)  # fails where a value is there twice
+        steps = {tag: {step for other, step in events if other == tag} for tag, _ in events}
+        for tag in ("train/loss", "val/accuracy"):
+            assert steps[tag] == {1, 2, 14}
+        assert events["train/loss", 1].simple_value == 0
+        assert events["train/loss", 2].simple_value > 0  # of the later start
+        assert steps["final_test/accuracy"] == {14}
+    assert steps["params/w"] == {1, 2, 14}
+    assert steps["_hparams_/session_start_info"] == {0, 1, 14}
+    mean = read_events(tmp_path)
+    assert {step for tag, step in mean if tag == "augmented"} == {0, 1, 14}
+    assert {step for tag, step in mean if tag == "confusion/test"} == {14}
+    assert ("custom_scalars__config__", 0) in mean
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("rest", [b"\x30" + bytes(20), b"\x03" + bytes(11) + b"\xff" * 7])
+def test_a_damaged_end_of_an_event_file_is_dropped(make_log, tmp_path, rest):
+    with make_log() as log:
+        log.train(Chunk(0, 2, True, False, True), _metrics([1.0, 1.0]))
+    (path,) = tmp_path.glob("events.*")
+    whole = path.read_bytes()
+    path.write_bytes(whole + rest)
+    with make_log(start_step=2):
+        assert path.read_bytes() == whole
 
 
 def test_a_loss_that_is_not_finite_names_its_step(make_log):
@@ -242,9 +298,7 @@ def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
 
 def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError('imported')")
-    code = (
-        "import sys, pathlib, cv_jax.board as b; b.Board(pathlib.Path(sys.argv[1]), ['seed=0'], 0)"
-    )
+    code = "import sys, pathlib as p, cv_jax.board as b; b.Board(p.Path(sys.argv[1]), ['a'], 0, 1)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

@@ -55,7 +55,7 @@ def build_page(runs: Sequence[Run], num_images: int, show: Show) -> str:
         _sweep(run, show),
         _facts(run),
     ]
-    style = Path(__file__).with_name("page.css").read_text()
+    style = Path(__file__).with_name("page.css").read_text("utf-8")
     body = "\n".join(section for section in sections if section)
     return _PAGE.format(title=f"{escape(_title(run))} · report", style=style, body=body)
 

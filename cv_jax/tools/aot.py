@@ -58,6 +58,7 @@ from cv_jax.paths import path_argument
 from cv_jax.result import write_json
 from cv_jax.tasks import Probe, build_task
 from cv_jax.tools import hlo
+from cv_jax.tools.command import command, make_parser
 
 
 class Chip(NamedTuple):
@@ -93,36 +94,28 @@ CHIPS = {
 }
 
 
+@command("aot")
 def main() -> None:
     """Reads the command line, compiles, prints and writes what there is to know."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__, allow_abbrev=False)
     parser.add_argument("--topology", required=True, help="v5e, v5e:2x4, v5p:2x2x1, ...")
     parser.add_argument("--scaling", action="store_true", help="compare with one chip")
     add_data_arguments(parser)
     parser.add_argument("--out", type=path_argument, help="a JSON file to write")
     arguments, rest = parser.parse_known_args()
-    try:
-        prepare_compiler()
-        config = read_config([sys.argv[0], *rest])
-        data = find_data(config, arguments)
-        report = examine(config, data, arguments.topology, arguments.scaling)
-    except (UserError, flags.Error) as error:
-        print(f"aot: {error}", file=sys.stderr)
-        sys.exit(2)
-    except DoesNotFit as error:
-        print(f"aot: {error}", file=sys.stderr)
-        sys.exit(1)
+    prepare_compiler()
+    config = read_config([sys.argv[0], *rest])
+    data = find_data(config, arguments)
+    report = examine(config, data, arguments.topology, arguments.scaling)
     if arguments.out:
         write_json(arguments.out, report)
     print(describe(report))
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(UserError):
     """A program needs more memory than the chip has."""
+
+    exit_code = 1
 
 
 def prepare_compiler() -> None:
@@ -148,12 +141,15 @@ def read_config(argv: list[str]) -> ml_collections.ConfigDict:
     """Reads --config=FILE and --config.KEY=VALUE as train.py does; dtype "auto" becomes bfloat16.
 
     Raises:
-        UserError, flags.Error: something is wrong with them.
+        UserError: something is wrong with them.
     """
     check_command_line(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
-    values(argv)
+    try:
+        values(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
     config = values["config"].value
     check(config)
     if config.dtype == "auto":

@@ -5,9 +5,7 @@
 Writes the statistics over the runs, with the value of each, and prints README's row for them.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from cv_jax.result import (
     summarize,
     write_json,
 )
+from cv_jax.tools.command import command, make_parser
 
 _METRICS = ("accuracy", "loss", "linear_accuracy", "feature_rank", "feature_spread")
 
@@ -83,18 +82,14 @@ def row(name: str, record: dict[str, Any]) -> str:
     )
 
 
+@command("collect")
 def main() -> None:
     """Reads the command line, writes the record, prints the row."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="work directories")
     parser.add_argument("--out", required=True, type=path_argument, help="the JSON file to write")
     arguments = parser.parse_args()
-    try:
-        record = collect([_read(work_directory(run) / "result.json") for run in arguments.runs])
-    except UserError as error:
-        sys.exit(f"collect: {error}")
+    record = collect([_read(work_directory(run) / "result.json") for run in arguments.runs])
     write_json(arguments.out, record)
     print(row(arguments.out.stem, record))
 

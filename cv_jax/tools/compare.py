@@ -7,9 +7,7 @@ A run is a work directory, or a record of `cv_jax.tools.collect`. The others are
 first: by a paired t-test where both have the same seeds, by Welch's otherwise.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +27,7 @@ from cv_jax.result import (
     summarize,
     write_json,
 )
+from cv_jax.tools.command import command, make_parser
 
 ALPHA, POWER = 0.05, 0.8  # of the test that `seeds_to_see` plans
 MOST_SEEDS = 100_000
@@ -190,24 +189,20 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@command("compare")
 def main() -> None:
     """Reads the command line, prints the comparison, writes it where asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="work directories or records")
     parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--metric", default="accuracy")
     parser.add_argument("--out", type=path_argument, help="a JSON file to write")
     arguments = parser.parse_args()
-    try:
-        paths = dict.fromkeys(map(work_directory, arguments.runs))
-        if len(paths) < 2:
-            parser.error("give two different runs or more")
-        runs = {str(path): read_run(path) for path in paths}
-        report = compare(runs, arguments.split, arguments.metric)
-    except UserError as error:
-        sys.exit(f"compare: {error}")
+    paths = dict.fromkeys(map(work_directory, arguments.runs))
+    if len(paths) < 2:
+        parser.error("give two different runs or more")
+    runs = {str(path): read_run(path) for path in paths}
+    report = compare(runs, arguments.split, arguments.metric)
     if arguments.out:
         write_json(arguments.out, report)
     print(describe(report))

@@ -21,7 +21,7 @@ from etils import epath
 from cv_jax.bucket import work_directory
 from cv_jax.data import Split, load_dataset
 from cv_jax.errors import UserError, first_line
-from cv_jax.evaluate import TTA
+from cv_jax.evaluate import find_tta
 from cv_jax.export.card import make_card, to_markdown
 from cv_jax.export.formats import FORMATS, Predict, check_packages, read
 from cv_jax.paths import path_argument
@@ -29,6 +29,7 @@ from cv_jax.result import environment, percent, write_json
 from cv_jax.startup import check_platform, prepare_jax
 from cv_jax.sweep import with_values
 from cv_jax.tasks import build_task
+from cv_jax.tools.command import add_run_arguments, command, make_parser
 from cv_jax.trained import Trained, as_evaluated, check_answers, load_trained, read_json
 
 
@@ -55,7 +56,7 @@ def write(workdir: epath.Path, trained: Trained, name: str, tta: str, out: epath
         scratch = out.with_name(out.name + ".tmp")
         scratch.write_bytes(content)
         scratch.replace(out)
-        out.with_name(out.name + ".md").write_text(to_markdown(card, snippet))
+        out.with_name(out.name + ".md").write_text(to_markdown(card, snippet), "utf-8")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({first_line(error)}).") from error
 
@@ -115,23 +116,16 @@ def describe(report: dict[str, Any]) -> str:
     )
 
 
+@command("export")
 def main() -> None:
     """Reads the command line, writes the file, and holds it against the network."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", required=True, help="of the run")
+    parser = make_parser(__doc__)
+    add_run_arguments(parser)
     parser.add_argument("--format", required=True, choices=tuple(FORMATS))
-    parser.add_argument("--run", default="", help="its name; default: the first seed of the best")
-    parser.add_argument("--tta", choices=tuple(TTA), help="default: as the run was evaluated")
     parser.add_argument("--out", help="default: WORKDIR/export/model.FORMAT")
     parser.add_argument("--record", type=path_argument, help="a JSON file to add the comparison to")
     arguments = parser.parse_args()
-    try:
-        sys.exit(run(arguments))
-    except UserError as error:
-        print(f"export: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -147,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = work_directory(arguments.out) if arguments.out else default
     trained = load_trained(workdir, arguments.run)
     tta = arguments.tta or trained.config.tta
+    find_tta(tta)
     ours = own_predict(trained, tta)
     check_answers(ours(np.zeros((1, *trained.spec.image_shape), np.uint8)))
     write(workdir, trained, name, tta, out)

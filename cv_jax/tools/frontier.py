@@ -5,9 +5,7 @@
 Prints the points as well. A record is what `cv_jax.tools.collect` writes.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +16,7 @@ from matplotlib.figure import Figure
 from cv_jax.errors import UserError
 from cv_jax.paths import path_argument
 from cv_jax.result import percent
+from cv_jax.tools.command import command, make_parser
 
 
 class Point(NamedTuple):
@@ -88,18 +87,14 @@ def draw(points: Sequence[Point], public: Sequence[Point]) -> Figure:
     return figure
 
 
+@command("frontier")
 def main() -> None:
     """Reads the command line, prints the points, writes the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("records", nargs="+", type=path_argument)
     parser.add_argument("--out", required=True, type=path_argument, help="the PNG file to write")
     arguments = parser.parse_args()
-    try:
-        points = [read_point(path) for path in arguments.records]
-    except UserError as error:
-        sys.exit(f"frontier: {error}")
+    points = [read_point(path) for path in arguments.records]
     for point in sorted(points, key=lambda p: p.pflop):
         print(_row(point))
     draw(points, PUBLIC).savefig(arguments.out)

@@ -14,7 +14,6 @@ Exit codes: 0 all images were read; 1 some were not; 2 nothing could begin or th
 are not finite, the message says which.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -33,6 +32,7 @@ from cv_jax.evaluate import find_tta
 from cv_jax.images import read_file
 from cv_jax.paths import path_argument
 from cv_jax.startup import check_platform, num_cores, prepare_jax
+from cv_jax.tools.command import add_run_arguments, command, make_parser
 from cv_jax.trained import check_answers, load_trained, make_classify
 
 # Images that are classified at once, while as many are read.
@@ -144,35 +144,26 @@ def _line(name: str, text: str) -> str:
     )
 
 
+@command("predict")
 def main() -> None:
     """Reads the command line and prints a line for each image."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("images", nargs="*", type=path_argument, help="image files")
     parser.add_argument("--dir", type=path_argument, help="a directory whose files are images, too")
-    parser.add_argument("--workdir", required=True, help="of the run that trained the network")
-    parser.add_argument("--run", default="", help="one of several in it, such as seed=3")
-    parser.add_argument("--tta", help="views of an image; the config's where this is not given")
+    add_run_arguments(parser)
     parser.add_argument("--top", type=int, default=3, help="classes that are told of an image")
     parser.add_argument("--json", action="store_true", help="print JSON, a line an image")
     arguments = parser.parse_args()
     if arguments.top < 1:
         parser.error(f"--top={arguments.top} must be above 0")
-    for name in ("SIGINT", "SIGPIPE"):  # Ctrl-C, and a reader such as `head` that has enough
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-    try:
-        files = find_files(arguments.images, arguments.dir)
-        prepare_jax()
-        check_platform()
-        trained = load_trained(work_directory(arguments.workdir), arguments.run)
-        tta = trained.config.tta if arguments.tta is None else arguments.tta
-        find_tta(tta)
-        sys.exit(_print_answers(files, trained, tta, arguments.top, arguments.json))
-    except UserError as error:
-        print(f"predict: {error}", file=sys.stderr)
-        sys.exit(2)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once
+    files = find_files(arguments.images, arguments.dir)
+    prepare_jax()
+    check_platform()
+    trained = load_trained(work_directory(arguments.workdir), arguments.run)
+    tta = trained.config.tta if arguments.tta is None else arguments.tta
+    find_tta(tta)
+    sys.exit(_print_answers(files, trained, tta, arguments.top, arguments.json))
 
 
 def _print_answers(files, trained, tta, top, as_json) -> int:

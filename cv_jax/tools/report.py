@@ -8,8 +8,6 @@ no scripts. Of several runs it holds the results, curves and configs against eac
 the first one in full.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -23,6 +21,7 @@ from cv_jax.report.page import build_page
 from cv_jax.report.picture import to_svg
 from cv_jax.report.run import read_run
 from cv_jax.startup import check_platform, prepare_jax
+from cv_jax.tools.command import command, make_parser
 
 
 def report(runs: list[str], out: Path, images: int = 2000, png: Path | None = None) -> None:
@@ -57,11 +56,10 @@ def report(runs: list[str], out: Path, images: int = 2000, png: Path | None = No
         raise UserError(f"The report cannot be written: {first_line(error)}") from error
 
 
+@command("report")
 def main() -> None:
     """Reads the command line, writes the page, says where it is."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="work directories")
     parser.add_argument(
         "--out", type=path_argument, default=Path("report.html"), help="the page to write"
@@ -71,13 +69,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.images < 1:
         parser.error("--images must be 1 or more")
-    try:
-        prepare_jax()
-        check_platform()
-        report(arguments.runs, arguments.out, arguments.images, arguments.png)
-    except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
-        sys.exit(2)
+    prepare_jax()
+    check_platform()
+    report(arguments.runs, arguments.out, arguments.images, arguments.png)
     print(f"written {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB)")
 
 

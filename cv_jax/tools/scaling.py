@@ -15,35 +15,24 @@ import sys
 from typing import Any
 
 import jax
-from absl import flags
 
-from cv_jax.errors import UserError
 from cv_jax.paths import path_argument
 from cv_jax.result import git_commit, write_json
 from cv_jax.tools import aot
+from cv_jax.tools.command import command, make_parser
 
 
+@command("scaling")
 def main() -> None:
     """Reads the command line, compiles, writes the file and prints its table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__, allow_abbrev=False)
     parser.add_argument("--topologies", nargs="+", required=True, help="v5e:2x4 v5e:8x8 ...")
     parser.add_argument("--images_per_chip", nargs="+", type=int, required=True)
     aot.add_data_arguments(parser)
     parser.add_argument("--out", type=path_argument, help="a JSON file to write")
     arguments, rest = parser.parse_known_args()
-    try:
-        aot.prepare_compiler()
-        report = examine(rest, arguments)
-    except (UserError, flags.Error) as error:
-        print(f"scaling: {error}", file=sys.stderr)
-        sys.exit(2)
-    except aot.DoesNotFit as error:
-        print(f"scaling: {error}", file=sys.stderr)
-        sys.exit(1)
+    aot.prepare_compiler()
+    report = examine(rest, arguments)
     if arguments.out:
         write_json(arguments.out, report)
     print(table(report["rows"]))

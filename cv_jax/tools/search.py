@@ -10,7 +10,6 @@ The study lies in --dir/study.db: the same command goes on with it, and with the
 under way. Arguments after -- go to train.py as they are. Needs requirements-search.txt.
 """
 
-import argparse
 import json
 import math
 import signal
@@ -25,6 +24,7 @@ from cv_jax.errors import UserError
 from cv_jax.paths import path_argument
 from cv_jax.result import percent
 from cv_jax.spec import build_one
+from cv_jax.tools.command import command, make_parser
 
 if TYPE_CHECKING:
     import optuna
@@ -86,7 +86,7 @@ def run_trial(trial: "optuna.Trial", command: list[str], workdir: Path) -> float
                 process.terminate()  # it saves
                 process.wait()
     if process.returncode:
-        last = (workdir / "console.txt").read_text().strip().rpartition("\n")[2]
+        last = (workdir / "console.txt").read_text("utf-8", "replace").strip().rpartition("\n")[2]
         raise UserError(f"trial {trial.number} ended with exit code {process.returncode}: {last}")
     val = json.loads((workdir / "result.json").read_text())["val"]
     if not val:
@@ -188,11 +188,10 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
+@command("search", results=False)
 def main() -> None:
     """Reads the command line and searches."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--config", required=True, help="as for train.py")
     parser.add_argument(
         "--dir", required=True, type=path_argument, help="of the study and its trials"
@@ -206,10 +205,10 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):  # SIGINT: a shell's "&" has it ignored
         signal.signal(signum, signal.default_int_handler)
     try:
-        try:
-            import optuna  # noqa: F401
-        except ImportError as error:
-            raise UserError("Optuna is missing: pip install -r requirements-search.txt") from error
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise UserError("Optuna is missing: pip install -r requirements-search.txt") from error
+    try:
         study = search(
             arguments.config,
             arguments.dir,
@@ -218,12 +217,9 @@ def main() -> None:
             arguments.seeds,
             extra,
         )
-    except UserError as error:
-        sys.exit(f"search: {error}")
     except KeyboardInterrupt:
-        sys.exit("search: interrupted. The same command goes on.")
-    if all(trial.state.name != "COMPLETE" for trial in study.get_trials(deepcopy=False)):
-        sys.exit("search: every trial diverged or was stopped early, so that none is the best.")
+        print("search: interrupted. The same command goes on.", file=sys.stderr)
+        sys.exit(130)
     best = study.best_trial
     flags = " ".join(f"--config.{key}={value}" for key, value in best.params.items())
     workdir = arguments.dir / best.user_attrs["workdir"]

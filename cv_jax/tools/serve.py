@@ -14,7 +14,6 @@ Ctrl-C or SIGTERM ends it. Exit codes: 2 something to mend, the message says wha
 stopped by Ctrl-C or SIGTERM.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -46,6 +45,7 @@ from cv_jax.images import read_image
 from cv_jax.saliency import by_depth, explain
 from cv_jax.startup import check_platform, prepare_jax
 from cv_jax.stopping import Stopped, raise_when_signalled
+from cv_jax.tools.command import add_run_arguments, command, make_parser
 from cv_jax.trained import Trained, check_answers, load_trained
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -296,14 +296,11 @@ def _content_policy(page: str) -> str:
     )
 
 
+@command("serve", results=False)
 def main() -> None:
     """Reads the command line and serves until it is stopped."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", required=True, help="of the run that trained the network")
-    parser.add_argument("--run", default="", help="one of several in it, such as seed=3")
-    parser.add_argument("--tta", help="views of an image; the config's where this is not given")
+    parser = make_parser(__doc__)
+    add_run_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the name or address others use")
     parser.add_argument("--port", type=int, default=8000, help="0: one that is free")
     arguments = parser.parse_args()
@@ -320,9 +317,6 @@ def main() -> None:
         with _listen(arguments.host, arguments.port, answer, about(trained, tta)) as server:
             print(f"{server.url}   Ctrl-C ends it", flush=True)
             server.serve_forever()
-    except UserError as error:
-        print(f"serve: {error}", file=sys.stderr)
-        sys.exit(2)
     except Stopped as stopped:
         print(f"Stopped by {stopped}.")
         sys.exit(stopped.exit_code)
