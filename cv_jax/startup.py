@@ -19,7 +19,7 @@ from cv_jax.paths import expand
 # jax.jit for what runs once: compiled in a third of the time, to the same bits.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
-# What the environment can set and what changes numbers: JAX's own defaults, whatever is set.
+# JAX's flags that change numbers, with JAX's own defaults; the environment could set each.
 _NUMBERS = {
     "jax_allow_f16_reductions": True,
     "jax_compiler_enable_remat_pass": True,
@@ -39,7 +39,7 @@ _NUMBERS = {
     "jax_threefry_partitionable": True,
     "jax_use_direct_linearize": True,
 }
-# What changes numbers and is the user's to choose: env.json has it, and a run keeps to it.
+# Variables that change numbers and stay the user's choice: env.json has them, a run keeps them.
 VARIABLES = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
@@ -47,14 +47,12 @@ VARIABLES = (
     "NPROC",  # XLA's threads on a CPU
     "NVIDIA_TF32_OVERRIDE",
 )
-# Of XLA_FLAGS: a run may go on with other devices, and what is written down changes nothing.
+# Flags in XLA_FLAGS that a run may change: the number of devices, and dumps.
 _NO_NUMBERS = ("--xla_force_host_platform_device_count", "--xla_dump_")
 
 
 def prepare_jax(num_runs: int = 1) -> None:
-    """Turns JAX's persistent compilation cache on and informational logging of libraries off.
-
-    JAX's flags that change numbers get their defaults, whatever the environment says of them.
+    """Turns JAX's compilation cache on, informational logging off, and calls `fix_numbers`.
 
     The cache lies in JAX_COMPILATION_CACHE_DIR where that is set, else in `cache_dir()`/xla. The
     CPU becomes several devices where several runs can share them, unless XLA_FLAGS or
@@ -63,14 +61,19 @@ def prepare_jax(num_runs: int = 1) -> None:
     chosen = os.environ.get("XLA_FLAGS", "") + os.environ.get("JAX_NUM_CPU_DEVICES", "")
     if num_runs > 1 and not chosen:
         jax.config.update("jax_num_cpu_devices", math.gcd(num_runs, num_cores()))
-    for name, value in _NUMBERS.items():
-        if getattr(jax.config, name, value) != value:
-            jax.config.update(name, value)
+    fix_numbers()
     _silence_background_threads()
     compiled = jax.config.jax_compilation_cache_dir or str(cache_dir() / "xla")
     jax.config.update("jax_compilation_cache_dir", expand(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def fix_numbers() -> None:
+    """Gives JAX's flags that change numbers their defaults, whatever the environment says."""
+    for name, value in _NUMBERS.items():
+        if getattr(jax.config, name, value) != value:
+            jax.config.update(name, value)
 
 
 def number_variables() -> dict[str, str]:

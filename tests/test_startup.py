@@ -1,4 +1,4 @@
-"""Starting JAX: what changes numbers, where the cache lies, and what a bad platform is told."""
+"""What the environment must not change, and what is said of one that cannot be used."""
 
 import os
 import pwd
