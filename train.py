@@ -5,7 +5,7 @@
     python train.py --config=configs/cifar10.py:smoke             # a run of seconds
     python train.py --config=configs/cifar10.py --workdir=runs/a  # the same again goes on there
 
-Every leaf of a config can be given as --config.KEY=VALUE; cv_jax/config.py lists them all. The
+Every leaf of a config can be given as --config.KEY=VALUE; cv_jax/config/base.py lists them all. The
 run leaves config.json, env.json, metrics.jsonl, TensorBoard events, checkpoints and result.json in
 its work directory. Ctrl-C or SIGTERM saves a checkpoint and says how to go on; a second one stops
 at once.
@@ -18,7 +18,7 @@ import signal
 import sys
 from functools import partial
 
-from cv_jax.console import guard_console
+from cv_jax.runtime.console import guard_console
 
 if __name__ == "__main__":
     guard_console()
@@ -32,27 +32,23 @@ from absl import app, flags
 from etils.epath import Path
 from ml_collections import config_flags
 
-from cv_jax.bucket import work_directory
-from cv_jax.checkpoint import Checkpoints
-from cv_jax.config import (
-    adopt_workdir,
-    check,
+from cv_jax.config.command_line import (
     check_command_line,
     default_workdir,
     gather_sweeps,
     resume_command,
 )
+from cv_jax.config.errors import UserError
+from cv_jax.config.plan import make_intervals, plan_chunks
+from cv_jax.config.rules import check
+from cv_jax.config.sweep import make_sweep, num_runs
 from cv_jax.data import load_dataset
 from cv_jax.data.batches import make_batches
-from cv_jax.errors import UserError
-from cv_jax.evaluate import Evaluator, means
-from cv_jax.facts import of_data, of_program
-from cv_jax.flops import evaluation_flops, step_flops, training_flops
-from cv_jax.inputs import check_augmented
-from cv_jax.log import Log
-from cv_jax.loop import Clock, compile_train_chunk, make_intervals, plan_chunks
-from cv_jax.mesh import check_batch_size
-from cv_jax.processes import (
+from cv_jax.data.fingerprint import of_data
+from cv_jax.learn.inputs import check_augmented
+from cv_jax.runtime.clock import Clock
+from cv_jax.runtime.mesh import check_batch_size
+from cv_jax.runtime.processes import (
     all_do,
     check_same,
     first_does,
@@ -61,21 +57,30 @@ from cv_jax.processes import (
     leave,
     lost_process_ends_this,
 )
-from cv_jax.profile import Profiler
-from cv_jax.programs import make_programs, try_step
-from cv_jax.result import (
+from cv_jax.runtime.signals import Stopped, StopRequest, raise_when_signalled
+from cv_jax.runtime.startup import jit_once, prepare_jax
+from cv_jax.tasks import build_task
+from cv_jax.train.chunks import compile_train_chunk
+from cv_jax.train.evaluator import Evaluator
+from cv_jax.train.fingerprint import of_program
+from cv_jax.train.flops import evaluation_flops, step_flops, training_flops
+from cv_jax.train.profile import Profiler
+from cv_jax.train.programs import make_programs, try_step
+from cv_jax.train.runs import make_runs
+from cv_jax.train.sweeps import check_sweep
+from cv_jax.workdir.adopt import adopt_workdir
+from cv_jax.workdir.bucket import work_directory
+from cv_jax.workdir.checkpoints import Checkpoints
+from cv_jax.workdir.log import Log
+from cv_jax.workdir.numbers import means
+from cv_jax.workdir.result import (
     finished_result,
     print_result,
     write_data,
     write_environment,
     write_result,
 )
-from cv_jax.runs import make_runs, num_runs
-from cv_jax.startup import jit_once, prepare_jax
-from cv_jax.stopping import Stopped, StopRequest, raise_when_signalled
-from cv_jax.storage import storage_errors
-from cv_jax.sweep import check_sweep, make_sweep
-from cv_jax.tasks import build_task
+from cv_jax.workdir.storage import storage_errors
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: configs/NAME.py, or configs/NAME.py:smoke.", lock_config=True

@@ -25,16 +25,16 @@ import ml_collections
 
 from benchmarks.machine import ROOT, make_parser, save
 from benchmarks.ours import loop
-from cv_jax.augment import make_augment
+from cv_jax.augment.chain import make_augment
 from cv_jax.data import Dataset, load_dataset
 from cv_jax.data.batches import make_batches
-from cv_jax.keys import derive_keys
-from cv_jax.mesh import make_mesh
-from cv_jax.startup import prepare_jax
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import make_mesh
+from cv_jax.runtime.startup import prepare_jax
 
 LOAD = """
 import json, sys, time
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
 from cv_jax.data import load_dataset
 config = base_config().data
 config.update(json.loads(sys.argv[1]))

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import ROOT, make_parser, paired_ratio, save
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
 from cv_jax.data import load_dataset
 
 

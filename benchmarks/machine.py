@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cv_jax.paths import expand
-from cv_jax.result import git_commit, write_json
+from cv_jax.config.paths import expand
+from cv_jax.workdir.files import write_json
+from cv_jax.workdir.result import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch")

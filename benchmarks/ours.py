@@ -8,15 +8,16 @@ import ml_collections
 import numpy as np
 
 from benchmarks.worker import LR, MEAN, MOMENTUM, NUM_TRAIN, STD, WEIGHT_DECAY, Steps, random_images
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
+from cv_jax.config.plan import Intervals, plan_chunks
 from cv_jax.data import DataSpec, Split
 from cv_jax.data.batches import Batches, make_batches
-from cv_jax.keys import Keys, derive_keys
-from cv_jax.loop import Intervals, make_train_chunk, plan_chunks
-from cv_jax.mesh import make_mesh
-from cv_jax.ops import plain_lax
-from cv_jax.startup import prepare_jax
+from cv_jax.models.ops import plain_lax
+from cv_jax.runtime.keys import Keys, derive_keys
+from cv_jax.runtime.mesh import make_mesh
+from cv_jax.runtime.startup import prepare_jax
 from cv_jax.tasks import Task, build_task
+from cv_jax.train.chunks import make_train_chunk
 
 
 def step_config(model: str, batch_size: int, dtype: str) -> ml_collections.ConfigDict:

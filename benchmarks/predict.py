@@ -25,10 +25,12 @@ from PIL import Image
 
 from benchmarks.machine import ROOT, make_parser, paired_ratio, save
 from cv_jax.data import Split, load_dataset
-from cv_jax.evaluate import TTA, padded_batches, sum_batches
-from cv_jax.startup import prepare_jax
+from cv_jax.data.batches import padded_batches
+from cv_jax.runtime.startup import prepare_jax
 from cv_jax.tasks import build_task
-from cv_jax.trained import load_trained
+from cv_jax.tasks.classification.views import TTA
+from cv_jax.train.evaluator import sum_batches
+from cv_jax.trained.load import load_trained
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 

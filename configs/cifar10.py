@@ -16,7 +16,7 @@ out with --config.data.num_val=5000 and look at val.
 
 import ml_collections
 
-from cv_jax.config import base_config, choose
+from cv_jax.config.base import base_config, choose
 
 KEPT = 10 / 16  # of the examples of a batch
 

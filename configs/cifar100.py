@@ -8,7 +8,7 @@ TPU. Not run at full length yet.
 
 import ml_collections
 
-from cv_jax.config import base_config, choose
+from cv_jax.config.base import base_config, choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ The network and its augmentation are those of the public record for 96 % (K. Jor
 import ml_collections
 
 from configs import cifar10
-from cv_jax.config import choose
+from cv_jax.config.base import choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

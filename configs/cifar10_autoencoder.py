@@ -12,7 +12,7 @@ the 200 nearest neighbours (results/cifar10_autoencoder.json).
 
 import ml_collections
 
-from cv_jax.config import base_config, choose
+from cv_jax.config.base import base_config, choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

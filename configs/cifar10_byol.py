@@ -14,7 +14,7 @@ labels then 81.57 %, where SimCLR with as large steps gave 81.17 % (results/READ
 import ml_collections
 
 from configs import cifar10_simclr
-from cv_jax.config import choose
+from cv_jax.config.base import choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ Measured on test: 36.38 % with ten labels a class (n = 5), 58.26 % with 1 % of t
 
 import ml_collections
 
-from cv_jax.config import base_config, choose
+from cv_jax.config.base import base_config, choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

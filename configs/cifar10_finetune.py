@@ -18,7 +18,7 @@ Measured on test: 51.47 % with ten labels a class (n = 3), 66.94 % with 1 % of t
 import ml_collections
 
 from configs import cifar10_few_labels
-from cv_jax.config import choose
+from cv_jax.config.base import choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

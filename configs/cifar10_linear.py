@@ -12,7 +12,7 @@ form: five epochs at this rate do not fit it yet (results/cifar10_linear.json).
 
 import ml_collections
 
-from cv_jax.config import base_config, choose
+from cv_jax.config.base import base_config, choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

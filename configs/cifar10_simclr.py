@@ -12,7 +12,7 @@ Measured: 72.48 % of test by the 200 nearest neighbours, 72.36 % by ridge regres
 
 import ml_collections
 
-from cv_jax.config import base_config, choose
+from cv_jax.config.base import base_config, choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -13,7 +13,7 @@ They gave 80.76 % of val by 5,000 labelled images; the benchmark has 50,000 (res
 
 import ml_collections
 
-from cv_jax.config import base_config, choose
+from cv_jax.config.base import base_config, choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ Measured: test accuracy 98.65 % ± 0.57 (n = 32, 360 images), half a second of t
 
 import ml_collections
 
-from cv_jax.config import base_config, choose
+from cv_jax.config.base import base_config, choose
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT, make_parser, record
-from cv_jax.checkpoint import damage
-from cv_jax.result import write_json
+from cv_jax.workdir.checkpoints import damage
+from cv_jax.workdir.files import write_json
 from tests.test_resume import assert_same_run, command
 
 EVENTS = ("SIGKILL", "SIGTERM", "SIGINT", "full disk", "damaged checkpoint", "two processes")

@@ -16,11 +16,11 @@ import pytest
 
 import train
 from configs import digits
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
+from cv_jax.config.paths import expand
 from cv_jax.data import Dataset, DataSpec, Split
-from cv_jax.ops import plain_lax
-from cv_jax.paths import expand
-from cv_jax.startup import cache_dir
+from cv_jax.models.ops import plain_lax
+from cv_jax.runtime.startup import cache_dir
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -31,13 +31,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import train
-from cv_jax import resizing
-from cv_jax.augment import AUGMENTATIONS
-from cv_jax.config import base_config, flatten
+from cv_jax.augment import resizing
+from cv_jax.augment.chain import AUGMENTATIONS
+from cv_jax.config.base import base_config, flatten
 from cv_jax.models import MODELS
-from cv_jax.optim import OPTIMIZERS
-from cv_jax.schedules import SCHEDULES
-from cv_jax.selection import SELECTIONS
+from cv_jax.optim.optimizers import OPTIMIZERS
+from cv_jax.optim.schedules import SCHEDULES
+from cv_jax.optim.selection import SELECTIONS
 from cv_jax.tasks import autoencoder, ssl
 from tests.conftest import ROOT
 

@@ -9,14 +9,14 @@ import sys
 import jax
 import pytest
 
+from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
 from cv_jax.data.batches import make_batches
-from cv_jax.errors import UserError
-from cv_jax.flops import count_flops
-from cv_jax.keys import derive_keys
-from cv_jax.mesh import make_mesh
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import make_mesh
 from cv_jax.tasks import build_task
 from cv_jax.tools import aot, hlo
+from cv_jax.train.flops import count_flops
 from tests.conftest import ROOT
 
 # A loop of three rounds by its condition, one of two by what the compiler knows, a branch; 30
@@ -269,7 +269,7 @@ def test_digits_on_one_and_on_eight_chips(tmp_path, monkeypatch):
 
 BRANCHES = """
 import jax, jax.numpy as jnp
-from cv_jax import ops
+from cv_jax.models import ops
 from cv_jax.tools import aot, hlo
 aot.prepare_compiler()
 device = aot.find_devices("v5e")[1][0]

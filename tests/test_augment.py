@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cv_jax import augment
-from cv_jax.augment import AUGMENTATIONS, make_augment
-from cv_jax.errors import UserError
-from cv_jax.inputs import check_augmented, make_view
+from cv_jax.augment import colour
+from cv_jax.augment import geometry as augment
+from cv_jax.augment.chain import AUGMENTATIONS, make_augment
+from cv_jax.config.errors import UserError
+from cv_jax.learn.inputs import check_augmented, make_view
 from tests.conftest import random_dataset
 
 KEY = jax.random.key(0)
@@ -611,7 +612,7 @@ def test_hue_turns_the_colours_as_yiq_does_and_comes_last():
 
 def test_hue_of_no_turn_of_grey_and_of_one_channel():
     image = make_batch(4, 5, 4, 3)["image"]
-    np.testing.assert_allclose(augment._turn_hue(image, jnp.float32(0)), image, atol=1e-6)
+    np.testing.assert_allclose(colour._turn_hue(image, jnp.float32(0)), image, atol=1e-6)
     grey = make_batch(image=np.tile(np.random.default_rng(0).random((9, 5, 4, 1)), 3))
     np.testing.assert_allclose(images("color_jitter(hue=0.5)", grey), grey["image"], atol=1e-6)
     single = make_batch(4, 5, 4, 1)

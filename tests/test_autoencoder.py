@@ -7,20 +7,20 @@ import ml_collections
 import numpy as np
 import pytest
 
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
 from cv_jax.data.batches import make_batches
-from cv_jax.errors import UserError
-from cv_jax.keys import derive_keys
-from cv_jax.losses import squared_error
-from cv_jax.mesh import make_mesh, replicated
+from cv_jax.learn.losses import squared_error
 from cv_jax.models import build_model
 from cv_jax.models.autoencoder import Autoencoder
-from cv_jax.ops import plain_lax
-from cv_jax.programs import try_step
-from cv_jax.startup import jit_once
+from cv_jax.models.ops import plain_lax
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import make_mesh, replicated
+from cv_jax.runtime.startup import jit_once
 from cv_jax.tasks import build_task
 from cv_jax.tasks.autoencoder import denoise, masked
+from cv_jax.train.programs import try_step
 from tests.conftest import random_dataset
 
 

@@ -5,14 +5,14 @@ import jax
 import numpy as np
 import pytest
 
+from cv_jax.config.errors import UserError
 from cv_jax.data.batches import (
     STREAM_STEPS,
     SplitStream,
     resident_batches,
     stream_batches,
 )
-from cv_jax.errors import UserError
-from cv_jax.mesh import make_mesh
+from cv_jax.runtime.mesh import make_mesh
 from tests.conftest import random_split
 
 SPLIT = random_split(70, (4, 5, 3), 10)

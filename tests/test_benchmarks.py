@@ -15,10 +15,10 @@ from benchmarks import lenet, machine, step
 from benchmarks.ours import build, check_loss, loop, step_config
 from benchmarks.step import Case
 from benchmarks.worker import MEAN, STD, random_images
-from cv_jax.config import base_config
-from cv_jax.losses import cross_entropy
+from cv_jax.config.base import base_config
+from cv_jax.learn.losses import cross_entropy
 from cv_jax.models import build_model
-from cv_jax.ops import plain_lax
+from cv_jax.models.ops import plain_lax
 from tests.conftest import random_dataset
 
 BATCH = 8

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from cv_jax.board import NUM_BINS, count_values
-from cv_jax.config import base_config
-from cv_jax.log import Log
-from cv_jax.loop import Chunk, Intervals
-from cv_jax.mesh import make_mesh, parameter_sharding, put
-from cv_jax.trained import load_trained
+from cv_jax.config.base import base_config
+from cv_jax.config.plan import Chunk, Intervals
+from cv_jax.runtime.mesh import make_mesh, parameter_sharding, put
+from cv_jax.trained.load import load_trained
+from cv_jax.workdir.log import Log
+from cv_jax.workdir.tensorboard import NUM_BINS, count_values
 from tests.conftest import on_devices, random_dataset
 from tests.test_log import read_events
 

@@ -8,10 +8,16 @@ import chex
 import pytest
 
 import train
-from cv_jax.bucket import REWRITE_SECONDS, Growing, open_to_append, refusal, work_directory
-from cv_jax.checkpoint import Checkpoints
-from cv_jax.errors import UserError
-from cv_jax.storage import storage_errors
+from cv_jax.config.errors import UserError
+from cv_jax.workdir.bucket import (
+    REWRITE_SECONDS,
+    Growing,
+    open_to_append,
+    refusal,
+    work_directory,
+)
+from cv_jax.workdir.checkpoints import Checkpoints
+from cv_jax.workdir.storage import storage_errors
 from tests.fake_gcs import FakeGCS
 from tests.test_checkpoint import _restore, _save, _state
 from tests.test_resume import assert_same_run

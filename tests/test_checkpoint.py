@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv_jax.checkpoint import Checkpoints
-from cv_jax.errors import UserError
-from cv_jax.storage import storage_errors
-from cv_jax.update import TrainState
+from cv_jax.config.errors import UserError
+from cv_jax.optim.state import TrainState
+from cv_jax.workdir.checkpoints import Checkpoints
+from cv_jax.workdir.storage import storage_errors
 
 
 def _state(step):
@@ -146,7 +146,7 @@ def test_no_permission_is_no_damage(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("cv_jax.checkpoint._checksum", refuse)
+    monkeypatch.setattr("cv_jax.workdir.checkpoints._checksum", refuse)
     with pytest.raises(PermissionError):
         _restore(tmp_path)
     monkeypatch.undo()
@@ -177,7 +177,7 @@ def test_a_disk_that_is_full_in_the_background_leaves_whole_checkpoints(tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     checkpoints = Checkpoints(tmp_path, 2)
-    monkeypatch.setattr("cv_jax.checkpoint._checksum", full)
+    monkeypatch.setattr("cv_jax.workdir.checkpoints._checksum", full)
     with pytest.raises(UserError, match="No space left"), storage_errors(tmp_path), checkpoints:
         checkpoints.save(_state(5), {}, None)
     monkeypatch.undo()
@@ -186,7 +186,9 @@ def test_a_disk_that_is_full_in_the_background_leaves_whole_checkpoints(tmp_path
 
 
 def test_a_directory_that_is_not_the_first_process_s(tmp_path, monkeypatch):
-    monkeypatch.setattr("cv_jax.checkpoint.first_says", lambda text: "process 7 on elsewhere")
+    monkeypatch.setattr(
+        "cv_jax.workdir.checkpoints.first_says", lambda text: "process 7 on elsewhere"
+    )
     with pytest.raises(UserError, match="is another directory here than in process 0"):
         Checkpoints(tmp_path, 1)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cv_jax.errors import UserError
+from cv_jax.config.errors import UserError
 from cv_jax.tools import compare
 
 

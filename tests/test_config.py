@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cv_jax import config as config_lib
-from cv_jax.config import adopt_workdir, base_config, check, check_command_line, flatten
-from cv_jax.errors import UserError
+from cv_jax.config.base import base_config, flatten
+from cv_jax.config.command_line import check_command_line, resume_command
+from cv_jax.config.errors import UserError
+from cv_jax.config.rules import check
+from cv_jax.workdir.adopt import MAY_CHANGE, adopt_workdir
 from tests.conftest import ROOT
 
 
@@ -133,13 +135,13 @@ def test_a_damaged_config_is_named(damaged, tmp_path):
 
 
 def test_what_may_change_exists():
-    assert flatten(base_config()).keys() >= config_lib.MAY_CHANGE
+    assert flatten(base_config()).keys() >= MAY_CHANGE
 
 
 def test_the_way_to_go_on_is_a_command():
     workdir = Path("runs/a b")
-    assert config_lib.resume_command(["train.py", "--config=c.py"], workdir) == (
+    assert resume_command(["train.py", "--config=c.py"], workdir) == (
         "python train.py --config=c.py '--workdir=runs/a b'"
     )
     given = ["train.py", "--workdir", "x"]
-    assert config_lib.resume_command(given, workdir) == "python train.py --workdir x"
+    assert resume_command(given, workdir) == "python train.py --workdir x"

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 import train
-from cv_jax.config import flatten
+from cv_jax.config.base import flatten
 from cv_jax.data.batches import make_batches
 from cv_jax.data.dataset import first_examples
-from cv_jax.flops import evaluation_flops, training_flops
-from cv_jax.keys import derive_keys
-from cv_jax.mesh import make_mesh
 from cv_jax.models import build_model
 from cv_jax.models.layers import conv, dense
-from cv_jax.ops import plain_lax
-from cv_jax.optim import make_optimizer
-from cv_jax.programs import try_step
+from cv_jax.models.ops import plain_lax
+from cv_jax.optim.optimizers import make_optimizer
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import make_mesh
 from cv_jax.tasks import build_task
+from cv_jax.train.flops import evaluation_flops, training_flops
+from cv_jax.train.programs import try_step
 from tests.conftest import ROOT, random_dataset
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -9,8 +9,8 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from cv_jax import console
-from cv_jax.errors import UserError
+from cv_jax.config.errors import UserError
+from cv_jax.runtime import console
 from cv_jax.tools import collect
 from tests.conftest import ROOT
 

@@ -14,7 +14,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
 from cv_jax.data.cache import cached
 from cv_jax.data.dataset import (
@@ -31,7 +32,6 @@ from cv_jax.data.dataset import (
 from cv_jax.data.load import OWN
 from cv_jax.data.location import find_prepared, tfds_data_dir
 from cv_jax.data.tfrecord import crc32c, read_records
-from cv_jax.errors import UserError
 from tests.conftest import random_split
 
 

@@ -3,8 +3,8 @@
 import ml_collections
 import pytest
 
-from cv_jax.durations import due, steps, total_steps
-from cv_jax.errors import UserError
+from cv_jax.config.durations import due, steps, total_steps
+from cv_jax.config.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cv_jax.config.errors import UserError
 from cv_jax.data import Dataset, Split
-from cv_jax.errors import UserError
-from cv_jax.evaluate import Evaluator, find_tta, means, padded_batches, sum_batches
-from cv_jax.loop import Clock
-from cv_jax.mesh import make_mesh
-from cv_jax.metrics import classification_metrics
+from cv_jax.data.batches import padded_batches
+from cv_jax.learn.metrics import classification_metrics
+from cv_jax.runtime.clock import Clock
+from cv_jax.runtime.mesh import make_mesh
+from cv_jax.tasks.classification.views import find_tta
+from cv_jax.train.evaluator import Evaluator, sum_batches
+from cv_jax.workdir.numbers import means
 from tests.conftest import random_split
 
 SPLIT = random_split(37, (2, 2, 1), 7)

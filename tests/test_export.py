@@ -17,17 +17,17 @@ from etils.epath import Path
 from jax import export, lax
 from PIL import Image
 
+from cv_jax.config.errors import UserError
+from cv_jax.config.sweep import with_values
 from cv_jax.data import load_dataset
-from cv_jax.errors import UserError
-from cv_jax.evaluate import find_tta
-from cv_jax.export.card import make_card, photograph, to_markdown
-from cv_jax.export.formats import FORMATS, check_packages, read
-from cv_jax.images import read_image
-from cv_jax.ops import plain_lax
-from cv_jax.sweep import with_values
+from cv_jax.models.ops import plain_lax
 from cv_jax.tasks import build_task
-from cv_jax.tools import export as tool
-from cv_jax.trained import as_evaluated, load_trained, variables
+from cv_jax.tasks.classification.views import find_tta
+from cv_jax.tools.export import command as tool
+from cv_jax.tools.export.card import make_card, photograph, to_markdown
+from cv_jax.tools.export.formats import FORMATS, check_packages, read
+from cv_jax.trained.load import as_evaluated, load_trained, variables
+from cv_jax.trained.read_image import read_image
 from tests.conftest import random_dataset
 from tests.test_images import encode
 
@@ -250,8 +250,8 @@ def test_a_missing_package_is_named(monkeypatch, name):
 def test_padded_pools_and_strides_become_onnx():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    from cv_jax.export.onnx_graph import to_onnx
     from cv_jax.models.layers import max_pool
+    from cv_jax.tools.export.onnx_graph import to_onnx
 
     kernel = np.random.default_rng(0).normal(size=(5, 3, 2, 4)).astype(np.float32)
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from cv_jax.flops import count_flops
 from cv_jax.models import build_model
+from cv_jax.train.flops import count_flops
 
 
 def array(*shape):

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
 from cv_jax.models import build_model
 from cv_jax.models.layers import frozen_statistics
-from cv_jax.ops import plain_lax
+from cv_jax.models.ops import plain_lax
 from cv_jax.tasks import build_task
 from cv_jax.tasks.ssl import Mlp, Siamese
 from tests.conftest import random_dataset

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cv_jax.errors import UserError
-from cv_jax.images import MAX_BYTES, MAX_PIXELS, read_file, read_image
+from cv_jax.config.errors import UserError
+from cv_jax.trained.read_image import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    read_file,
+    read_image,
+)
 
 RED = (200, 30, 60)
 

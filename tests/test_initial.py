@@ -11,17 +11,18 @@ import pytest
 from etils.epath import Path
 from flax.traverse_util import flatten_dict
 
-from cv_jax import initial
-from cv_jax.checkpoint import Checkpoints
-from cv_jax.config import adopt_workdir, base_config
-from cv_jax.errors import UserError
-from cv_jax.initial import take_over
-from cv_jax.ops import plain_lax
-from cv_jax.optim import ema_params
-from cv_jax.result import write_data
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
+from cv_jax.learn import initial
+from cv_jax.learn.initial import take_over
+from cv_jax.models.ops import plain_lax
+from cv_jax.optim.optimizers import ema_params
+from cv_jax.optim.state import RUN_AXES
 from cv_jax.tasks import build_task
-from cv_jax.trained import load_trained
-from cv_jax.update import RUN_AXES
+from cv_jax.trained.load import load_trained
+from cv_jax.workdir.adopt import adopt_workdir
+from cv_jax.workdir.checkpoints import Checkpoints
+from cv_jax.workdir.result import write_data
 from tests.conftest import random_dataset
 
 SPEC = random_dataset().spec

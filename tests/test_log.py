@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from cv_jax import plot
-from cv_jax.config import base_config
-from cv_jax.errors import UserError
-from cv_jax.log import Log, image_grid
-from cv_jax.loop import Chunk, Intervals
-from cv_jax.mesh import make_mesh
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
+from cv_jax.config.plan import Chunk, Intervals
+from cv_jax.runtime.mesh import make_mesh
+from cv_jax.workdir import figures as plot
+from cv_jax.workdir.log import Log, image_grid
 from tests.conftest import ROOT, random_dataset
 
 
@@ -298,7 +298,7 @@ def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
 
 def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError('imported')")
-    code = "import sys, pathlib as p, cv_jax.board as b; b.Board(p.Path(sys.argv[1]), ['a'], 0, 1)"
+    code = "import sys, pathlib as p, cv_jax.workdir.tensorboard as b; b.Board(p.Path(sys.argv[1]), ['a'], 0, 1)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

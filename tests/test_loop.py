@@ -7,19 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
+from cv_jax.config.plan import Intervals, make_intervals, plan_chunks
 from cv_jax.data.batches import make_batches
-from cv_jax.keys import derive_keys
-from cv_jax.loop import (
-    Clock,
-    Intervals,
-    Pace,
-    make_intervals,
-    make_train_chunk,
-    plan_chunks,
-)
-from cv_jax.mesh import make_mesh, replicated
+from cv_jax.runtime.clock import Clock, Pace
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import make_mesh, replicated
 from cv_jax.tasks import build_task
+from cv_jax.train.chunks import make_train_chunk
 from tests.conftest import random_dataset
 
 
@@ -142,7 +137,7 @@ def test_the_clock_counts_one_thing_at_a_time():
 
 def test_pace_fills_half_a_second(monkeypatch):
     now = iter([0.0, 2.0, 2.1])
-    monkeypatch.setattr("cv_jax.loop.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("cv_jax.runtime.clock.time.perf_counter", lambda: next(now))
     pace = Pace()
     assert pace() == 1
     assert pace.finished(4) == 2.0

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from cv_jax.losses import barlow_twins, byol, cross_entropy, nt_xent, squared_error, vicreg
-from cv_jax.mesh import batch_sharding, make_mesh, put
+from cv_jax.learn.losses import (
+    barlow_twins,
+    byol,
+    cross_entropy,
+    nt_xent,
+    squared_error,
+    vicreg,
+)
+from cv_jax.runtime.mesh import batch_sharding, make_mesh, put
 from tests.conftest import on_devices
 
 

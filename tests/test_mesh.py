@@ -13,11 +13,16 @@ import pytest
 
 import train
 from configs.digits import get_config
-from cv_jax import mesh
-from cv_jax.config import base_config
-from cv_jax.errors import UserError
-from cv_jax.mesh import check_batch_size, make_mesh, parameter_sharding, put
-from cv_jax.startup import prepare_jax
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
+from cv_jax.runtime import mesh
+from cv_jax.runtime.mesh import (
+    check_batch_size,
+    make_mesh,
+    parameter_sharding,
+    put,
+)
+from cv_jax.runtime.startup import prepare_jax
 from tests.conftest import on_devices
 from tests.test_resume import final_arrays
 
@@ -121,7 +126,7 @@ def _train(workdir, devices, steps=10, **changes):
     config.optim.warmup = "0 steps"
     config.update(changes)
     few = partial(make_mesh, devices=jax.devices()[:devices])
-    with mock.patch("cv_jax.runs.make_mesh", few):
+    with mock.patch("cv_jax.train.runs.make_mesh", few):
         result = train.run(config.lock(), workdir)
     assert {split: result[split]["count"] for split in ("val", "test")} == {"val": 200, "test": 360}
     return workdir

@@ -8,18 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv_jax import spec
-from cv_jax.config import base_config
+from cv_jax.config import calls as spec
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
 from cv_jax.data.batches import make_batches
-from cv_jax.errors import UserError
-from cv_jax.keys import derive_keys
-from cv_jax.mesh import make_mesh
-from cv_jax.models import MODELS, build_model, compute_dtype, layers
-from cv_jax.models.n94 import Group, identity_init, unit_std_init, whitening_kernel
+from cv_jax.models import (
+    MODELS,
+    build_model,
+    compute_dtype,
+    layers,
+)
+from cv_jax.models.n94 import (
+    Group,
+    identity_init,
+    unit_std_init,
+    whitening_kernel,
+)
 from cv_jax.models.resnet import BasicBlock, ResNet
 from cv_jax.models.wide_resnet import PreActivationBlock, WideResNet
-from cv_jax.programs import try_step
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import make_mesh
 from cv_jax.tasks import build_task
+from cv_jax.train.programs import try_step
 from tests.conftest import random_dataset
 
 # model, image size, classes, published parameter count (frozen ones included)

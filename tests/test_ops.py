@@ -12,8 +12,14 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cv_jax.ops import blocks, conv, max_pool, rows, winograd
-from cv_jax.ops.groups import group_sizes, map_groups, sum_groups
+from cv_jax.models.ops import (
+    blocks,
+    conv,
+    max_pool,
+    rows,
+    winograd,
+)
+from cv_jax.models.ops.groups import group_sizes, map_groups, sum_groups
 from tests.conftest import on_devices
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
@@ -99,7 +105,7 @@ def test_groups_of_images_add_up(way, o, bytes_of_an_image, monkeypatch):
         return jax.grad(lambda k: (conv(x, k, (1, 1), padding) ** 2).sum())(weight)
 
     whole = gradient(x, weight)
-    monkeypatch.setattr(f"cv_jax.ops.{way}._GROUP_BYTES", 2 * bytes_of_an_image)
+    monkeypatch.setattr(f"cv_jax.models.ops.{way}._GROUP_BYTES", 2 * bytes_of_an_image)
     grouped = gradient(x, weight)
     _assert_close(grouped, whole, "float32")
     text = str(jax.make_jaxpr(gradient)(x, weight))

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from cv_jax import durations
-from cv_jax.errors import UserError
-from cv_jax.optim import ema_params, make_optimizer
-from cv_jax.schedules import make_schedule
+from cv_jax.config import durations
+from cv_jax.config.errors import UserError
+from cv_jax.optim.optimizers import ema_params, make_optimizer
+from cv_jax.optim.schedules import make_schedule
 
 TOTAL = 10
 SHAPES = {

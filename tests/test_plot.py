@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cv_jax.plot import (
+from cv_jax.workdir.figures import (
     draw_bars,
     draw_confusion,
     draw_map,

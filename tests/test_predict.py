@@ -10,8 +10,8 @@ from etils.epath import Path
 from PIL import Image
 
 from cv_jax.data import load_dataset
+from cv_jax.learn.stored import read_config
 from cv_jax.tools import predict
-from cv_jax.trained import read_config
 from tests.test_images import encode
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, downloader
 from tensorflow_datasets.image_classification import cifar
 
+from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset, prepare
-from cv_jax.errors import UserError
 
 from .test_data import TinyBuilder, config_of, features_of, png, tiny_splits
 

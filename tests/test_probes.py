@@ -7,14 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
+from cv_jax.config.sweep import make_sweep
 from cv_jax.data import Split
 from cv_jax.data.batches import make_batches
-from cv_jax.errors import UserError
-from cv_jax.evaluate import Evaluator, means
-from cv_jax.inputs import to_unit
-from cv_jax.loop import Clock
-from cv_jax.probes import (
+from cv_jax.learn.inputs import to_unit
+from cv_jax.learn.probes import (
     WATCHED,
     check_unsupervised,
     make_probes,
@@ -22,11 +21,13 @@ from cv_jax.probes import (
     ridge,
     spread_and_rank,
 )
-from cv_jax.programs import make_programs
-from cv_jax.runs import make_runs
-from cv_jax.sweep import make_sweep
+from cv_jax.optim.state import init_state
+from cv_jax.runtime.clock import Clock
 from cv_jax.tasks import Task
-from cv_jax.update import init_state
+from cv_jax.train.evaluator import Evaluator
+from cv_jax.train.programs import make_programs
+from cv_jax.train.runs import make_runs
+from cv_jax.workdir.numbers import means
 from tests.conftest import random_dataset
 
 

@@ -10,10 +10,20 @@ from etils.epath import Path
 import train
 from benchmarks import processes as two
 from configs.digits import get_config
-from cv_jax.errors import UserError
-from cv_jax.facts import of_data, of_program
-from cv_jax.processes import LOST, Largest, all_do, check_same, first_does, first_says, join, leave
-from cv_jax.trained import load_trained
+from cv_jax.config.errors import UserError
+from cv_jax.data.fingerprint import of_data
+from cv_jax.runtime.processes import (
+    LOST,
+    Largest,
+    all_do,
+    check_same,
+    first_does,
+    first_says,
+    join,
+    leave,
+)
+from cv_jax.train.fingerprint import of_program
+from cv_jax.trained.load import load_trained
 from tests.conftest import random_dataset
 from tests.test_initial import flat, leave_run, ssl_config
 

@@ -11,10 +11,16 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
-from cv_jax import profile
-from cv_jax.errors import UserError
-from cv_jax.loop import Chunk, Clock, Intervals, Pace, plan_chunks
-from cv_jax.profile import Profiler, format_rate, peak_flops, roofline
+from cv_jax.config.errors import UserError
+from cv_jax.config.plan import Chunk, Intervals, plan_chunks
+from cv_jax.runtime.clock import Clock, Pace
+from cv_jax.train import profile
+from cv_jax.train.profile import (
+    Profiler,
+    format_rate,
+    peak_flops,
+    roofline,
+)
 
 TINY = ("--config=configs/digits.py:smoke", "--config.model=n94(widths=(4,))")  # 4 steps
 
@@ -133,7 +139,7 @@ def test_untraced_steps_are_timed_and_the_clock_counts_steps_alone(monkeypatch, 
         tracing = is_on
         spend(100.0)
 
-    monkeypatch.setattr("cv_jax.loop.time.perf_counter", lambda: now)
+    monkeypatch.setattr("cv_jax.runtime.clock.time.perf_counter", lambda: now)
     monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: trace(True))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: trace(False))
     monkeypatch.setattr(profile, "peak_flops", lambda dtype: spend(1000.0) or 4e9)

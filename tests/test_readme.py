@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cv_jax import models
-from cv_jax.augment import AUGMENTATIONS, make_augment
+from cv_jax.augment.chain import AUGMENTATIONS, make_augment
 from cv_jax.data import Split
 from cv_jax.data.dataset import Stored, check_stored, hold_out
 from cv_jax.models.layers import conv, dense, global_avg_pool

@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
-from cv_jax.errors import UserError
-from cv_jax.report import examples, page
-from cv_jax.report.run import Run, calibration_error, curve, read_run
-from cv_jax.tools import report
+from cv_jax.tools.report import command as report
+from cv_jax.tools.report import examples, page
+from cv_jax.tools.report.run import (
+    Run,
+    calibration_error,
+    curve,
+    read_run,
+)
 
 NAMES = ("<script>alert(1)</script>", "a$b$c", "$\\frac$", '"><img src=x>', *"456789")
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from etils.epath import Path
 
-from cv_jax.config import base_config
-from cv_jax.errors import UserError
-from cv_jax.result import (
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
+from cv_jax.runtime.startup import num_cores
+from cv_jax.workdir.files import write_json
+from cv_jax.workdir.result import (
     best_runs,
     environment,
     finished_result,
@@ -17,10 +19,8 @@ from cv_jax.result import (
     percent,
     summarize,
     write_environment,
-    write_json,
     write_result,
 )
-from cv_jax.startup import num_cores
 from tests.conftest import random_dataset
 
 

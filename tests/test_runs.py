@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import train
-from cv_jax.mesh import make_mesh
-from cv_jax.runs import Own, Runs, num_runs
+from cv_jax.config.sweep import num_runs
+from cv_jax.runtime.mesh import make_mesh
+from cv_jax.train.runs import Own, Runs
 from tests.test_resume import final_arrays
 
 

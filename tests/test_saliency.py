@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cv_jax.saliency import by_depth, explain
+from cv_jax.tasks.classification.saliency import by_depth, explain
 
 WEIGHT = np.float32([[1, 2], [-3, 4]])[..., None] * np.float32([1, -2, 0.5])  # h w c
 

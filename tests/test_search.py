@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cv_jax.errors import UserError
+from cv_jax.config.errors import UserError
 from cv_jax.tools import search
 from tests.conftest import ROOT
 

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
 from cv_jax.data.batches import make_batches
-from cv_jax.errors import UserError
-from cv_jax.flops import step_flops
-from cv_jax.keys import derive_keys
-from cv_jax.mesh import batch_sharding, make_mesh, replicated
-from cv_jax.selection import make_select
+from cv_jax.optim.selection import make_select
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import batch_sharding, make_mesh, replicated
 from cv_jax.tasks import build_task
+from cv_jax.train.flops import step_flops
 from tests.conftest import on_devices, random_dataset
 
 

@@ -21,11 +21,11 @@ from etils.epath import Path
 from playwright.sync_api import expect
 
 from benchmarks import serve as benchmark
+from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
-from cv_jax.errors import UserError
-from cv_jax.saliency import explain
+from cv_jax.tasks.classification.saliency import explain
 from cv_jax.tools import serve
-from cv_jax.trained import load_trained
+from cv_jax.trained.load import load_trained
 from tests.conftest import ROOT
 from tests.test_images import encode
 

@@ -11,14 +11,15 @@ import optax
 import pytest
 
 import train
-from cv_jax import update
-from cv_jax.augment import AUGMENTATIONS
-from cv_jax.errors import UserError
-from cv_jax.flops import step_flops
-from cv_jax.loop import Chunk
+from cv_jax.augment.chain import AUGMENTATIONS
+from cv_jax.config.errors import UserError
+from cv_jax.config.plan import Chunk
+from cv_jax.learn import update
 from cv_jax.models import MODELS
-from cv_jax.optim import average_params
+from cv_jax.optim.optimizers import average_params
+from cv_jax.optim.state import RUN_AXES, init_state
 from cv_jax.tasks import build_task
+from cv_jax.train.flops import step_flops
 from tests.conftest import random_dataset
 from tests.test_log import _records, make_log  # noqa: F401
 from tests.test_resume import _StopAfter, assert_same_run
@@ -51,7 +52,7 @@ def steps():
     """(train_step, the one that skips, a state): of Adam with averaged parameters."""
     tx = optax.chain(optax.adam(0.1), average_params(0.9))
     step = update.make_train_step(_forward, tx, select=lambda batch, last_loss: batch)
-    state = update.init_state({"w": jnp.ones(3)}, {"mean": jnp.float32(0)}, tx, last_loss_of=4)
+    state = init_state({"w": jnp.ones(3)}, {"mean": jnp.float32(0)}, tx, last_loss_of=4)
     with jax.numpy_dtype_promotion("standard"):  # of optax's bias correction
         yield step, jax.jit(update.skip_nonfinite(step)), state
 
@@ -86,7 +87,7 @@ def test_of_two_runs_only_the_one_with_the_bad_batch_skips(steps):
     good, bad = _batch(), BAD["loss"]
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), good, bad)
     keys = jax.random.split(jax.random.key(0))
-    mapped = jax.vmap(skipping, (None, 0, 0), (update.RUN_AXES, 0))
+    mapped = jax.vmap(skipping, (None, 0, 0), (RUN_AXES, 0))
     states, metrics = mapped(state, both, keys)
     assert metrics["skipped"][0].tolist() == [0, 1]
     assert metrics["loss"][1].tolist() == [4, 0]

@@ -2,8 +2,13 @@
 
 import pytest
 
-from cv_jax.errors import UserError
-from cv_jax.spec import Call, build, build_one, parse
+from cv_jax.config.calls import (
+    Call,
+    build,
+    build_one,
+    parse,
+)
+from cv_jax.config.errors import UserError
 
 TABLE = {
     "crop": lambda padding, mode="reflect": ("crop", padding, mode),

@@ -8,16 +8,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import train
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
 from cv_jax.data.batches import make_batches
-from cv_jax.errors import UserError
-from cv_jax.evaluate import means
-from cv_jax.keys import derive_keys
-from cv_jax.mesh import make_mesh, replicated
-from cv_jax.ops import plain_lax
-from cv_jax.startup import jit_once
+from cv_jax.models.ops import plain_lax
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import make_mesh, replicated
+from cv_jax.runtime.startup import jit_once
 from cv_jax.tasks import build_task, ssl
+from cv_jax.workdir.numbers import means
 from tests.test_resume import assert_same_run, run_until
 
 PROJECTOR = "projector=(32, 16)"

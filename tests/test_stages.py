@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv_jax.config import base_config
+from cv_jax.augment.resizing import Stage, make_stages, resize
+from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
 from cv_jax.data.batches import make_batches
-from cv_jax.errors import UserError
-from cv_jax.flops import count_flops, step_flops, training_flops
-from cv_jax.keys import derive_keys
-from cv_jax.loop import make_train_chunk
-from cv_jax.mesh import make_mesh
-from cv_jax.resizing import Stage, make_stages, resize
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import make_mesh
 from cv_jax.tasks import build_task
+from cv_jax.train.chunks import make_train_chunk
+from cv_jax.train.flops import count_flops, step_flops, training_flops
 from tests.conftest import random_dataset
 
 

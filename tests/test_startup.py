@@ -8,10 +8,15 @@ import tempfile
 import jax
 import pytest
 
-from cv_jax import startup
-from cv_jax.errors import UserError
-from cv_jax.processes import leave
-from cv_jax.startup import cache_dir, check_platform, number_variables, prepare_jax
+from cv_jax.config.errors import UserError
+from cv_jax.runtime import startup
+from cv_jax.runtime.processes import leave
+from cv_jax.runtime.startup import (
+    cache_dir,
+    check_platform,
+    number_variables,
+    prepare_jax,
+)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from cv_jax.errors import UserError
-from cv_jax.lock import Lock
-from cv_jax.stopping import Stopped, StopRequest, raise_when_signalled
+from cv_jax.config.errors import UserError
+from cv_jax.runtime.signals import Stopped, StopRequest, raise_when_signalled
+from cv_jax.workdir.lock import Lock
 from tests.conftest import ROOT
 
 
@@ -79,7 +79,7 @@ def test_a_directory_has_one_owner(tmp_path):
 
 
 def test_a_lock_does_not_outlive_its_owner(tmp_path):
-    code = f"import pathlib, cv_jax.lock as l; f = l.Lock(pathlib.Path({str(tmp_path)!r})); input()"
+    code = f"import pathlib, cv_jax.workdir.lock as l; f = l.Lock(pathlib.Path({str(tmp_path)!r})); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
     deadline = time.monotonic() + 60

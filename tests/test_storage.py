@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from cv_jax.errors import UserError
-from cv_jax.lock import Lock
-from cv_jax.storage import storage_errors
+from cv_jax.config.errors import UserError
+from cv_jax.workdir.lock import Lock
+from cv_jax.workdir.storage import storage_errors
 from tests.conftest import ROOT
 from tests.test_resume import command
 

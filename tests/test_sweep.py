@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from cv_jax.config import gather_sweeps
+from cv_jax.config.command_line import gather_sweeps
+from cv_jax.config.errors import UserError
+from cv_jax.config.sweep import make_sweep
 from cv_jax.data.batches import make_batches
-from cv_jax.errors import UserError
-from cv_jax.keys import derive_keys
-from cv_jax.mesh import make_mesh
-from cv_jax.sweep import check_sweep, make_sweep
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import make_mesh
+from cv_jax.train.sweeps import check_sweep
 from tests.conftest import random_dataset
 
 
@@ -150,7 +151,7 @@ def test_the_command_line():
 
 def test_one_value_of_a_sweep_is_traced_as_itself(config):
     """The rate of a traced lr is the one of the number."""
-    from cv_jax.optim import make_optimizer
+    from cv_jax.optim.optimizers import make_optimizer
 
     params = {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}
     config.optim.rules = ((".*", "base"),)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train
-from cv_jax.config import base_config
+from cv_jax.config.base import base_config
 from tests.conftest import ROOT
 from tests.test_data import examples_of, features_of, prepare_tiny, random_images, to_tfrecord
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from etils.epath import Path
 
-from cv_jax import trained
-from cv_jax.checkpoint import read_newest
+from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
-from cv_jax.errors import UserError
-from cv_jax.trained import check_answers, load_trained
+from cv_jax.trained import load as trained
+from cv_jax.trained.load import check_answers, load_trained
+from cv_jax.workdir.checkpoints import read_newest
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from cv_jax.config.errors import UserError
 from cv_jax.data.dataset import Split
-from cv_jax.errors import UserError
-from cv_jax.mesh import divide, put, replicated, run_sharding, stream_sharding
+from cv_jax.runtime.mesh import (
+    divide,
+    put,
+    replicated,
+    run_sharding,
+    stream_sharding,
+)
 
 # Batches that a stream hands over at once: enough to hide the dispatch, little enough to hold.
 STREAM_STEPS = 8
@@ -222,3 +228,23 @@ def _steps_per_epoch(num_train: int, batch_size: int) -> int:
             "examples that config.data.num_val and config.data.limit leave."
         )
     return num_train // batch_size
+
+
+def padded_batches(split: Split, batch_size: int) -> list[dict[str, np.ndarray]]:
+    """Lays a split out as whole batches: image (b, h, w, c), label (b,), mask (b,).
+
+    The last batch is filled up with zeros, for which the mask is 0.
+    """
+    count = len(split.label)
+
+    def part(array, start):
+        rows = array[start : start + batch_size]
+        padded = np.zeros((batch_size, *array.shape[1:]), array.dtype)
+        padded[: len(rows)] = rows
+        return padded
+
+    arrays = {"image": split.image, "label": split.label, "mask": np.ones(count, np.float32)}
+    return [
+        {name: part(array, start) for name, array in arrays.items()}
+        for start in range(0, count, batch_size)
+    ]

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from cv_jax.data.dataset import Split, Stored
-from cv_jax.startup import cache_dir
+from cv_jax.runtime.startup import cache_dir
 
 # Part of every identity: to be raised when decoding gives other arrays than before.
 FORMAT = 1

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cv_jax.errors import UserError
+from cv_jax.config.errors import UserError
 
 # Train images that a model may look at for its data-dependent initialisation.
 SAMPLE_SIZE = 5000

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cv_jax.config.errors import UserError
 from cv_jax.data.dataset import Split, Stored, stratified
-from cv_jax.errors import UserError
 
 NUM_TEST = 360
 

@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from cv_jax.config.errors import UserError
 from cv_jax.data.cache import cached
 from cv_jax.data.dataset import (
     Dataset,
@@ -13,7 +14,6 @@ from cv_jax.data.dataset import (
 )
 from cv_jax.data.digits import load_digits
 from cv_jax.data.location import find_prepared, tfds_data_dir
-from cv_jax.errors import UserError
 
 # Data sets that do not come from TFDS: a new one is a function here, () -> Stored.
 OWN = {"digits": load_digits}

@@ -5,8 +5,8 @@ import os
 import re
 from pathlib import Path
 
-from cv_jax.errors import UserError
-from cv_jax.paths import expand
+from cv_jax.config.errors import UserError
+from cv_jax.config.paths import expand
 
 
 def tfds_data_dir(config_dir: str) -> Path:

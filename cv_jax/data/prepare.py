@@ -25,8 +25,8 @@ from PIL import Image
 from tensorflow_datasets.core.download import download_manager, downloader, util
 from tensorflow_datasets.image_classification import cifar
 
+from cv_jax.config.errors import UserError, nearest
 from cv_jax.data.location import find_prepared
-from cv_jax.errors import UserError, nearest
 
 _WITHOUT_TENSORFLOW = ("cifar10", "cifar100")
 

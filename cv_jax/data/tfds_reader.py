@@ -8,9 +8,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import trange
 
+from cv_jax.config.errors import UserError
 from cv_jax.data.dataset import Split, Stored, histogram
 from cv_jax.data.tfrecord import read_records
-from cv_jax.errors import UserError
 
 # Records that array_record reads at a time: many times faster than one by one.
 _BATCH = 256

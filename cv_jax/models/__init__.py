@@ -18,12 +18,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cv_jax.errors import UserError, describe
+from cv_jax.config.calls import build_one
+from cv_jax.config.errors import UserError, describe
 from cv_jax.models.lenet import lenet
 from cv_jax.models.n94 import n94, n96
 from cv_jax.models.resnet import resnet18, resnet50
 from cv_jax.models.wide_resnet import wrn28_10
-from cv_jax.spec import build_one
 
 MODELS = {
     "lenet": lenet,

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cv_jax.errors import UserError, describe
+from cv_jax.config.errors import UserError, describe
 from cv_jax.models.layers import batch_norm, conv, dense
 
 SMALLEST = 4  # pixels a side at most, from which the decoder begins

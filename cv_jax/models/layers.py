@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cv_jax import ops
-from cv_jax.errors import UserError
-from cv_jax.spec import require
+from cv_jax.config.calls import require
+from cv_jax.config.errors import UserError
+from cv_jax.models import ops
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for convolutions and linear layers.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -8,7 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cv_jax.models.layers import check_image_size, conv, dense, head, max_pool
+from cv_jax.models.layers import (
+    check_image_size,
+    conv,
+    dense,
+    head,
+    max_pool,
+)
 
 
 class LeNet(nn.Module):

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from cv_jax.models import layers
-from cv_jax.models.layers import batch_norm, global_avg_pool, head, max_pool, normal_fan_out
+from cv_jax.models.layers import (
+    batch_norm,
+    global_avg_pool,
+    head,
+    max_pool,
+    normal_fan_out,
+)
 
 STEMS = ("cifar", "imagenet")
 

@@ -11,20 +11,30 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from cv_jax.config.calls import build_one, require
+from cv_jax.config.errors import UserError
 from cv_jax.data import DataSpec
-from cv_jax.errors import UserError
-from cv_jax.initial import make_initial
-from cv_jax.inputs import make_denormalize, make_normalize, make_view, to_unit
-from cv_jax.losses import squared_error
+from cv_jax.learn.initial import make_initial
+from cv_jax.learn.inputs import (
+    make_denormalize,
+    make_normalize,
+    make_view,
+    to_unit,
+)
+from cv_jax.learn.losses import squared_error
+from cv_jax.learn.probes import (
+    NOTE,
+    check_unsupervised,
+    make_probes,
+    step_metrics,
+)
+from cv_jax.learn.steps import make_steps
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.models.autoencoder import Autoencoder
 from cv_jax.models.layers import checked_widths
-from cv_jax.optim import evaluated_params
-from cv_jax.probes import NOTE, check_unsupervised, make_probes, step_metrics
-from cv_jax.spec import build_one, require
-from cv_jax.steps import make_steps
+from cv_jax.optim.optimizers import evaluated_params
+from cv_jax.optim.state import TrainState, init_state
 from cv_jax.tasks import Task
-from cv_jax.update import TrainState, init_state
 
 
 class Method(NamedTuple):

@@ -21,7 +21,7 @@ All that is called estimated follows from a model, not from a measurement:
     collectives  bytes * 2 (n - 1) / n / ICI bandwidth for all-reduce, bytes * (n - 1) / n / ICI
                  bandwidth for others: one ring, without latency, hidden behind nothing
     step         the sum of the three; copies that run beside other work count nothing
-    utilisation  matrix products and convolutions (cv_jax/flops.py) / step / peak
+    utilisation  matrix products and convolutions (cv_jax/train/flops.py) / step / peak
 
 The first two are too low where the compiler guesses so, and nobody knows by how much without a
 TPU. --scaling also compiles one chip's share of the batch for one chip: the efficiency of n chips
@@ -46,19 +46,30 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
-from cv_jax.config import check, check_command_line
-from cv_jax.data import Dataset, DataSpec, Split, load_dataset
-from cv_jax.data.batches import STREAM_STEPS, SplitStream, stream_batches
-from cv_jax.errors import UserError, nearest
-from cv_jax.evaluate import padded_batches
-from cv_jax.flops import count_flops, learned_from, step_flops
-from cv_jax.keys import derive_keys
-from cv_jax.mesh import batch_sharding, check_batch_size, make_mesh, replicated
-from cv_jax.paths import path_argument
-from cv_jax.result import write_json
-from cv_jax.tasks import Probe, build_task
+from cv_jax.config.command_line import check_command_line
+from cv_jax.config.errors import UserError, nearest
+from cv_jax.config.paths import path_argument
+from cv_jax.config.rules import check
+from cv_jax.data import (
+    Dataset,
+    DataSpec,
+    Split,
+    load_dataset,
+)
+from cv_jax.data.batches import STREAM_STEPS, SplitStream, padded_batches, stream_batches
+from cv_jax.learn.evaluations import Probe
+from cv_jax.runtime.keys import derive_keys
+from cv_jax.runtime.mesh import (
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    replicated,
+)
+from cv_jax.tasks import build_task
 from cv_jax.tools import hlo
 from cv_jax.tools.command import command, make_parser
+from cv_jax.train.flops import count_flops, learned_from, step_flops
+from cv_jax.workdir.files import write_json
 
 
 class Chip(NamedTuple):

@@ -11,19 +11,19 @@ from typing import Any
 
 from etils import epath
 
-from cv_jax.bucket import work_directory
-from cv_jax.config import SEED_KEYS, differences
-from cv_jax.errors import UserError
-from cv_jax.paths import path_argument
-from cv_jax.result import (
+from cv_jax.config.base import SEED_KEYS, differences
+from cv_jax.config.errors import UserError
+from cv_jax.config.paths import path_argument
+from cv_jax.tools.command import command, make_parser
+from cv_jax.workdir.bucket import work_directory
+from cv_jax.workdir.files import write_json
+from cv_jax.workdir.result import (
     check_no_seed_diverged,
     is_share,
     measured_config,
     percent,
     summarize,
-    write_json,
 )
-from cv_jax.tools.command import command, make_parser
 
 _METRICS = ("accuracy", "loss", "linear_accuracy", "feature_rank", "feature_spread")
 

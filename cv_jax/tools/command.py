@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from cv_jax.console import guard_console
-from cv_jax.errors import UserError
+from cv_jax.config.errors import UserError
+from cv_jax.runtime.console import guard_console
 
 
 def make_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:

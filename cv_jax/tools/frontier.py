@@ -13,10 +13,10 @@ from typing import NamedTuple
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cv_jax.errors import UserError
-from cv_jax.paths import path_argument
-from cv_jax.result import percent
+from cv_jax.config.errors import UserError
+from cv_jax.config.paths import path_argument
 from cv_jax.tools.command import command, make_parser
+from cv_jax.workdir.result import percent
 
 
 class Point(NamedTuple):

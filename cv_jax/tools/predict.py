@@ -26,14 +26,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cv_jax.bucket import work_directory
-from cv_jax.errors import UserError
-from cv_jax.evaluate import find_tta
-from cv_jax.images import read_file
-from cv_jax.paths import path_argument
-from cv_jax.startup import check_platform, num_cores, prepare_jax
+from cv_jax.config.errors import UserError
+from cv_jax.config.paths import path_argument
+from cv_jax.runtime.startup import check_platform, num_cores, prepare_jax
+from cv_jax.tasks.classification.views import find_tta
 from cv_jax.tools.command import add_run_arguments, command, make_parser
-from cv_jax.trained import check_answers, load_trained, make_classify
+from cv_jax.trained.load import check_answers, load_trained, make_classify
+from cv_jax.trained.read_image import read_file
+from cv_jax.workdir.bucket import work_directory
 
 # Images that are classified at once, while as many are read.
 MOST_AT_ONCE = 1000

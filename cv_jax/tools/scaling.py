@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 
-from cv_jax.paths import path_argument
-from cv_jax.result import git_commit, write_json
+from cv_jax.config.paths import path_argument
 from cv_jax.tools import aot
 from cv_jax.tools.command import command, make_parser
+from cv_jax.workdir.files import write_json
+from cv_jax.workdir.result import git_commit
 
 
 @command("scaling")

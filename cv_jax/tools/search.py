@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cv_jax.errors import UserError
-from cv_jax.paths import path_argument
-from cv_jax.result import percent
-from cv_jax.spec import build_one
+from cv_jax.config.calls import build_one
+from cv_jax.config.errors import UserError
+from cv_jax.config.paths import path_argument
 from cv_jax.tools.command import command, make_parser
+from cv_jax.workdir.result import percent
 
 if TYPE_CHECKING:
     import optuna

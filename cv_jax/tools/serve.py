@@ -38,15 +38,15 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from cv_jax.bucket import work_directory
-from cv_jax.errors import UserError
-from cv_jax.evaluate import find_tta
-from cv_jax.images import read_image
-from cv_jax.saliency import by_depth, explain
-from cv_jax.startup import check_platform, prepare_jax
-from cv_jax.stopping import Stopped, raise_when_signalled
+from cv_jax.config.errors import UserError
+from cv_jax.runtime.signals import Stopped, raise_when_signalled
+from cv_jax.runtime.startup import check_platform, prepare_jax
+from cv_jax.tasks.classification.saliency import by_depth, explain
+from cv_jax.tasks.classification.views import find_tta
 from cv_jax.tools.command import add_run_arguments, command, make_parser
-from cv_jax.trained import Trained, check_answers, load_trained
+from cv_jax.trained.load import Trained, check_answers, load_trained
+from cv_jax.trained.read_image import read_image
+from cv_jax.workdir.bucket import work_directory
 
 PAGE = Path(__file__).with_suffix(".html")
 METHODS = {"/": "GET", "/run": "GET", "/predict": "POST"}  # of each path

@@ -1,0 +1,128 @@
+"""The base config: every leaf with its default and unit."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from cv_jax.config.errors import UserError
+
+# The leaves in which runs of one experiment differ.
+SEED_KEYS = {"seed", "num_seeds", "data.label_seed"}
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """Returns the config that every experiment starts from: all leaves there are.
+
+    Durations are texts such as "2 epochs", "500 steps", "1e6 examples" or "never"; settings that
+    choose a thing and its arguments are texts such as "crop(4)|flip" (see `cv_jax.config.calls`).
+    """
+    data = ml_collections.ConfigDict()
+    data.name = "digits"  # digits, or an image-classification data set of TFDS
+    data.dir = ""  # where TFDS keeps its data; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.num_val = 0  # examples held out of train, the same for every seed
+    data.limit = 0  # only so many examples of each split; 0: all
+    data.label_fraction = 0.0  # of the training examples have labels; 0: all
+    data.labels_per_class = 0  # so many of each class have labels instead, when above zero
+    data.label_seed = 0  # which examples they are
+    data.keep_unlabelled = False  # train on the others, too: for tasks without labels
+    data.normalize = True  # to mean 0 and std 1 per channel of train; else [0, 1]
+    data.stream = False  # feed batches from the host instead of keeping train on the device
+
+    optim = ml_collections.ConfigDict()
+    optim.name = "sgd(nesterov=True)"  # one of cv_jax.optim.optimizers.OPTIMIZERS
+    optim.lr = 0.1  # peak learning rate for lr_batch_size examples a step
+    optim.lr_batch_size = 256  # the rate is lr * batch_size / lr_batch_size; 0: lr as it is
+    optim.momentum = 0.9  # b1 of the Adam family
+    optim.weight_decay = 0.0
+    optim.schedule = "cosine"  # one of cv_jax.optim.schedules.SCHEDULES
+    optim.warmup = "never"  # a duration; linear from 0
+    optim.clip_norm = 0.0  # of the whole gradient; 0: off
+    optim.skip_nonfinite = False  # go on without a step whose loss or new state is not finite
+    optim.ema = 0.0  # decay of the averaged parameters that evaluation uses; 0: off
+    # (regex of the parameter's path, group): the first match; a rule may match none for "group?"
+    optim.rules = ((".*", "base"),)
+    optim.groups = ml_collections.ConfigDict()  # group -> the settings in which it differs
+
+    seeds = ml_collections.ConfigDict()
+    seeds.mode = "auto"  # how a device treats its runs: batched, in_turn; auto: in_turn on a CPU
+
+    mesh = ml_collections.ConfigDict()  # devices along each axis; a product of all there are
+    mesh.seed = 0  # which take runs of their own; 0: as many as divide the runs
+    mesh.data = 0  # which share every batch; 0: all that the others leave
+    mesh.fsdp = 1  # which share every batch, the parameters and the optimizer's state
+
+    parts = {"data": data, "optim": optim, "seeds": seeds, "mesh": mesh}
+    config = ml_collections.ConfigDict(parts)
+    config.task = "classification"  # a file in cv_jax/tasks
+    config.method = ""  # how a task without labels learns: "simclr", ..., see the task
+    config.init_from = ""  # RUN or RUN:SUBTREE: the work directory whose parameters to start from
+    config.init_allow = ""  # regex of parameters that may be missing or of other shape there
+    config.init_anew = ""  # regex of parameters to draw anew in any case
+    config.seed = 0  # of the first run
+    config.num_seeds = 1  # runs in one program, with the seeds seed, seed + 1, ...
+    config.sweep = ()  # (key, values) pairs, written --config.sweep.KEY="(value, value, ...)"
+    config.epochs = 10.0  # length of the training; an epoch is num_train // batch_size steps
+    config.steps = 0  # length in steps instead, when above zero
+    config.batch_size = 128  # examples a step, over all devices
+    config.eval_batch_size = 1000  # examples
+    config.augment = ""  # a chain of cv_jax.augment.chain.AUGMENTATIONS
+    config.select = ""  # examples of a batch to train on, e.g. "hardest(10, of=16)"; "": all
+    config.progressive_resizing = ""  # smaller images at first, e.g. "size(24, until=0.5)"
+    config.model = "lenet"  # one of cv_jax.models.MODELS
+    config.dtype = "auto"  # of the computation: auto (bfloat16 on TPU and GPU), float32, bfloat16
+    config.label_smoothing = 0.0  # in [0, 1)
+    config.tta = "none"  # views in the final evaluation: none, mirror, mirror_translate
+    config.log_every = "1 epoch"
+    config.eval_every = "1 epoch"  # on val
+    config.checkpoint_every = "1 epoch"
+    config.histograms_every = "never"  # of the parameters, in TensorBoard
+    config.keep_checkpoints = 2  # the newest so many are kept, and the best on val
+    return config
+
+
+def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Cuts an experiment down to seconds: the same code on a few examples, for a first try."""
+    config.steps = 4
+    config.batch_size = 16
+    config.eval_batch_size = 64
+    config.data.limit = 128
+    config.data.num_val = min(config.data.num_val, 32)
+    config.data.labels_per_class = min(config.data.labels_per_class, 2)
+    config.data.label_fraction = 0.25 if config.data.label_fraction else 0.0
+    config.log_every = config.eval_every = config.checkpoint_every = "2 steps"
+    return config
+
+
+def choose(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
+    """The variants that every config file offers: "" as it is, "smoke" cut down to seconds."""
+    if arg == "smoke":
+        return smoke(config)
+    if arg:
+        raise UserError(f"A config file takes the argument 'smoke' or none, not {arg!r}.")
+    return config
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"optim.lr": 0.1, ...} of a nested config; an empty sub-config has no leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the config as JSON text, keys sorted."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns {leaf: (old value, new value)} where two configs differ; an absent leaf is None."""
+    # Through JSON, so that a tuple equals the list that it becomes on disk.
+    old, new = (flatten(json.loads(json.dumps(dict(config)))) for config in (old, new))
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}

@@ -1,0 +1,205 @@
+"""What a network starts from: random numbers, training images, or a network of another run."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from cv_jax.config.errors import UserError, nearest
+from cv_jax.config.tables import align
+from cv_jax.data import DataSpec
+from cv_jax.learn.inputs import to_unit
+from cv_jax.models import checked_outputs
+from cv_jax.trained.load import as_evaluated, load_trained, variables
+from cv_jax.workdir.bucket import work_directory
+
+
+class Initial(NamedTuple):
+    """How a network starts.
+
+    Attributes:
+        draw: key -> the model's variables by collection.
+        shapes: of them, as ShapeDtypeStructs.
+        notes: lines that the log shows at the start.
+    """
+
+    draw: Callable
+    shapes: dict[str, Any]
+    notes: list[str]
+
+
+def make_initial(
+    config: ml_collections.ConfigDict, model: nn.Module, normalize: Callable, spec: DataSpec
+) -> Initial:
+    """The start of `model`: drawn, but for what it takes from the training images or another run.
+
+    Args:
+        config: of the run; `init_from`, see `take_over`.
+        model: of images as `normalize` gives them. What it has in `params_from_images`, or its
+            `backbone` has, replaces what was drawn.
+        normalize: see `inputs.make_normalize`.
+        spec: of the data.
+
+    Raises:
+        UserError: `init_from` does not fit.
+    """
+    from_images = _params_from_images(model, lambda: normalize(to_unit(spec.sample)))
+
+    def draw(key):
+        image = jnp.zeros((1, *spec.image_shape), jnp.float32)
+        drawn = dict(model.init(key, image, train=False))
+        params = {**flatten_dict(drawn["params"]), **flatten_dict(from_images)}
+        return {**drawn, "params": unflatten_dict(params)}
+
+    whole = not hasattr(model, "backbone")  # the model itself, with its head
+    path, num_classes = ((), spec.num_classes) if whole else (("backbone",), 0)
+    with checked_outputs(config.model, path, num_classes):
+        shapes = jax.eval_shape(draw, jax.random.key(0))
+    allow, anew = (_matcher(config, key) for key in ("init_allow", "init_anew"))
+    if not config.init_from:
+        return Initial(draw, shapes, [])
+    taken, notes = take_over(config.init_from, shapes, allow, anew)
+
+    def draw_the_rest(key):
+        flat = flatten_dict(draw(key), sep="/")
+        return unflatten_dict({**flat, **jax.tree.map(jnp.asarray, taken)}, sep="/")
+
+    return Initial(draw_the_rest, shapes, notes)
+
+
+def _params_from_images(model: nn.Module, images: Callable) -> dict[str, Any]:
+    if hasattr(model, "params_from_images"):
+        return model.params_from_images(images())
+    if hasattr(model, "backbone"):
+        return {"backbone": _params_from_images(model.backbone, images)}
+    return {}
+
+
+def take_over(
+    init_from: str,
+    shapes: dict[str, Any],
+    allow: Callable[[str], bool],
+    anew: Callable[[str], bool],
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What a network takes from the one that `config.init_from` names, RUN or RUN:SUBTREE.
+
+    Parameters, and statistics of batches, go by their names; those of RUN:SUBTREE by what follows
+    SUBTREE in them. All have to be in both networks and of one shape, but for those that are
+    allowed not to be: what is here alone starts as it would without RUN, and so does what has
+    another number of values there; of as many values it is reshaped; and what is there alone is
+    left.
+
+    Args:
+        init_from: which one.
+        shapes: of the network's variables.
+        allow: name -> whether it may not fit.
+        anew: name -> whether it is not taken over in any case.
+
+    Returns:
+        {path: array} of what is taken over, and a table of it.
+
+    Raises:
+        UserError: there is no such network, or it does not fit.
+    """
+    name, found = _read(init_from)
+    here = flatten_dict(shapes, sep="/")
+    there = {path: x for path, x in found.items() if path.partition("/")[0] in shapes}
+    taken: dict[str, np.ndarray] = {}
+    rows: dict[str, list[str]] = {}
+    problems: list[str] = []
+
+    def note(what, path, allowed, problem):
+        rows.setdefault(what, []).append(path)
+        if not allowed:
+            problems.append(f"{_name(path)} {problem}")
+
+    for path, wanted in here.items():
+        allowed = allow(_name(path))
+        if anew(_name(path)):
+            note("drawn anew", path, True, "")
+        elif path not in there:
+            note("not there", path, allowed, "is not there")
+        elif there[path].shape == wanted.shape:
+            taken[path] = there[path]
+            note("loaded", path, True, "")
+        else:
+            fits = there[path].size == wanted.size
+            problem = f"is {there[path].shape} there and {wanted.shape} here"
+            note("reshaped" if fits else "other shape", path, allowed, problem)
+            if fits:
+                taken[path] = there[path].reshape(wanted.shape)
+    for path in there:
+        if path not in here:
+            skipped = allow(_name(path)) or anew(_name(path))
+            note("skipped", path, skipped, "is there alone")
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        do = "parameter does" if len(problems) == 1 else "parameters do"
+        raise UserError(
+            f"config.init_from={init_from!r}: {len(problems)} {do} not fit: "
+            f"{shown}. Choose a subtree, as in RUN:backbone, or allow them by a regular "
+            "expression, such as config.init_allow='head/.*'."
+        )
+    return taken, [f"init    {init_from}, {name}", _table(rows, {**there, **here})]
+
+
+def _table(rows: dict[str, list[str]], arrays: dict[str, Any]) -> str:
+    cells = [("", "arrays", "values", "parameters")]
+    for what, paths in rows.items():
+        values = sum(arrays[path].size for path in paths)
+        shown = ", ".join(map(_name, paths[:4])) + (", ..." if len(paths) > 4 else "")
+        cells.append((what, f"{len(paths):,}", f"{values:,}", shown))
+    return align(cells, right=(1, 2))
+
+
+def _name(path: str) -> str:
+    """Of a variable, without its collection."""
+    return path.partition("/")[2]
+
+
+def _matcher(config: ml_collections.ConfigDict, key: str) -> Callable[[str], bool]:
+    try:
+        pattern = re.compile(config[key])
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"config.{key}={config[key]!r} is not a regular expression: {error}."
+        ) from error
+    return lambda name: pattern.fullmatch(name) is not None
+
+
+@functools.lru_cache(maxsize=1)  # a task is built several times, and the run may be going on
+def _read(init_from: str) -> tuple[str, dict[str, np.ndarray]]:
+    """The name of the network, and {path: array} of its variables below the subtree."""
+    run, subtree = _split(init_from)
+    try:
+        trained = load_trained(work_directory(run), classifies=False)
+    except UserError as error:
+        raise UserError(f"config.init_from={init_from!r}: {error}") from error
+    arrays = jax.device_get(variables(as_evaluated(trained).state))
+    found, parts = {}, set()
+    for path, array in arrays.items():
+        collection, _, name = path.partition("/")
+        if collection not in ("params", "batch_stats"):
+            continue  # a teacher has such in it, by other names
+        parts.add(name.partition("/")[0])
+        if name.startswith(f"{subtree}/" if subtree else ""):
+            found[f"{collection}/{name.removeprefix(f'{subtree}/')}"] = np.asarray(array)
+    if not found:
+        raise UserError(
+            f"config.init_from={init_from!r}: the network in {run} has no part {subtree!r}."
+            f"{nearest(subtree, parts)} There are: {', '.join(sorted(parts))}."
+        )
+    return f"{trained.name} after step {int(trained.state.step):,}", found
+
+
+def _split(init_from: str) -> tuple[str, str]:
+    """RUN and SUBTREE of RUN:SUBTREE; the colon of gs:// is none of these."""
+    run, colon, subtree = init_from.rpartition(":")
+    return (run, subtree.strip("/")) if colon and not subtree.startswith("//") else (init_from, "")

@@ -1,0 +1,98 @@
+"""What a network is given: uint8 images as float32, normalised."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cv_jax.augment.chain import make_augment
+from cv_jax.config import calls as specs
+from cv_jax.config.errors import UserError
+from cv_jax.data import DataSpec
+
+
+def to_unit(image: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """uint8 0..255 to float32 in [0, 1]; float32 images are in [0, 1] already."""
+    if image.dtype == np.float32:
+        return image
+    return image.astype(np.float32) / np.float32(255)
+
+
+def make_view(text: str) -> Callable[[dict, jax.Array], jax.Array]:
+    """Returns (batch, key) -> augmented images in [0, 1], for tasks that need no labels.
+
+    `text`: see `augment.make_augment`.
+    """
+    augment = make_augment(text)
+
+    def view(batch, key):
+        batch = {name: x for name, x in batch.items() if name != "label"}
+        image = augment(key, {**batch, "image": to_unit(batch["image"])})["image"]
+        # The barrier keeps the compiler from augmenting again for each reader of a pixel.
+        return jax.lax.optimization_barrier(image)
+
+    return view
+
+
+def check_augmented(text: str, images: np.ndarray, spec: DataSpec) -> list[str]:
+    """Checks augmented images of a first batch; returns a note where they have another size.
+
+    Args:
+        text: `config.augment`.
+        images: (b, h, w, c), augmented.
+        spec: of the data.
+
+    Raises:
+        UserError: a value is not finite or lies outside [0, 1]. It names the augmentation, which is
+            found by applying one after the other to images of the sample.
+    """
+    if not _in_unit(images):
+        calls = specs.parse(text, "config.augment")
+        image = to_unit(spec.sample[:16])
+        number = np.zeros(len(image), np.int32)
+        batch = {"index": number, "epoch": number, "coin": number.astype(np.uint32)}
+        batch["label"] = np.zeros((len(image), spec.num_classes), np.float32)
+        name = text
+        for count in range(1, len(calls) + 1):
+            found = make_augment(calls[:count])(jax.random.key(0), {"image": image, **batch})
+            if not _in_unit(found["image"]):
+                name, images = calls[count - 1].name, found["image"]
+                break
+        low, high = np.min(images), np.max(images)
+        raise UserError(
+            f"config.augment: {name!r} returned images with values from {low:.4g} to {high:.4g}; "
+            "expected are finite values from 0 to 1, before normalisation: clip or scale them."
+        )
+    (h, w), (here_h, here_w) = spec.image_shape[:2], images.shape[1:3]
+    same = (h, w) == (here_h, here_w)
+    return [] if same else [f"augment makes images of {here_h}x{here_w} pixels out of {h}x{w}"]
+
+
+def _in_unit(images: Any) -> bool:
+    """Whether all values are in [0, 1] but for rounding; NaN is not."""
+    return bool(np.min(images) >= -1e-3 and np.max(images) <= 1 + 1e-3)
+
+
+def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
+    """Returns x -> (x - mean) / std per channel of the training split, or x -> x.
+
+    The images may be NumPy's or JAX's, and are that after it.
+    """
+    if not normalize:
+        return lambda image: image
+    mean, std = _mean_and_std(spec)
+    return lambda image: (image - mean) / std
+
+
+def make_denormalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
+    """Returns what `make_normalize` gives for the same arguments, backwards."""
+    if not normalize:
+        return lambda image: image
+    mean, std = _mean_and_std(spec)
+    return lambda image: image * std + mean
+
+
+def _mean_and_std(spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+    mean, std = (np.float32(x)[None, None, None] for x in (spec.mean, spec.std))
+    return mean, np.maximum(std, np.float32(1 / 255))  # of a constant channel: 0

@@ -1,0 +1,7 @@
+"""Numeric kernels with a lowering for each platform, equal to plain lax in what they compute."""
+
+from cv_jax.models.ops.convolution import conv
+from cv_jax.models.ops.platforms import plain_lax
+from cv_jax.models.ops.pooling import max_pool
+
+__all__ = ["conv", "max_pool", "plain_lax"]

@@ -1,0 +1,139 @@
+"""Two-dimensional convolution whose gradients are fast on the CPU, too.
+
+XLA's CPU compiler hands a convolution to its fast kernel only in the layout of a forward pass
+(b h w c with h w i o), and outside of the entry computation, as in a loop over steps, it does not
+bring others into that layout: a gradient there ran 100 times slower than the forward pass. So on
+the CPU all is written out here. A 3x3 convolution goes to winograd.py, one of few channels to
+rows.py, one of few pixels to blocks.py, each with its gradients. For the others, the input's
+gradient is a convolution in the forward layout; the filter's is a sum over small groups of images,
+each one matrix product that stays in cache (5 times faster than XLA's own where that is at its
+best). Elsewhere lax differentiates: by the TPU compiler's account nothing that was tried beats it
+there.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cv_jax.models.ops import blocks, rows, winograd
+from cv_jax.models.ops.groups import sum_groups, sum_products
+from cv_jax.models.ops.padding import Padding, pad
+from cv_jax.models.ops.platforms import by_platform
+
+# Bytes of the shifted views of one group of images. More than a core's L2 cache holds: the views
+# are read once, and a product of more rows is a faster one. Measured from 0.5 to 8 MB on n94.
+_GROUP_BYTES = 1 << 21
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
+    """y[b, h, w, o] = sum over i j c of x[b, h s + i - p, w s + j - p, c] kernel[i, j, c, o].
+
+    Args:
+        x: (b, h, w, c).
+        kernel: (kh, kw, c, o), of the dtype of x.
+        strides: of h and w.
+        padding: zeros ((above, below), (left, right)).
+
+    Returns:
+        (b, h', w', o).
+    """
+    plain = partial(_plain, strides=strides, padding=padding)
+    return by_platform(
+        x, kernel, cpu=partial(_cpu_convolution, strides=strides, padding=padding), default=plain
+    )
+
+
+def _plain(x, kernel, strides, padding):
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _forward(x, kernel, strides, padding):
+    return conv(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides, padding, saved, g):
+    plain = partial(_plain_gradients, strides=strides, padding=padding)
+    written_out = partial(_cpu_gradients, strides=strides, padding=padding)
+    return by_platform(*saved, g, cpu=written_out, default=plain)
+
+
+conv.defvjp(_forward, _backward)
+
+
+def _plain_gradients(x, kernel, g, strides, padding):
+    return jax.vjp(lambda x, kernel: _plain(x, kernel, strides, padding), x, kernel)[1](g)
+
+
+def _cpu_convolution(x, kernel, strides, padding):
+    if blocks.pays(x.shape, kernel.shape):
+        return blocks.convolution(x, kernel, strides, padding)
+    if winograd.pays(x.shape, kernel.shape, strides, padding):
+        return winograd.convolution(x, kernel, padding)
+    if rows.pays(x.shape, kernel.shape, strides):
+        return rows.convolution(x, kernel, padding)
+    return _plain(x, kernel, strides, padding)
+
+
+def _cpu_gradients(x, kernel, g, strides, padding):
+    # What makes g, such as pooling's gradient, would be computed again for every use; and what pads
+    # it would be folded into the convolution's own padding, which costs XLA's fast kernel.
+    g = lax.optimization_barrier(g)
+    return (
+        input_gradient(kernel, g, x.shape[1:3], strides, padding),
+        filter_gradient(x, g, kernel.shape[:2], strides, padding),
+    )
+
+
+def input_gradient(
+    kernel: jax.Array,
+    g: jax.Array,
+    size: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+) -> jax.Array:
+    """The gradient with respect to x of size (h, w), (b, h, w, c), of an output gradient g."""
+    g = pad(g, ((0, 0), (0, 0)), inside=strides)  # outputs that strides leave out have gradient 0
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)  # kh kw o c
+    pads = tuple(
+        (k - 1 - before, side + before - spread)
+        for k, (before, _), side, spread in zip(
+            kernel.shape[:2], padding, size, g.shape[1:3], strict=True
+        )
+    )
+    return _cpu_convolution(g, flipped, (1, 1), pads)
+
+
+def filter_gradient(
+    x: jax.Array,
+    g: jax.Array,
+    size: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+) -> jax.Array:
+    """The gradient with respect to a kernel of size (kh, kw), (kh, kw, c, o), summed in float32.
+
+    For a group of images, the kh kw shifted views of x side by side, times g, is one product.
+    """
+    (kh, kw), (c, o) = size, (x.shape[3], g.shape[3])
+    if blocks.pays(x.shape, (kh, kw, c, o)):
+        return blocks.filter_gradient(x, g, size, strides, padding)
+    if winograd.pays(x.shape, (kh, kw, c, o), strides, padding):
+        return winograd.filter_gradient(x, g, padding)
+    if rows.pays(x.shape, (kh, kw, c, o), strides):
+        return rows.filter_gradient(x, g, size, padding)
+    height, width = ((n - 1) * s + 1 for n, s in zip(g.shape[1:3], strides, strict=True))
+
+    def product(x, g):
+        x = pad(x, padding)
+        x = jnp.concatenate([x[:, :, j : j + width : strides[1]] for j in range(kw)], axis=3)
+        x = jnp.concatenate([x[:, i : i + height : strides[0]] for i in range(kh)], axis=3)
+        return sum_products(x, g)
+
+    most = _GROUP_BYTES // (math.prod(g.shape[1:3]) * kh * kw * c * x.dtype.itemsize)
+    return sum_groups(product, x, g, most).reshape(kh, kw, c, o).astype(x.dtype)

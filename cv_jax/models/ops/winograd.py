@@ -1,0 +1,197 @@
+"""Winograd's 3x3 convolution: fewer products, for all but the smallest numbers of channels.
+
+A tile of m x m outputs takes (m + 2)^2 products a channel instead of 9 m^2 (3.2 times fewer for
+m = 3, 4 times for m = 4), and so do both gradients; the input's is a convolution as well.
+
+    y = A^T [(G k G^T) * (B^T x B)] A      of m + 2 by m + 2 inputs x and the 3x3 filter k
+    dk = G^T [(A dy A^T) * (B^T x B)] G    summed over tiles
+
+(A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks",
+https://arxiv.org/abs/1509.09308). Over the tiles of a group of images, * is a matrix product over
+the channels for each of the (m + 2)^2 places. A and B are applied along the rows, then along the
+columns; what has been applied along both is a list, one array for each column of places. It is
+all computed in float32, rounded by some 1e-6 of the largest value, where plain lax has 1e-7.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cv_jax.models.ops.groups import map_groups, sum_groups
+from cv_jax.models.ops.padding import Padding, pad
+
+# What the transforms cost, the products pay back from here on. Measured from 16 to 512 channels.
+_LEAST_CHANNELS = 16
+_LEAST_TILES = 64  # in a batch, which are the rows of each product
+_LEAST_PRODUCTS = 1e8  # of plain lax, 1 to 2 ms: for less, a quarter of a second more to compile
+_GROUP_BYTES = 1 << 24  # of the transformed tiles, input's and output's, of a group of images
+
+# Where the polynomials are evaluated, besides at infinity: these keep the rounding small.
+_POINTS = {3: (0, 1, -1, 0.5), 4: (0, 1, -1, 2, -0.5)}
+
+
+def pays(
+    shape: tuple[int, ...],
+    kernel_shape: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: Padding,
+) -> bool:
+    """Whether a convolution of x of `shape` (b, h, w, c) is one for these functions."""
+    b, h, w, c = shape
+    o = kernel_shape[3]
+    size = _output_size(h, w, padding)
+    tiling = _tiling(*size)
+    return (
+        (*kernel_shape[:2], *strides) == (3, 3, 1, 1)
+        and min(min(pads) for pads in padding) >= 0  # cropping, as some input gradients do
+        and min(c, o) >= _LEAST_CHANNELS
+        and min(size) > 2
+        and b * size[0] * size[1] * 9 * c * o >= _LEAST_PRODUCTS
+        and b * tiling.rows * tiling.columns >= _LEAST_TILES
+    )
+
+
+def convolution(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """x (b, h, w, c) with a kernel (3, 3, c, o): (b, h', w', o), h' = h + above + below - 2."""
+    c, o = kernel.shape[2:]
+    h, w = _output_size(*x.shape[1:3], padding)
+    tiling = _tiling(h, w)
+    weights = _matrices(tiling.m).kernel @ kernel.astype(jnp.float32).reshape(9, c * o)
+    weights = [weight.reshape(-1, c, o) for weight in jnp.split(weights, tiling.m + 2)]
+
+    def convolve(x):
+        tiles = _input_tiles(x, tiling, padding)
+        products = [
+            lax.dot_general(tile, weight, (((2,), (1,)), ((0,), (0,))))
+            for tile, weight in zip(tiles, weights, strict=True)
+        ]
+        return _join(products, tiling)[:, :h, :w].astype(x.dtype)
+
+    return map_groups(convolve, x, tiling.most_images(c + o))
+
+
+def filter_gradient(x: jax.Array, g: jax.Array, padding: Padding) -> jax.Array:
+    """The gradient (3, 3, c, o) of the kernel, of x (b, h, w, c) and an output gradient g."""
+    c, o = x.shape[3], g.shape[3]
+    tiling = _tiling(*g.shape[1:3])
+
+    def product(x, g):
+        products = [
+            lax.dot_general(tile, g_tile, (((1,), (1,)), ((0,), (0,))))
+            for tile, g_tile in zip(
+                _input_tiles(x, tiling, padding), _split(g, tiling), strict=True
+            )
+        ]
+        return jnp.stack(products)
+
+    total = sum_groups(product, x, g, tiling.most_images(c + o))
+    total = total.reshape(-1, c * o)
+    return (_matrices(tiling.m).kernel.T @ total).reshape(3, 3, c, o).astype(x.dtype)
+
+
+class _Tiling(NamedTuple):
+    """How an image is covered: with rows x columns of tiles, each of m x m outputs."""
+
+    m: int
+    rows: int
+    columns: int
+
+    def most_images(self, channels: int) -> int:
+        """How many images a group may have."""
+        places = self.rows * self.columns * (self.m + 2) ** 2
+        return _GROUP_BYTES // (4 * places * channels)
+
+
+def _output_size(h: int, w: int, padding: Padding) -> tuple[int, int]:
+    (above, below), (left, right) = padding
+    return h + above + below - 2, w + left + right - 2
+
+
+def _tiling(h: int, w: int) -> _Tiling:
+    """The one of fewest products for h x w outputs."""
+    tilings = [_Tiling(m, -(-h // m), -(-w // m)) for m in _POINTS]
+    return min(tilings, key=lambda t: t.rows * t.columns * (t.m + 2) ** 2)
+
+
+def _input_tiles(x: jax.Array, tiling: _Tiling, padding: Padding) -> list[jax.Array]:
+    """B^T x B of the overlapping tiles of x, (n, h, w, c): m + 2 arrays (m + 2, tiles, c)."""
+    m, rows, columns = tiling
+    c = x.shape[3]
+    pads = tuple(
+        (before, m * count + 2 - side - before)
+        for count, side, (before, _) in zip((rows, columns), x.shape[1:3], padding, strict=True)
+    )
+    x = pad(x.astype(jnp.float32), pads)
+    taps = [x[:, i : i + m * rows - m + 1 : m] for i in range(m + 2)]
+    x = _combine(_matrices(m).input, taps)
+    taps = [x[:, :, :, j : j + m * columns - m + 1 : m] for j in range(m + 2)]
+    return [tile.reshape(m + 2, -1, c) for tile in _sums(_matrices(m).input, taps)]
+
+
+def _split(g: jax.Array, tiling: _Tiling) -> list[jax.Array]:
+    """A g A^T of the tiles of g, (n, h, w, o), zero over the edge: m + 2 of (m + 2, tiles, o)."""
+    m, rows, columns = tiling
+    n, h, w, o = g.shape
+    g = pad(g.astype(jnp.float32), ((0, m * rows - h), (0, m * columns - w)))
+    g = g.reshape(n, rows, m, m * columns, o)
+    g = _combine(_matrices(m).output.T, [g[:, :, i] for i in range(m)])
+    g = g.reshape(m + 2, n, rows, columns, m, o)
+    sums = _sums(_matrices(m).output.T, [g[..., j, :] for j in range(m)])
+    return [tile.reshape(m + 2, -1, o) for tile in sums]
+
+
+def _join(products: list[jax.Array], tiling: _Tiling) -> jax.Array:
+    """A^T y A of the products y, m + 2 of (m + 2, tiles, o): (n, m rows, m columns, o)."""
+    m, rows, columns = tiling
+    o = products[0].shape[2]
+    y = _combine(_matrices(m).output, products, axis=2)
+    y = y.reshape(m + 2, -1, rows, m * columns, o)
+    y = jnp.stack(_sums(_matrices(m).output, list(y)), axis=2)
+    return y.reshape(-1, m * rows, m * columns, o)
+
+
+def _sums(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The product of a matrix with the column of `arrays`, without the zeros of the matrix."""
+    return [
+        sum(np.float32(value) * array for value, array in zip(row, arrays, strict=True) if value)
+        for row in matrix
+    ]
+
+
+def _combine(matrix: np.ndarray, arrays: Sequence[jax.Array], axis: int = 0) -> jax.Array:
+    """`_sums`, stacked. Kept in memory: XLA would compute each again for every use."""
+    return lax.optimization_barrier(jnp.stack(_sums(matrix, arrays), axis))
+
+
+class _Matrices(NamedTuple):
+    """The transforms of a tile of m x m outputs."""
+
+    input: np.ndarray  # B^T, (m + 2, m + 2)
+    kernel: np.ndarray  # G along rows and columns: (places, column by column; 9) float32
+    output: np.ndarray  # A^T, (m, m + 2)
+
+
+@cache
+def _matrices(m: int) -> _Matrices:
+    """By Toom and Cook: polynomials are multiplied where they are evaluated, then interpolated.
+
+    The correlation of m + 2 inputs with 3 taps is the transpose of the product of polynomials of
+    m and 3 coefficients, which m + 2 points determine.
+    """
+
+    def evaluation(coefficients):
+        powers = np.vander(_POINTS[m], coefficients, increasing=True)
+        infinity = np.eye(coefficients)[-1:]  # there, only the leading coefficient counts
+        return np.concatenate([powers, infinity])
+
+    b = np.linalg.inv(evaluation(m + 2)).T
+    b[np.abs(b) < 1e-9] = 0  # what rounding has left of a zero
+    scale = np.abs(b).max(axis=1, keepdims=True)  # moved to G, so that tiles keep x's magnitude
+    g = evaluation(3) * scale
+    kernel = np.einsum("ra,cb->crab", g, g).reshape(-1, 9).astype(np.float32)
+    return _Matrices(b / scale, kernel, evaluation(m).T)

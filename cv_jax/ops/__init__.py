@@ -1,7 +1,0 @@
-"""Numeric kernels with a lowering for each platform, equal to plain lax in what they compute."""
-
-from cv_jax.ops.convolution import conv
-from cv_jax.ops.platforms import plain_lax
-from cv_jax.ops.pooling import max_pool
-
-__all__ = ["conv", "max_pool", "plain_lax"]

@@ -1,0 +1,378 @@
+"""The optimizer of a config: an optax transformation, its learning rates, its parameter groups."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from cv_jax.config.calls import build_one, require
+from cv_jax.config.errors import UserError, nearest
+from cv_jax.config.tables import align
+from cv_jax.optim.muon import from_normalized_weights, scale_by_orthogonalization
+from cv_jax.optim.schedules import make_schedule
+from cv_jax.optim.state import TrainState
+
+Rate = Callable[[ArrayLike], jax.Array]  # step -> learning rate
+
+_STEPS_AT_ONCE = 1_000_000  # whose rates are looked at together: that bounds the memory
+
+
+def sgd(
+    nesterov: bool = False, *, rate: Rate, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Stochastic gradient descent with momentum and L2 regularization, as torch.optim.SGD.
+
+    g <- g + weight_decay p;   m <- momentum m + g;   p <- p - rate (g + momentum m, or m)
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(rate, momentum, nesterov),
+    )
+
+
+def adam(
+    b2: float = 0.999, eps: float = 1e-8, *, rate: Rate, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015) with b1 = momentum and L2 regularization, as torch.optim.Adam.
+
+    g <- g + weight_decay p;   m, v <- the averages of g, g^2;   p <- p - rate m' / (sqrt(v') + eps)
+    where m', v' are corrected for their start at zero.
+    """
+    _check_adam(b2, eps)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        _standard_promotion(optax.adam(rate, momentum, b2, eps)),
+    )
+
+
+def adamw(
+    b2: float = 0.999, eps: float = 1e-8, *, rate: Rate, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), b1 = momentum.
+
+    p <- p - rate (m' / (sqrt(v') + eps) + weight_decay p)
+    """
+    _check_adam(b2, eps)
+    return _standard_promotion(optax.adamw(rate, momentum, b2, eps, weight_decay=weight_decay))
+
+
+def lamb(
+    b2: float = 0.999, eps: float = 1e-6, *, rate: Rate, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """LAMB (You et al. 2020), b1 = momentum: AdamW's step, as long as the parameter is, per array.
+
+    u = m' / (sqrt(v') + eps) + weight_decay p;   p <- p - rate u ||p|| / ||u||
+    where the ratio is 1 if either norm is 0.
+    """
+    _check_adam(b2, eps)
+    return _standard_promotion(optax.lamb(rate, momentum, b2, eps, weight_decay=weight_decay))
+
+
+def muon(
+    ns_steps: int = 5,
+    nesterov: bool = True,
+    normalize_weights: bool = False,
+    *,
+    rate: Rate,
+    momentum: float,
+    weight_decay: float,
+) -> optax.GradientTransformation:
+    """Muon for filters and matrices, with decoupled weight decay; see cv_jax/optim/muon.py.
+
+    m <- momentum m + g;   p <- p - rate (orthogonalize(g + momentum m, or m) + weight_decay p)
+    With `normalize_weights` p is first brought to norm sqrt(output channels), as in the published
+    CIFAR-10 recipe (github.com/KellerJordan/cifar10-airbench).
+    """
+    require(lambda: 1 <= ns_steps <= 100, f"ns_steps={ns_steps} must be between 1 and 100")
+    tx = optax.chain(
+        optax.trace(momentum, nesterov),
+        scale_by_orthogonalization(ns_steps),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    return from_normalized_weights(tx) if normalize_weights else tx
+
+
+def _check_adam(b2: float, eps: float) -> None:
+    require(lambda: 0 <= b2 < 1, f"b2={b2} must lie in [0, 1)")
+    require(lambda: eps > 0, f"eps={eps} must be above 0")
+
+
+def _standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets optax's bias correction, float ** int32, pass where strict dtype promotion is on."""
+
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lamb": lamb, "muon": muon}
+
+# What `config.optim` says for all parameters ("base") and a group may say otherwise.
+SETTINGS = ("name", "lr", "lr_batch_size", "momentum", "weight_decay", "schedule", "warmup")
+
+
+class Optimizer(NamedTuple):
+    """What `make_optimizer` makes.
+
+    tx: the optax transformation; its state holds arrays only.
+    lr: step -> {"lr": rate of "base", "lr/<group>": rate of each other group in use}, for logs.
+    ends: the steps before the last from which on the rate of some group stays 0, ascending.
+    stop_gradients: (params, step) -> params that let no gradient through where the rate stays 0
+        from this step (a Python int) on: what it would cost is saved, and nothing is changed.
+    frozen: the paths of the parameters that no step changes.
+    report: a table of which rule gave which parameters to which group.
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    lr: Callable[[ArrayLike], dict[str, jax.Array]]
+    ends: tuple[int, ...]
+    stop_gradients: Callable[[optax.Params, int], optax.Params]
+    frozen: frozenset[str]
+    report: str
+
+
+class Decision(NamedTuple):
+    """What a rule decided: these parameters, by path, belong to this group."""
+
+    pattern: str
+    group: str
+    names: list[str]
+
+
+def make_optimizer(
+    config_optim: ml_collections.ConfigDict,
+    params: optax.Params,
+    total_steps: int,
+    batch_size: int,
+    steps: Callable[[str], int],
+) -> Optimizer:
+    """Makes the optimizer that `config.optim` describes for these parameters.
+
+    The gradient is clipped to the global norm `clip_norm` (of all parameters that are not
+    frozen), every group then applies its own optimizer, and with `ema` > 0 an average of the
+    updated parameters is kept (`ema_params`). The peak rate of a group is
+    lr * batch_size / lr_batch_size, or lr where lr_batch_size is 0.
+
+    Args:
+        config_optim: `config.optim`.
+        params: the parameters, or their ShapeDtypeStructs.
+        total_steps: steps of the whole training.
+        batch_size: examples in a step.
+        steps: converts a duration ("2 epochs") to steps.
+
+    Raises:
+        UserError: an optimizer, schedule, rule or group that is wrong, or a parameter that no rule
+            covers. `tx.init` raises it for parameters that Muon cannot take.
+    """
+    sizes = {_name(path): math.prod(p.shape) for path, p in jax.tree.leaves_with_path(params)}
+    settings = _settings(config_optim)
+    decisions = _apply_rules(config_optim.rules, list(sizes), {*settings, "frozen"})
+    group_of = {name: decision.group for decision in decisions for name in decision.names}
+    labels = jax.tree.map_with_path(lambda path, _: group_of[_name(path)], params)
+
+    rates = {g: _rate(g, s, total_steps, batch_size, steps) for g, s in settings.items()}
+    transforms = {g: _transform(g, s, rates[g]) for g, s in settings.items()}
+    transforms["frozen"] = optax.set_to_zero()
+    used = set(group_of.values())
+    ends = {
+        g: _end(_rate(g, s | {"lr": 1.0}, total_steps, 1, steps), total_steps)
+        for g, s in settings.items()
+        if g in used
+    }
+    ends["frozen"] = 0
+
+    def stop_gradients(params, step):
+        def stop(p, group):
+            return jax.lax.stop_gradient(p) if ends[group] <= step else p
+
+        return jax.tree.map(stop, params, labels)
+
+    chain = [optax.partition({g: tx for g, tx in transforms.items() if g in used}, labels)]
+    if config_optim.clip_norm:
+        trained = jax.tree.map(lambda group: group != "frozen", labels)
+        chain.insert(0, optax.masked(optax.clip_by_global_norm(config_optim.clip_norm), trained))
+    if config_optim.ema:
+        chain.append(average_params(config_optim.ema))
+
+    logged = {
+        "lr" if g == "base" else f"lr/{g}": r for g, r in rates.items() if g in {*used, "base"}
+    }
+    return Optimizer(
+        tx=optax.chain(*chain),
+        lr=lambda step: {name: rate(step) for name, rate in logged.items()},
+        ends=tuple(sorted({end for end in ends.values() if 0 < end < total_steps})),
+        stop_gradients=stop_gradients,
+        frozen=frozenset(name for name, group in group_of.items() if group == "frozen"),
+        report=_report(decisions, sizes),
+    )
+
+
+def _settings(config_optim: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
+    """Returns {group: all its settings}: "base", and the groups with what they differ in."""
+    base = {key: config_optim[key] for key in SETTINGS}
+    settings = {"base": base}
+    for group, changes in config_optim.groups.items():
+        if group in ("base", "frozen"):
+            raise UserError(
+                f"config.optim.groups.{group}: the name {group!r} is taken, choose another."
+            )
+        for key in changes:
+            if key not in base:
+                raise UserError(
+                    f"config.optim.groups.{group}.{key}: there is no such setting."
+                    f"{nearest(key, base)} A group may set: {', '.join(SETTINGS)}."
+                )
+        settings[group] = base | dict(changes)
+    return settings
+
+
+def _apply_rules(
+    rules: tuple[tuple[str, str], ...], names: list[str], groups: set[str]
+) -> list[Decision]:
+    """Gives every parameter to the group of the first rule that matches its whole path.
+
+    A rule that matches none is a mistake, unless its group ends with "?" or it is the last resort
+    ".*": a config can so have rules for layers that only some models have.
+    """
+    decisions, left = [], names
+    for pattern, text in rules:
+        group = text.removesuffix("?")
+        if group not in groups:
+            raise UserError(
+                f"config.optim.rules: unknown group {group!r}.{nearest(group, groups)} "
+                f"There are: {', '.join(sorted(groups))}."
+            )
+        try:
+            matched = [name for name in left if re.fullmatch(pattern, name)]
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(
+                f"config.optim.rules: {pattern!r} is not a regular expression: {error}."
+            ) from error
+        if not matched and pattern != ".*" and group == text:
+            raise UserError(
+                f"config.optim.rules: {pattern!r} decides no parameter. Mend or remove it, or "
+                f"write its group {f'{group}?'!r} if other models have such a parameter; left by "
+                f"the rules before it: {', '.join(left) or 'none'}."
+            )
+        decisions.append(Decision(pattern, group, matched))
+        left = [name for name in left if name not in matched]
+    if left:
+        raise UserError(
+            f"config.optim.rules cover every parameter but these: {', '.join(left)}. "
+            "Add a rule, for example ('.*', 'base') as the last."
+        )
+    return decisions
+
+
+def _rate(
+    group: str,
+    settings: dict[str, Any],
+    total_steps: int,
+    batch_size: int,
+    steps: Callable[[str], int],
+) -> Rate:
+    peak = settings["lr"]
+    if settings["lr_batch_size"]:
+        peak = peak * batch_size / settings["lr_batch_size"]
+    warmup = steps(settings["warmup"])
+    return make_schedule(
+        settings["schedule"], peak, total_steps, warmup, f"{_prefix(group)}.schedule"
+    )
+
+
+def _end(rate: Rate, total_steps: int) -> int:
+    """The first step from which on the rate is 0 up to the end of the training."""
+    for stop in range(total_steps, 0, -_STEPS_AT_ONCE):
+        start = max(0, stop - _STEPS_AT_ONCE)
+        try:
+            with jax.ensure_compile_time_eval():  # also where a task is built in a traced function
+                rates = np.asarray(rate(np.arange(start, stop)))
+        except jax.errors.TracerArrayConversionError:  # a swept schedule: each run ends elsewhere
+            return total_steps
+        (above,) = np.nonzero(rates)
+        if len(above):
+            return start + int(above[-1]) + 1
+    return 0
+
+
+def _transform(group: str, settings: dict[str, Any], rate: Rate) -> optax.GradientTransformation:
+    return build_one(
+        settings["name"],
+        OPTIMIZERS,
+        f"{_prefix(group)}.name",
+        rate=rate,
+        momentum=settings["momentum"],
+        weight_decay=settings["weight_decay"],
+    )
+
+
+def _prefix(group: str) -> str:
+    return "config.optim" if group == "base" else f"config.optim.groups.{group}"
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _report(decisions: list[Decision], sizes: dict[str, int]) -> str:
+    rows = [("rule", "group", "arrays", "values", "parameters")]
+    for pattern, group, names in decisions:
+        values = sum(sizes[name] for name in names)
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        rows.append((pattern, group, f"{len(names):,}", f"{values:,}", shown))
+    return align(rows, right=(2, 3))
+
+
+class EmaState(NamedTuple):
+    """ema_params: the average; count: () int32, the updates that are in it."""
+
+    ema_params: optax.Params
+    count: jax.Array
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Keeps an average of the updated parameters; goes last in a chain and changes no update.
+
+    After T updates, with p_t the parameters after update t,
+
+        ema_T = sum_t decay^(T-t) p_t / sum_t decay^(T-t),   t = 1 .. T
+
+    that is the usual ema <- decay ema + (1 - decay) p without its bias towards the start: the
+    initial parameters have no part in it, however short the training. Before the first update
+    the average is the initial parameters.
+    """
+
+    def init(params):
+        # A copy: a donated state must not hold one buffer twice.
+        return EmaState(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params):
+        count = state.count + 1
+        # (1 - decay) / (1 - decay^count), written so that float32 keeps its digits.
+        weight = (1 - decay) / -jnp.expm1(count.astype(jnp.float32) * math.log(decay))
+        new = optax.apply_updates(params, updates)
+        # The difference form leaves a parameter that never changes bit for bit as it is.
+        average = jax.tree.map(lambda old, p: old + weight * (p - old), state.ema_params, new)
+        return updates, EmaState(average, count)
+
+    return optax.GradientTransformation(init, update)
+
+
+def evaluated_params(config_optim: ml_collections.ConfigDict, state: TrainState) -> optax.Params:
+    """The parameters that evaluation uses: the averaged ones where `config.optim` asks for such."""
+    return ema_params(state.opt_state) if config_optim.ema > 0 else state.params
+
+
+def ema_params(opt_state: optax.OptState) -> optax.Params:
+    """Returns the averaged parameters from the state of an optimizer with `ema` > 0."""
+    return optax.tree.get(opt_state, "ema_params")

@@ -1,0 +1,186 @@
+"""The model card of an exported network: what it is, what it was trained on, and how good it is."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from cv_jax.config.sweep import make_sweep, run_names
+from cv_jax.data.dataset import spec_to_json
+from cv_jax.train.flops import count_flops
+from cv_jax.trained.load import Trained
+from cv_jax.workdir.files import read_json
+from cv_jax.workdir.result import best_runs, environment, percent
+
+_LICENCE = "Apache-2.0, as cv_jax; the data set has terms of its own"
+
+
+def make_card(workdir: epath.Path, trained: Trained, tta: str) -> dict[str, Any]:
+    """The card as JSON values.
+
+    Args:
+        workdir: of the run.
+        trained: as `load_trained` gives it.
+        tta: the views that its predictions are averaged over.
+
+    Returns:
+        run, its name; tta; data, the facts about the data set; config, the whole recipe; test, the
+        accuracy that result.json has, None where it is not of this network; result, the content of
+        result.json, or None likewise; steps, made in training; flops, of "training" (None as above)
+        and of an "image"; trained_with and exported_with, code and versions; input, output,
+        photograph (how a photograph becomes the input) and licence, in words.
+    """
+    spec, state = trained.spec, trained.state
+    test = _on_test(trained)
+    image = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8)
+    result = trained.result if test else None
+    return {
+        "run": trained.name,
+        "tta": tta,
+        "data": spec_to_json(spec),
+        "config": trained.config.to_dict(),
+        "test": test,
+        "result": result,
+        "steps": int(state.step),
+        "flops": {
+            "training": result["flops"]["training"] if result else None,
+            "image": count_flops(lambda image: trained.predict(state, image, tta)[0], image),
+        },
+        "trained_with": _code(read_json(workdir / "env.json")),
+        "exported_with": _code(environment()),
+        "input": f"image: (b, {', '.join(map(str, spec.image_shape))}) uint8, 0 to 255, b >= 1",
+        "photograph": photograph(spec.image_shape)[0],
+        "output": f"logits: (b, {spec.num_classes}) float32, in the order of the class names; "
+        "their softmax is the probabilities",
+        "licence": _LICENCE,
+    }
+
+
+def _code(environment: dict[str, Any]) -> dict[str, Any]:
+    return {key: environment.get(key) for key in ("commit", "dirty", "python", "packages")}
+
+
+def _on_test(trained: Trained) -> dict[str, Any] | None:
+    """The accuracy of this network, and the statistics over the seeds of its program."""
+    result = trained.result
+    # A run that was lengthened has the shorter one's result until its end.
+    if not result or not result["test"] or result["steps"] != int(trained.state.step):
+        return None
+    config = trained.config
+    names = run_names(config, make_sweep(config))[best_runs(result, config.num_seeds)]
+    if trained.name not in names:  # of a setting whose test accuracy nobody has looked at
+        return None
+    accuracy = result["test"]["accuracy"]
+    return {
+        "accuracy": accuracy["values"][names.index(trained.name)],
+        **{key: accuracy[key] for key in ("mean", "std", "ci95", "n")},
+        "images": result["test"]["count"],
+        "tta": trained.config.tta,
+    }
+
+
+def photograph(image_shape: Sequence[int]) -> tuple[str, str]:
+    """Returns how a photograph becomes an input, in words and as Python code.
+
+    The code does to 8-bit images what `images.read_image` does, pixel for pixel.
+    """
+    h, w, c = image_shape
+    if c not in (1, 3):
+        return f"no photograph has the {c} channels of this input", ""
+    mode = "L" if c == 1 else "RGB"
+    colours = "grey (0.299 R + 0.587 G + 0.114 B)" if c == 1 else "red, green, blue, in this order"
+    words = (
+        f"turned as EXIF says, what is transparent on white, {colours}; unless it has {w}x{h} "
+        "pixels, resized with Pillow's BICUBIC, which is antialiased where it shrinks, until it "
+        f"covers {w}x{h} pixels, and the middle cut out, in one step (ImageOps.fit)"
+    )
+    return words, _READ_PHOTO.format(mode=mode, h=h, w=w, c=c)
+
+
+_READ_PHOTO = """
+import numpy as np
+from PIL import Image, ImageOps
+
+def read_photo(file):  # -> (1, {h}, {w}, {c}) uint8
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("{mode}")
+    if image.size != ({w}, {h}):  # an image of this size keeps each of its pixels
+        image = ImageOps.fit(image, ({w}, {h}), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(1, {h}, {w}, {c})
+
+def softmax(logits):
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+"""
+
+
+def to_markdown(card: dict[str, Any], snippet: str) -> str:
+    """The card for people, with Python code that loads the file.
+
+    Texts of the config and of the data set stand in code, where Markdown and HTML mean nothing.
+    """
+    data, flops, by = card["data"], card["flops"], card["trained_with"]
+    changed = " and changes that are not in it" if by["dirty"] else ""
+    counts = ", ".join(f"{data[f'num_{split}']:,} {split}" for split in ("train", "val", "test"))
+    training = f"{flops['training']:.3e} of training, " if flops["training"] is not None else ""
+    rows = [
+        ("network", _span(card["config"]["model"])),
+        ("data set", f"{_span(data['name'])}: {counts}"),
+        ("test accuracy", _accuracy(card["test"])),
+        ("input", card["input"]),
+        ("photograph", card["photograph"]),
+        ("output", card["output"]),
+        ("predictions", f"averaged over the views `{card['tta']}` (test-time augmentation)"),
+        ("run", f"{_span(card['run'])}, {card['steps']:,} steps"),
+        ("FLOPs", f"{training}{flops['image']:.3e} an image"),
+        ("code", f"cv_jax, commit {by['commit'] or 'unknown'}{changed}"),
+        ("licence", card["licence"]),
+    ]
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows)
+    blocks = {
+        "Classes, in the order of the logits": data["class_names"],
+        "Recipe: the whole config": card["config"],
+        "Versions": {key: card[key] for key in ("trained_with", "exported_with")},
+    }
+    sections = "\n".join(
+        f"## {title}\n\n```json\n{json.dumps(values, indent=2)}\n```\n"
+        for title, values in blocks.items()
+    )
+    _, code = photograph(data["image_shape"])
+    block = (
+        '## From a photograph to its input\n\n`images = read_photo("photo.jpg")` goes where the '
+        "zeros are above, and `softmax(logits)` are the probabilities. Grey of 16 bits has to be "
+        f"brought to 8 bits before.\n\n```python\n{code.strip()}\n```\n\n"
+    )
+    photo = block if code else ""
+    return (
+        f"# Model card\n\n| | |\n| --- | --- |\n{table}\n\n"
+        "The file normalises the images itself. Nothing says how it does on images unlike those of "
+        f"its data set.\n\n## Use\n\n```python\n{snippet.strip()}\n```\n\n{photo}{sections}"
+    )
+
+
+def _accuracy(test: dict[str, Any] | None) -> str:
+    if test is None:
+        return "not measured: the run is not complete, or it is not of the best setting"
+    own = f"{percent(test['accuracy'], None)} of {test['images']:,} images (views `{test['tta']}`)"
+    if test["n"] == 1:
+        return own
+    if test["ci95"] is None:
+        return f"{own}; other seeds have diverged"
+    low, high = test["ci95"]
+    return (
+        f"{own}; {percent(test['mean'], test['std'])} over n = {test['n']} seeds, 95 % interval "
+        f"of the mean {100 * low:.2f} to {100 * high:.2f} %"
+    )
+
+
+def _span(text: str) -> str:
+    """A text of the user's as code in a cell of a table."""
+    return "`" + text.replace("`", "'").replace("|", "¦").replace("\n", " ") + "`"

@@ -1,0 +1,252 @@
+"""A JAX function as an ONNX model: its jaxpr, equation by equation.
+
+Only what inference of image classifiers is made of is known here. Equations of constants alone,
+such as a normalisation's scale, are computed; calls are written out; what nobody uses is left out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import onnx
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.interpreters import partial_eval
+from onnx import helper, numpy_helper
+
+from cv_jax.config.errors import UserError
+
+# The oldest that have all operators used here, so that older runtimes read the file.
+_OPSET, _IR_VERSION = 18, 8
+_END = np.iinfo(np.int64).max  # of an axis, whatever its length
+
+_SAME = {
+    "abs": "Abs",
+    "add": "Add",
+    "copy": "Identity",
+    "div": "Div",
+    "erf": "Erf",
+    "exp": "Exp",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "neg": "Neg",
+    "sqrt": "Sqrt",
+    "stop_gradient": "Identity",
+    "sub": "Sub",
+    "tanh": "Tanh",
+}
+_REDUCE = {"reduce_max": "ReduceMax", "reduce_min": "ReduceMin", "reduce_sum": "ReduceSum"}
+_CALLS = {"closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat", "remat2"}
+
+
+def to_onnx(function: Callable, image: jax.ShapeDtypeStruct) -> onnx.ModelProto:
+    """Converts image -> logits; a size of `image` may be a symbol of jax.export.
+
+    Raises:
+        UserError: the function uses an operation that is not known here.
+    """
+    closed = jax.make_jaxpr(function)(image)
+    graph = _Graph()
+    (logits,) = graph.run(closed.jaxpr, closed.consts, ["image"])
+    graph.node("Identity", [logits], name="logits")
+    (out,) = closed.out_avals
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes, "network", [_info("image", image)], [_info("logits", out)], graph.arrays
+        ),
+        producer_name="cv_jax",
+        opset_imports=[helper.make_opsetid("", _OPSET)],
+        ir_version=_IR_VERSION,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _info(name: str, aval: Any) -> onnx.ValueInfoProto:
+    shape = [size if isinstance(size, int) else str(size) for size in aval.shape]
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(aval.dtype), shape)
+
+
+class _Graph:
+    """Nodes and arrays of a graph that grows. A value is the name of one, or a constant array."""
+
+    def __init__(self):
+        self.nodes: list[onnx.NodeProto] = []
+        self.arrays: list[onnx.TensorProto] = []
+        self._names: dict[tuple, str] = {}  # of the arrays
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """Adds a jaxpr applied to values; returns the values of its outputs."""
+        used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+        values = dict(zip(used.constvars, map(np.asarray, consts), strict=True))
+        values |= zip(used.invars, inputs, strict=True)
+
+        def value(var):
+            return np.asarray(var.val, var.aval.dtype) if isinstance(var, Literal) else values[var]
+
+        for equation in used.eqns:
+            outputs = self._equation(equation, [value(var) for var in equation.invars])
+            values |= zip(equation.outvars, outputs, strict=True)
+        return [value(var) for var in used.outvars]
+
+    def node(self, kind: str, inputs: Sequence[Any], name: str = "", **attributes: Any) -> str:
+        """Adds a node of one output, and returns its name."""
+        name = name or f"{kind.lower()}_{len(self.nodes)}"
+        names = [x if isinstance(x, str) else self._array(x) for x in inputs]
+        self.nodes.append(helper.make_node(kind, names, [name], **attributes))
+        return name
+
+    def _array(self, array: Any) -> str:
+        array = np.asarray(array)
+        key = array.dtype.str, array.shape, array.tobytes()
+        if key not in self._names:  # each view of an image has the same weights
+            self._names[key] = f"array_{len(self._names)}"
+            self.arrays.append(numpy_helper.from_array(array, self._names[key]))
+        return self._names[key]
+
+    def _equation(self, equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
+        name, params = equation.primitive.name, equation.params
+        if name in _CALLS:
+            inner = params["jaxpr" if "jaxpr" in params else "call_jaxpr"]
+            return self.run(inner.jaxpr, inner.consts, inputs)
+        out = equation.outvars[0].aval
+        if not any(isinstance(x, str) for x in inputs) and _is_known(out.shape):
+            computed = equation.primitive.bind(*inputs, **params)
+            several = equation.primitive.multiple_results
+            return [np.asarray(x) for x in (computed if several else [computed])]
+        if name == "optimization_barrier":
+            return inputs
+        if name in _SAME:
+            return [self.node(_SAME[name], inputs)]
+        if name in _REDUCE:
+            return [self.node(_REDUCE[name], [inputs[0], _whole(params["axes"])], keepdims=0)]
+        add = getattr(self, f"_{name}", _unknown)
+        shapes = [var.aval.shape for var in equation.invars]
+        try:
+            return [add(*inputs, shapes=shapes, out=out, **params)]
+        except NotImplementedError as error:
+            raise UserError(
+                f"--format=onnx does not know the operation {name!r} as this model has it; "
+                "cv_jax/tools/export/onnx_graph.py is where to add it."
+            ) from error
+
+    def _rsqrt(self, x, **_):
+        return self.node("Reciprocal", [self.node("Sqrt", [x])])
+
+    def _square(self, x, **_):
+        return self.node("Mul", [x, x])
+
+    def _integer_pow(self, x, out, y, **_):
+        return self.node("Pow", [x, np.array(y, out.dtype)])
+
+    def _convert_element_type(self, x, out, **_):
+        return self.node("Cast", [x], to=helper.np_dtype_to_tensor_dtype(out.dtype))
+
+    def _reshape(self, x, out, **_):
+        sizes = [size if isinstance(size, int) else -1 for size in out.shape]
+        _require(sizes.count(-1) <= 1)
+        return self.node("Reshape", [x, _whole(sizes)])
+
+    _squeeze = _expand_dims = _reshape
+
+    def _broadcast_in_dim(self, x, shapes, out, broadcast_dimensions, **_):
+        """Only the axes: what meets it repeats what is 1 long, as ONNX does."""
+        if isinstance(x, str):
+            new = [i for i in range(len(out.shape)) if i not in broadcast_dimensions]
+            return self.node("Unsqueeze", [x, _whole(new)]) if new else x
+        shape = np.ones(len(out.shape), int)
+        shape[list(broadcast_dimensions)] = x.shape
+        return x.reshape(shape)
+
+    def _transpose(self, x, permutation, **_):
+        return self.node("Transpose", [x], perm=list(permutation))
+
+    def _concatenate(self, *parts, dimension, **_):
+        return self.node("Concat", parts, axis=dimension)
+
+    def _slice(self, x, shapes, start_indices, limit_indices, strides, **_):
+        strides = strides or [1] * len(start_indices)
+        cut = [
+            (start, _END if limit == size else limit, axis, stride)
+            for axis, (size, start, limit, stride) in enumerate(
+                zip(shapes[0], start_indices, limit_indices, strides, strict=True)
+            )
+            if (start, limit, stride) != (0, size, 1)
+        ]
+        return self.node("Slice", [x, *map(_whole, zip(*cut, strict=True))]) if cut else x
+
+    def _rev(self, x, dimensions, **_):
+        count = len(dimensions)
+        bounds = [[-1] * count, [-_END] * count, dimensions, [-1] * count]
+        return self.node("Slice", [x, *map(_whole, bounds)])
+
+    def _pad(self, x, value, padding_config, **_):
+        below, above, inside = zip(*padding_config, strict=True)
+        _require(not any(inside))
+        return self.node("Pad", [x, _whole([*below, *above]), value])
+
+    def _select_n(self, which, *cases, **_):
+        no, yes = cases
+        return self.node("Where", [which, yes, no])
+
+    def _dot_general(self, x, y, shapes, dimension_numbers, **_):
+        (contracted, batch) = dimension_numbers
+        _require(len(shapes[1]) == 2)
+        _require([*map(list, contracted), *map(list, batch)] == [[len(shapes[0]) - 1], [0], [], []])
+        return self.node("MatMul", [x, y])
+
+    def _conv_general_dilated(
+        self, x, kernel, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, **p
+    ):
+        _require({*lhs_dilation, p["batch_group_count"]} == {1})
+        numbers = dimension_numbers
+        x = self.node("Transpose", [x], perm=list(numbers.lhs_spec))  # b c h w
+        y = self.node(
+            "Conv",
+            [x, kernel.transpose(numbers.rhs_spec)],  # o c kh kw
+            strides=list(window_strides),
+            pads=_pads(padding),
+            dilations=list(rhs_dilation),
+            group=p["feature_group_count"],
+        )
+        return self.node("Transpose", [y], perm=np.argsort(numbers.out_spec).tolist())
+
+    def _reduce_window_max(
+        self, x, window_dimensions, window_strides, padding, base_dilation, window_dilation, **_
+    ):
+        (b, *size, c), (b_stride, *strides, c_stride) = window_dimensions, window_strides
+        _require({b, c, b_stride, c_stride, *base_dilation, *window_dilation} == {1})
+        x = self.node("Transpose", [x], perm=[0, 3, 1, 2])
+        y = self.node(
+            "MaxPool",
+            [x],
+            kernel_shape=size,
+            strides=strides,
+            pads=_pads(padding[1:3]),
+        )
+        return self.node("Transpose", [y], perm=[0, 2, 3, 1])
+
+
+def _unknown(*_: Any, **__: Any) -> str:
+    raise NotImplementedError
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise NotImplementedError
+
+
+def _is_known(shape: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) for size in shape)
+
+
+def _whole(values: Any) -> np.ndarray:
+    return np.array(list(values), np.int64)
+
+
+def _pads(padding: Sequence[tuple[int, int]]) -> list[int]:
+    """((above, below), (left, right)) in ONNX's order."""
+    return [before for before, _ in padding] + [after for _, after in padding]

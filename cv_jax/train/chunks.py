@@ -1,0 +1,53 @@
+"""The loop's parts: which steps run in one dispatch, the dispatch, and the clock."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cv_jax.config.plan import MAX_STEPS
+from cv_jax.data.batches import Batches
+from cv_jax.runtime.clock import Clock
+from cv_jax.runtime.mesh import replicated
+
+
+def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
+    """Builds the function that makes many steps in one dispatch.
+
+    Returns:
+        train_chunk(state, feed, key, num_steps) -> (state, metrics), of one run. The number of
+        steps is an argument and not a shape: one compiled program serves every chunk. Metrics are
+        (sum, count) pairs of arrays whose row i belongs to the i-th step.
+    """
+
+    train_step = jax.jit(train_step)  # so that it is traced once, for its shapes and for the loop
+
+    def train_chunk(state, feed, key, num_steps):
+        def one_step(i, carry):
+            state, rows = carry
+            batch = batches.pick(feed, state.step)
+            state, metrics = train_step(state, batch, jax.random.fold_in(key, state.step))
+            return state, jax.tree.map(lambda row, value: row.at[i].set(value), rows, metrics)
+
+        _, shapes = jax.eval_shape(train_step, state, batches.shapes, key)
+        rows = jax.tree.map(lambda x: jnp.zeros((MAX_STEPS, *x.shape), x.dtype), shapes)
+        return jax.lax.fori_loop(0, num_steps, one_step, (state, rows))
+
+    return train_chunk
+
+
+def compile_train_chunk(
+    train_chunk: Callable, own: Any, state: Any, batches: Batches, mesh: Mesh, clock: "Clock"
+) -> Callable:
+    """`programs.Programs.train_chunk` compiled: another shape is an error, not a retrace.
+
+    The state stays laid out as it is; every device knows the metrics.
+    """
+    with clock("compile"):
+        feed = batches.feed(int(state.step), 1)
+        layout = jax.tree.map(lambda x: x.sharding, state)
+        jitted = jax.jit(train_chunk, donate_argnums=1, out_shardings=(layout, replicated(mesh)))
+        return jitted.lower(own, state, feed, np.int32(1)).compile()

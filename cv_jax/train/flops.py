@@ -1,0 +1,123 @@
+"""Floating-point operations of a function, counted from its jaxpr."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.interpreters import partial_eval
+
+from cv_jax.data import DataSpec
+from cv_jax.learn.evaluations import Probe
+from cv_jax.tasks import Task
+
+
+def count_flops(function: Callable, *args: Any) -> int:
+    """FLOPs of the matrix products and convolutions of `function(*args)`: 2 per multiply-add.
+
+    As the field counts: elementwise work is left out, taps that fall on padding are counted. The
+    zeros that the gradient of a strided convolution puts between values are not, so that such a
+    gradient costs what its forward pass does. Of what has a lowering for each platform, the default
+    one counts, on every platform. Other branches cost as much as the dearest one; a scan its body
+    times its length; a while loop, whose length nobody knows, its body once; a shard_map one
+    device's share. Work that rematerialisation repeats counts again.
+
+    Args:
+        function: anything that jax.make_jaxpr traces; nothing is computed.
+        args: arrays or jax.ShapeDtypeStructs, or pytrees of them.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _jaxpr_flops(used)
+
+
+def step_flops(task: Task, batch: dict, step: int) -> int:
+    """`count_flops` of a task's training step number `step`; the batch may be of shapes."""
+    key = jax.random.key(0)
+
+    def train_step(state, batch):
+        return task.train_step(state.replace(step=step), batch, key)
+
+    return count_flops(train_step, jax.eval_shape(task.init, key), batch)
+
+
+def training_flops(task: Task, batch: dict, steps: int) -> int:
+    """FLOPs of a training of so many steps: those of each stage's step, times its length."""
+    ends = [*task.stages[1:], steps]
+    return sum(
+        (end - start) * step_flops(task, batch, start)
+        for start, end in zip(task.stages, ends, strict=True)
+    )
+
+
+def evaluation_flops(task: Task, spec: DataSpec, count: int) -> int:
+    """FLOPs of the final evaluation of `count` examples, with what a probe takes to learn."""
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((1,), jnp.float32),
+    }
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    final = task.evals["final"]
+    if not isinstance(final, Probe):
+        return count * count_flops(final, state, batch)
+    features, label = learned_from(final, spec, state, batch)
+    fitted = jax.eval_shape(final.fit, features, label)
+    return (
+        len(label) * count_flops(final.embed, state, batch)
+        + count_flops(final.fit, features, label)
+        + count * count_flops(final.score, state, fitted, batch)
+    )
+
+
+def learned_from(
+    probe: Probe, spec: DataSpec, state: Any, batch: dict
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """The shapes that `probe.fit` is given: features (m, d) and labels (m,) of training images."""
+    m = min(spec.num_labelled, probe.limit or spec.num_labelled)
+    feature = jax.eval_shape(probe.embed, state, batch)
+    return (
+        jax.ShapeDtypeStruct((m, *feature.shape[1:]), feature.dtype),
+        jax.ShapeDtypeStruct((m,), jnp.int32),
+    )
+
+
+def _jaxpr_flops(jaxpr: Jaxpr) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: JaxprEqn) -> int:
+    match equation.primitive.name:
+        case "dot_general":
+            return _dot_flops(equation)
+        case "conv_general_dilated":
+            return _conv_flops(equation)
+    inner = [_jaxpr_flops(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
+    match equation.primitive.name:
+        case "cond":
+            platforms = equation.params.get("branches_platforms") or ()
+            return inner[platforms.index(None)] if None in platforms else max(inner)
+        case "scan":
+            return sum(inner) * equation.params["length"]
+    return sum(inner)
+
+
+def _dot_flops(equation: JaxprEqn) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    lhs = equation.invars[0].aval
+    return 2 * equation.outvars[0].aval.size * math.prod(lhs.shape[i] for i in contracted)
+
+
+def _conv_flops(equation: JaxprEqn) -> int:
+    lhs, rhs = (v.aval.shape for v in equation.invars)
+    out = equation.outvars[0].aval.shape
+    numbers = equation.params["dimension_numbers"]
+    channels_in, *taps = (rhs[i] for i in numbers.rhs_spec[1:])  # channels of one feature group
+    batch, channels_out, *positions = (out[i] for i in numbers.out_spec)
+    # Along a spread-out axis each value meets every tap, and the zeros between values none.
+    for i, dilation in enumerate(equation.params["lhs_dilation"]):
+        if dilation > 1:
+            positions[i] = lhs[numbers.lhs_spec[2 + i]]
+    return 2 * batch * channels_out * channels_in * math.prod(taps) * math.prod(positions)

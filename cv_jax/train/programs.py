@@ -1,0 +1,112 @@
+"""The programs of a training: a task's functions, mapped over the runs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import ml_collections
+from flax.errors import ScopeParamShapeError
+
+from cv_jax.config.errors import UserError, first_line
+from cv_jax.config.sweep import Sweep
+from cv_jax.data import DataSpec
+from cv_jax.data.batches import Batches
+from cv_jax.learn.evaluations import Probe
+from cv_jax.optim.state import RUN_AXES
+from cv_jax.runtime.mesh import divide, replicated
+from cv_jax.tasks import Task, build_task
+from cv_jax.train.chunks import make_train_chunk
+from cv_jax.train.runs import Runs, take_run
+
+
+class Programs(NamedTuple):
+    """Functions of all runs; what is not said otherwise has their axis.
+
+    Attributes:
+        init: own -> state; see `runs.Own`.
+        train_chunk: (own, state, feed, num_steps) -> (state, metrics); the state is replaced. See
+            `loop.make_train_chunk`.
+        evals: name -> ((own, state, batch) -> {metric: (sum, count)}), the batch without the axis;
+            or name -> `tasks.Probe` of functions whose first argument is own.
+        preview: (own, feed, step) -> (b, h, w, c), some augmented images of the first run.
+    """
+
+    init: Callable
+    train_chunk: Callable
+    evals: dict[str, Callable | Probe]
+    preview: Callable
+
+
+def try_step(task: Task, batch: dict) -> None:
+    """Traces the start and a step of a run: what is wrong with them shows before there is a run.
+
+    The step that is compiled later takes this trace. `batch`: of training, as ShapeDtypeStructs.
+
+    Raises:
+        UserError: something that the task refuses there.
+    """
+    key = jax.random.key(0)
+    try:
+        jax.eval_shape(jax.jit(task.train_step), jax.eval_shape(task.init, key), batch, key)
+    except ScopeParamShapeError as error:
+        raise UserError(
+            f"config.model takes images of one size only ({first_line(error)[:160]}): write "
+            "--config.progressive_resizing='' and no augmentation that changes the size, or choose "
+            "another config.model."
+        ) from error
+
+
+def make_programs(
+    config: ml_collections.ConfigDict,
+    spec: DataSpec,
+    task: Task,
+    sweep: Sweep,
+    batches: Batches,
+    runs: Runs,
+) -> Programs:
+    """Maps the functions of `task`, or where values are swept, of the task that they make."""
+
+    def task_of(values):
+        return build_task(sweep.apply(config, values), spec) if values else task
+
+    def init(own):
+        return task_of(own.values).init(own.keys.init)
+
+    def train_chunk(own, state, feed, num_steps):
+        train_step = task_of(own.values).train_step
+        return make_train_chunk(train_step, batches)(state, feed, own.keys.step, num_steps)
+
+    def evaluate(own, state, batch, name):
+        return task_of(own.values).evals[name](state, divide(batch, runs.mesh))
+
+    def embed(own, state, batch, name):
+        return task_of(own.values).evals[name].embed(state, divide(batch, runs.mesh))
+
+    def fit(own, features, label, name):
+        return task_of(own.values).evals[name].fit(features, label)
+
+    def score(own, state, fitted, batch, name):
+        return task_of(own.values).evals[name].score(state, fitted, divide(batch, runs.mesh))
+
+    def evaluation(name):
+        if isinstance(task.evals[name], Probe):
+            return Probe(
+                runs(partial(embed, name=name), (0, RUN_AXES, None), 0),
+                runs(partial(fit, name=name), (0, 0, None), 0),
+                runs(partial(score, name=name), (0, RUN_AXES, 0, None), 0),
+                task.evals[name].limit,
+            )
+        return runs(partial(evaluate, name=name), (0, RUN_AXES, None), 0)
+
+    @partial(jax.jit, out_shardings=replicated(runs.mesh))
+    def preview(own, feed, step):
+        own, feed = take_run((own, feed), (0, batches.axes), 0)
+        return task.preview(batches.pick(feed, step), own.keys.step)[:64]
+
+    return Programs(
+        init=runs(init, (0,), RUN_AXES),
+        train_chunk=runs(train_chunk, (0, RUN_AXES, batches.axes, None), (RUN_AXES, 0), 1),
+        evals={name: evaluation(name) for name in task.evals},
+        preview=preview,
+    )

@@ -1,0 +1,242 @@
+"""A trained network, out of the work directory that a run has left, for whatever one does with it.
+
+It needs neither the data set nor the training, and only reads: the run may still be going on. A
+file that `cv_jax.tools.export` has written as safetensors does as well as a work directory.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from cv_jax.config.errors import UserError, first_line, nearest
+from cv_jax.config.sweep import make_sweep, run_names, with_values
+from cv_jax.data import DataSpec
+from cv_jax.data.dataset import spec_from_json
+from cv_jax.learn.stored import config_from_json, read_config, read_spec
+from cv_jax.optim.optimizers import evaluated_params
+from cv_jax.optim.state import RUN_AXES, TrainState
+from cv_jax.tasks import build_task
+from cv_jax.train.runs import take_run
+from cv_jax.workdir.checkpoints import read_newest
+from cv_jax.workdir.files import read_json
+from cv_jax.workdir.result import best_runs
+
+# Images that a network sees at once: what n94 needs for so many stays in a CPU's cache.
+GROUP_SIZE = 250
+
+
+class Trained(NamedTuple):
+    """A network and what it was trained for.
+
+    Attributes:
+        config: of the run, with the values of its setting where it swept some, and without
+            `init_from`, which may be gone.
+        spec: of the data it was trained on, without a sample.
+        name: of the run, such as "seed=0".
+        state: of its newest checkpoint.
+        features, predict: see `tasks.Task`.
+        result: the content of result.json; None where the run is not complete.
+    """
+
+    config: ml_collections.ConfigDict
+    spec: DataSpec
+    name: str
+    state: TrainState
+    features: Callable
+    predict: Callable | None
+    result: dict[str, Any] | None
+
+
+def load_trained(workdir: epath.Path, run: str = "", classifies: bool = True) -> Trained:
+    """Loads one of the runs of a program.
+
+    Args:
+        workdir: of the program; or a file NAME.safetensors, which holds one run.
+        run: its name, such as "seed=3"; "": the first seed, of the best setting where it swept.
+        classifies: whether it has to; else its `predict` may be None.
+
+    Raises:
+        UserError: there is no run of this name or no checkpoint, a file of it is damaged, its task
+            does not predict classes, or a number of its network is not finite.
+    """
+    if workdir.suffix == ".safetensors":
+        trained = _only_run(load_safetensors(workdir), run, workdir)
+        _check_parameters(trained, workdir)
+        return trained
+    config, spec = read_config(workdir), read_spec(workdir)
+    result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
+    sweep = make_sweep(config)
+    names = run_names(config, sweep)
+    name = run or names[best_runs(result, config.num_seeds).start]
+    if name not in names:
+        raise UserError(
+            f"{workdir} has no run {name!r}.{nearest(name, names)} "
+            f"There are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
+        )
+    position = names.index(name)
+    setting = sweep.settings[position // config.num_seeds]
+    config = with_values(config, {**setting, "init_from": ""})
+    task = build_task(config, spec)
+    if classifies and task.predict is None:
+        raise UserError(
+            f"{workdir}: the task {config.task!r} does not predict classes. Train a classifier "
+            f"that starts from it: --config.init_from={workdir}:backbone."
+        )
+    state = read_newest(workdir, _state_of_runs(task.init, len(names)))
+    state = take_run(state, RUN_AXES, position)
+    trained = Trained(config, spec, name, state, task.features, task.predict, result)
+    _check_parameters(trained, workdir)
+    return trained
+
+
+def _check_parameters(trained: Trained, path: epath.Path) -> None:
+    """Raises UserError where an array that evaluation uses is not finite."""
+    state = trained.state.replace(params=evaluated_params(trained.config.optim, trained.state))
+    for name, array in variables(state).items():
+        if not np.isfinite(np.asarray(array, np.float32)).all():
+            raise UserError(
+                f"{path}: the network of {trained.name} has diverged, {name} is not finite; choose "
+                "another run, or train it again with a lower config.optim.lr."
+            )
+
+
+def check_answers(answers: Any) -> None:
+    """Raises UserError where logits or probabilities are not finite: their argmax says nothing."""
+    if not np.isfinite(answers).all():
+        raise UserError(
+            "The network answers with numbers that are not finite: train it again with a lower "
+            "config.optim.lr."
+        )
+
+
+def _only_run(trained: Trained, run: str, path: epath.Path) -> Trained:
+    if run not in ("", trained.name):
+        raise UserError(f"{path} holds the run {trained.name!r} and not {run!r}.")
+    return trained
+
+
+def as_evaluated(trained: Trained) -> Trained:
+    """The same network with nothing but what evaluation uses, computed in float32.
+
+    Its parameters are the averaged ones where there are such, and its config no longer asks for
+    an average, so that no state of an optimizer is needed.
+    """
+    config, spec, state = trained.config, trained.spec, trained.state
+    params = evaluated_params(config.optim, state)
+    config = with_values(config, _AS_EVALUATED)
+    task = build_task(config, spec)
+    return trained._replace(
+        config=config,
+        state=TrainState(state.step, params, state.model_state, opt_state=()),
+        features=task.features,
+        predict=task.predict,
+    )
+
+
+_AS_EVALUATED = {"optim.ema": 0.0, "dtype": "float32"}
+
+
+def load_safetensors(path: epath.Path) -> Trained:
+    """Loads a network, as `as_evaluated` made it, out of a file of cv_jax.tools.export.
+
+    The file is read as arrays and JSON: nothing in it is run.
+
+    Raises:
+        UserError: safetensors is not installed, the file is not there, damaged or another
+            program's, or its network is not one of this code.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+    except ImportError as error:
+        raise UserError(f"{path} needs a package more: pip install safetensors") from error
+    try:
+        data = path.read_bytes()
+        arrays = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` leaves it
+        card = json.loads(header["__metadata__"]["card"])
+        shape = card["data"]["image_shape"]
+        if math.prod(shape) > _MOST_VALUES:
+            raise ValueError(f"images of the shape {shape}")
+        spec = spec_from_json(card["data"])
+        evaluated = {**_AS_EVALUATED, "tta": card["tta"]}
+        config = with_values(config_from_json(card["config"]), evaluated)
+        task = build_task(config, spec)
+        state = jax.eval_shape(task.init, jax.random.key(0))
+        wanted = variables(state)
+        if _shapes(arrays) != _shapes(wanted):
+            raise ValueError(f"its arrays are not those of {config.model!r}")
+        model_state = unflatten_dict({name: jnp.asarray(x) for name, x in arrays.items()}, sep="/")
+        params = model_state.pop("params")
+        state = TrainState(jnp.int32(card["steps"]), params, model_state, opt_state=())
+        return Trained(
+            config, spec, card["run"], state, task.features, task.predict, card["result"]
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there.") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path} is damaged, or no file of cv_jax.tools.export ({first_line(error)})."
+        ) from error
+
+
+_MOST_VALUES = 2**28  # of an image
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, tuple]:
+    return {name: (x.shape, x.dtype) for name, x in arrays.items()}
+
+
+def variables(state: TrainState) -> dict[str, jax.Array]:
+    """All arrays of a network by their paths, such as "params/head/kernel"."""
+    return flatten_dict({"params": state.params, **state.model_state}, sep="/")
+
+
+def make_classify(
+    trained: Trained, tta: str, most: int
+) -> Callable[[Sequence[np.ndarray]], jax.Array]:
+    """Returns images -> probabilities: up to `most` images, each (h, w, c) uint8, give (m, n).
+
+    They are as evaluation has them, to rounding; `tta` is a name of `evaluate.TTA`. One program is
+    compiled, for `most` images in groups of at most GROUP_SIZE.
+    """
+    size = min(most, GROUP_SIZE)
+    shape = (-(-most // size), size, *trained.spec.image_shape)
+
+    @jax.jit
+    def program(state, groups):
+        def classify(image):
+            return jax.nn.softmax(trained.predict(state, image, tta)[0])
+
+        return jax.lax.map(classify, groups).reshape(shape[0] * size, -1)
+
+    def classify(images):
+        groups = np.zeros((shape[0] * size, *shape[2:]), np.uint8)
+        groups[: len(images)] = images
+        return program(trained.state, groups.reshape(shape))[: len(images)]
+
+    return classify
+
+
+def _state_of_runs(init: Callable, num_runs: int) -> TrainState:
+    """The shapes of a state of all runs, on the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def add_axis(axis, tree):
+        lead = () if axis is None else (num_runs,)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=here), tree
+        )
+
+    one = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(add_axis, RUN_AXES, one, is_leaf=lambda axis: axis is None)

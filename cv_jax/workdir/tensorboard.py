@@ -1,0 +1,234 @@
+"""TensorBoard: the mean over the runs of a program with its band, and each run by itself.
+
+scalars      of each split
+images       some that were augmented, and the confusion matrix of each split
+histograms   of the parameters, where config.histograms_every asks for them
+hparams      the seed and what was swept, beside which TensorBoard shows the run's scalars
+"""
+
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils.epath import Path
+from jax.sharding import Mesh
+
+from cv_jax.runtime.mesh import replicated
+from cv_jax.workdir.bucket import Growing
+
+# What "custom scalars" show of several runs: the mean, and one standard deviation to either side.
+BANDS = ("train/loss", "val/loss", "val/accuracy")
+NUM_BINS = 64  # of a histogram
+# How old what TensorBoard can show may be.
+FLUSH_SECONDS = 10
+# What every start of a program writes, and what its end does, by how the tags begin.
+AT_START = ("augmented", "_hparams_/session_start_info")
+AT_END = ("final_", "confusion/", "_hparams_/session_end_info")
+
+
+class Counted(NamedTuple):
+    """The values of an array of parameters, of each of r runs.
+
+    Attributes:
+        edges: (r, 65), of bins of equal width; the first is the minimum, the last the maximum.
+        counts: (r, 64) int32, how many are in each bin; a value on an edge is in the upper one, the
+            maximum in the last.
+        sum, sum_squares: (r,).
+    """
+
+    edges: jax.Array
+    counts: jax.Array
+    sum: jax.Array
+    sum_squares: jax.Array
+
+
+@partial(jax.jit, static_argnames="mesh")
+def count_values(params: Any, mesh: Mesh) -> dict[str, Counted]:
+    """The histogram of each array (r, ...) by its path; every device of the mesh has it whole."""
+
+    def count(values):  # of one run
+        values = values.astype(jnp.float32)
+        edges = jnp.linspace(values.min(), values.max(), NUM_BINS + 1)
+        # A sum for each edge, and no scatter: it leaves parameters divided as they are.
+        below = jax.lax.map(lambda edge: (values < edge).sum(dtype=jnp.int32), edges[1:-1])
+        counts = jnp.diff(below, prepend=0, append=values.size)
+        return Counted(edges, counts, values.sum(), jnp.square(values).sum())
+
+    counted = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): jax.vmap(count)(array)
+        for path, array in jax.tree_util.tree_leaves_with_path(params)
+    }
+    return jax.lax.with_sharding_constraint(counted, replicated(mesh))
+
+
+class Board:
+    """Event files: in `workdir` of the mean, in `workdir`/runs/NAME of each of several runs.
+
+    Args:
+        workdir: of the program.
+        names: of its runs.
+        start_step: steps already made; what is there of later ones is taken back.
+        total: steps of the training. What is written again at `start_step` is taken back, too.
+    """
+
+    def __init__(self, workdir: Path, names: Sequence[str], start_step: int, total: int):
+        with _without_pytorch():
+            from tensorboardX import summary
+        self._summary = summary
+        again = AT_START + (AT_END if start_step == total else ())
+        self._mean = _Events(workdir, start_step, again)
+        self._runs: list[_Events] = []
+        if len(names) > 1:
+            folders = [workdir / "runs" / name.replace("/", "_") for name in names]
+            self._runs = [_Events(folder, start_step, again) for folder in folders]
+            if not start_step:  # a start that goes on finds them there
+                charts = {tag: ["Margin", [tag, *_edges(tag)]] for tag in BANDS}
+                self._mean.add(summary.custom_scalars({"runs": charts}), 0)
+        self._each = self._runs or [self._mean]
+
+    def scalars(self, split: str, values: dict[str, np.ndarray], step: int) -> None:
+        """Takes values (r,), one a run, or (1,), one of the program; what is not finite is left."""
+        for name, numbers in values.items():
+            tag, finite = f"{split}/{name}", numbers[np.isfinite(numbers)]
+            if not len(finite):
+                continue
+            self._mean.add(self._summary.scalar(tag, finite.mean()), step)
+            if self._runs and tag in BANDS:
+                std = finite.std(ddof=1) if len(finite) > 1 else 0.0
+                for edge, sign in zip(_edges(tag), (-1, 1), strict=True):
+                    self._mean.add(self._summary.scalar(edge, finite.mean() + sign * std), step)
+            if len(numbers) == len(self._runs):
+                for events, number in zip(self._runs, numbers, strict=True):
+                    if np.isfinite(number):
+                        events.add(self._summary.scalar(tag, number), step)
+
+    def begin(self, values: Sequence[dict[str, Any]], step: int) -> None:
+        """Takes the hyperparameters of each run; TensorBoard keeps the first ones of a folder.
+
+        The summary of an experiment is left out: TensorBoard takes the first one that it finds for
+        all programs that it shows, and without one it lists what they all have.
+        """
+        for events, of_run in zip(self._each, values, strict=True):
+            _, start, _ = self._summary.hparams(of_run, {})
+            events.add(start, step)
+
+    def end(self, step: int) -> None:
+        """Says that the runs are complete."""
+        _, _, end = self._summary.hparams({}, {})
+        for events in self._each:
+            events.add(end, step)
+
+    def histograms(self, counted: dict[str, Counted], step: int) -> None:
+        """Takes what `count_values` returns; an array that is not finite is left out."""
+        for path, arrays in counted.items():
+            for events, edges, counts, total, squares in zip(self._each, *arrays, strict=True):
+                if not np.isfinite([*edges, total, squares]).all():
+                    continue
+                numbers = (edges[0], edges[-1], counts.sum(), total, squares)
+                tag = f"params/{path}"
+                events.add(self._summary.histogram_raw(tag, *numbers, edges[1:], counts), step)
+
+    def image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """Takes an image (h, w, 3) uint8."""
+        self._mean.add(self._summary.image(tag, image, dataformats="HWC"), step)
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
+        with contextlib.ExitStack() as stack:  # closes the others where one cannot be written
+            for events in (self._mean, *self._runs):
+                stack.callback(events.close)
+
+
+def _edges(tag: str) -> list[str]:
+    return [f"band/{tag}/low", f"band/{tag}/high"]
+
+
+class _Events:
+    """An event file, written by this thread: where that fails, it fails here.
+
+    TensorBoard reads the files of a folder in the order of their names, which number them: a clock
+    that was set back does not change it. No tag has two values at a step in them.
+    """
+
+    def __init__(self, folder: Path, start_step: int, again: tuple[str, ...]):
+        with _without_pytorch():
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.record_writer import RecordWriter, register_writer_factory
+        # Its own for gs:// knows no interval, and writes once more when it is forgotten.
+        register_writer_factory("gs", SimpleNamespace(open=lambda path: Growing(Path(path))))
+        self._event = Event
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = sorted(folder.glob("events.out.tfevents.*"))
+        for path in earlier:
+            _take_back(path, start_step, again)
+        number = len(earlier)
+        name = f"events.out.tfevents.{number:06d}.{socket.gethostname()}"
+        self._file = RecordWriter(str(folder / name))
+        self._flushed = time.perf_counter()
+        self._write(file_version="brain.Event:2")
+        # A TensorBoard that has read events of later steps already forgets them.
+        self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, summary: Any, step: int) -> None:
+        self._write(step=step, summary=summary)
+        if time.perf_counter() - self._flushed > FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.perf_counter()
+
+    def _write(self, **fields: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _take_back(path: Path, start_step: int, again: tuple[str, ...]) -> None:
+    """Takes events out of a file: those after `start_step`, and tags `again` at that step.
+
+    At step 0 nothing stays. A reader that has the file open keeps what it reads: the file is
+    replaced. What is damaged, such as the record that a kill cut off, goes, too.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at, kept = path.read_bytes(), 0, bytearray()
+    while at < len(data):
+        # A record: the length as 8 bytes, their checksum as 4, the event, its checksum as 4.
+        size = 16 + int.from_bytes(data[at : at + 8], "little")
+        if at + size > len(data):
+            break
+        try:
+            event = Event.FromString(data[at + 12 : at + size - 4])
+        except DecodeError:  # damaged: no reader comes past it
+            break
+        tags = [value.tag for value in event.summary.value]
+        before = event.step < start_step
+        at_it = event.step == start_step > 0 and not any(tag.startswith(again) for tag in tags)
+        if not tags or before or at_it:
+            kept += data[at : at + size]
+        at += size
+    if len(kept) < len(data):
+        scratch = path.with_name("events.tmp")
+        scratch.write_bytes(bytes(kept))
+        scratch.replace(path)
+
+
+@contextlib.contextmanager
+def _without_pytorch() -> Iterator[None]:
+    """For tensorboardX, which imports PyTorch where that is installed: 1.2 s."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # what tensorboardX takes for "not installed"
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
