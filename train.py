@@ -5,9 +5,9 @@
     python train.py --config=configs/cifar10.py:smoke             # a run of seconds
     python train.py --config=configs/cifar10.py --workdir=runs/a  # the same again goes on there
 
-Every leaf of a config can be given as --config.KEY=VALUE; cv_jax/config/base.py lists them all. The
-run leaves config.json, env.json, metrics.jsonl, TensorBoard events, checkpoints and result.json in
-its work directory. Ctrl-C or SIGTERM saves a checkpoint and says how to go on; a second one stops
+Every leaf of a config can be given as --config.KEY=VALUE; cv_jax/config/base.py lists them all.
+The run leaves config.json, env.json, metrics.jsonl, TensorBoard events, checkpoints and result.json
+in its work directory. Ctrl-C or SIGTERM saves a checkpoint and says how to go on; a second one stops
 at once.
 
 Exit codes: 0 done; 2 something to mend, the message says what; 3 another process of the same

@@ -79,7 +79,10 @@ def test_a_directory_has_one_owner(tmp_path):
 
 
 def test_a_lock_does_not_outlive_its_owner(tmp_path):
-    code = f"import pathlib, cv_jax.workdir.lock as l; f = l.Lock(pathlib.Path({str(tmp_path)!r})); input()"
+    code = (
+        "import pathlib, cv_jax.workdir.lock as l; "
+        f"f = l.Lock(pathlib.Path({str(tmp_path)!r})); input()"
+    )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
     deadline = time.monotonic() + 60

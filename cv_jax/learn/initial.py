@@ -16,8 +16,8 @@ from cv_jax.config.errors import UserError, nearest
 from cv_jax.config.tables import align
 from cv_jax.data import DataSpec
 from cv_jax.learn.inputs import to_unit
+from cv_jax.learn.stored import read_variables
 from cv_jax.models import checked_outputs
-from cv_jax.trained.load import as_evaluated, load_trained, variables
 from cv_jax.workdir.bucket import work_directory
 
 
@@ -179,24 +179,23 @@ def _read(init_from: str) -> tuple[str, dict[str, np.ndarray]]:
     """The name of the network, and {path: array} of its variables below the subtree."""
     run, subtree = _split(init_from)
     try:
-        trained = load_trained(work_directory(run), classifies=False)
+        name, step, arrays = read_variables(work_directory(run))
     except UserError as error:
         raise UserError(f"config.init_from={init_from!r}: {error}") from error
-    arrays = jax.device_get(variables(as_evaluated(trained).state))
     found, parts = {}, set()
     for path, array in arrays.items():
-        collection, _, name = path.partition("/")
+        collection, _, inner = path.partition("/")
         if collection not in ("params", "batch_stats"):
             continue  # a teacher has such in it, by other names
-        parts.add(name.partition("/")[0])
-        if name.startswith(f"{subtree}/" if subtree else ""):
-            found[f"{collection}/{name.removeprefix(f'{subtree}/')}"] = np.asarray(array)
+        parts.add(inner.partition("/")[0])
+        if inner.startswith(f"{subtree}/" if subtree else ""):
+            found[f"{collection}/{inner.removeprefix(f'{subtree}/')}"] = np.asarray(array)
     if not found:
         raise UserError(
             f"config.init_from={init_from!r}: the network in {run} has no part {subtree!r}."
             f"{nearest(subtree, parts)} There are: {', '.join(sorted(parts))}."
         )
-    return f"{trained.name} after step {int(trained.state.step):,}", found
+    return f"{name} after step {step:,}", found
 
 
 def _split(init_from: str) -> tuple[str, str]:

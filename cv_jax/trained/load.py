@@ -4,7 +4,6 @@ It needs neither the data set nor the training, and only reads: the run may stil
 file that `cv_jax.tools.export` has written as safetensors does as well as a work directory.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,18 +15,23 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cv_jax.config.errors import UserError, first_line, nearest
-from cv_jax.config.sweep import make_sweep, run_names, with_values
+from cv_jax.config.errors import UserError
+from cv_jax.config.sweep import with_values
 from cv_jax.data import DataSpec
 from cv_jax.data.dataset import spec_from_json
-from cv_jax.learn.stored import config_from_json, read_config, read_spec
+from cv_jax.learn.stored import (
+    check_finite,
+    choose_run,
+    config_from_json,
+    damaged,
+    read_safetensors,
+    read_spec,
+)
 from cv_jax.optim.optimizers import evaluated_params
 from cv_jax.optim.state import RUN_AXES, TrainState
 from cv_jax.tasks import build_task
 from cv_jax.train.runs import take_run
 from cv_jax.workdir.checkpoints import read_newest
-from cv_jax.workdir.files import read_json
-from cv_jax.workdir.result import best_runs
 
 # Images that a network sees at once: what n94 needs for so many stays in a CPU's cache.
 GROUP_SIZE = 250
@@ -69,43 +73,21 @@ def load_trained(workdir: epath.Path, run: str = "", classifies: bool = True) ->
     """
     if workdir.suffix == ".safetensors":
         trained = _only_run(load_safetensors(workdir), run, workdir)
-        _check_parameters(trained, workdir)
+        check_finite(variables(trained.state), trained.name, workdir)
         return trained
-    config, spec = read_config(workdir), read_spec(workdir)
-    result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
-    sweep = make_sweep(config)
-    names = run_names(config, sweep)
-    name = run or names[best_runs(result, config.num_seeds).start]
-    if name not in names:
-        raise UserError(
-            f"{workdir} has no run {name!r}.{nearest(name, names)} "
-            f"There are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
-        )
-    position = names.index(name)
-    setting = sweep.settings[position // config.num_seeds]
-    config = with_values(config, {**setting, "init_from": ""})
+    chosen, spec = choose_run(workdir, run), read_spec(workdir)
+    config = chosen.config
     task = build_task(config, spec)
     if classifies and task.predict is None:
         raise UserError(
             f"{workdir}: the task {config.task!r} does not predict classes. Train a classifier "
             f"that starts from it: --config.init_from={workdir}:backbone."
         )
-    state = read_newest(workdir, _state_of_runs(task.init, len(names)))
-    state = take_run(state, RUN_AXES, position)
-    trained = Trained(config, spec, name, state, task.features, task.predict, result)
-    _check_parameters(trained, workdir)
-    return trained
-
-
-def _check_parameters(trained: Trained, path: epath.Path) -> None:
-    """Raises UserError where an array that evaluation uses is not finite."""
-    state = trained.state.replace(params=evaluated_params(trained.config.optim, trained.state))
-    for name, array in variables(state).items():
-        if not np.isfinite(np.asarray(array, np.float32)).all():
-            raise UserError(
-                f"{path}: the network of {trained.name} has diverged, {name} is not finite; choose "
-                "another run, or train it again with a lower config.optim.lr."
-            )
+    state = read_newest(workdir, _state_of_runs(task.init, chosen.num_runs))
+    state = take_run(state, RUN_AXES, chosen.position)
+    evaluated = state.replace(params=evaluated_params(config.optim, state))
+    check_finite(variables(evaluated), chosen.name, workdir)
+    return Trained(config, spec, chosen.name, state, task.features, task.predict, chosen.result)
 
 
 def check_answers(answers: Any) -> None:
@@ -147,22 +129,11 @@ _AS_EVALUATED = {"optim.ema": 0.0, "dtype": "float32"}
 def load_safetensors(path: epath.Path) -> Trained:
     """Loads a network, as `as_evaluated` made it, out of a file of cv_jax.tools.export.
 
-    The file is read as arrays and JSON: nothing in it is run.
-
     Raises:
-        UserError: safetensors is not installed, the file is not there, damaged or another
-            program's, or its network is not one of this code.
+        UserError: the file cannot be read, or its network is not one of this code.
     """
+    arrays, card = read_safetensors(path)
     try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-    except ImportError as error:
-        raise UserError(f"{path} needs a package more: pip install safetensors") from error
-    try:
-        data = path.read_bytes()
-        arrays = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` leaves it
-        card = json.loads(header["__metadata__"]["card"])
         shape = card["data"]["image_shape"]
         if math.prod(shape) > _MOST_VALUES:
             raise ValueError(f"images of the shape {shape}")
@@ -180,14 +151,10 @@ def load_safetensors(path: epath.Path) -> Trained:
         return Trained(
             config, spec, card["run"], state, task.features, task.predict, card["result"]
         )
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there.") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path} is damaged, or no file of cv_jax.tools.export ({first_line(error)})."
-        ) from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise damaged(path, error) from error
 
 
 _MOST_VALUES = 2**28  # of an image

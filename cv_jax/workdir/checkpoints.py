@@ -220,12 +220,13 @@ def _clear(directory: Path) -> None:
         )
 
 
-def read_newest(workdir: Path, like: Any) -> Any:
+def read_newest(workdir: Path, like: Any = None) -> Any:
     """Returns the state in the newest whole checkpoint. Only reads: a run may be going on there.
 
     Args:
         workdir: the run's directory.
-        like: a TrainState of ShapeDtypeStructs with shardings.
+        like: a TrainState of ShapeDtypeStructs with shardings; None: whatever is there, as dicts
+            of NumPy arrays.
 
     Raises:
         UserError: there is none, none is whole, or it is of another state than `like`.
@@ -244,6 +245,9 @@ def read_newest(workdir: Path, like: Any) -> Any:
             _of_this_program(directory, int(path.name)),
             ocp.StandardCheckpointer() as checkpointer,
         ):
+            if like is None:
+                shapes = checkpointer.metadata(path / "state").item_metadata.tree
+                like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
             return checkpointer.restore(path / "state", like)
     raise UserError(f"{directory} has no checkpoint that can be read ({problem}).")
 
