@@ -7,8 +7,8 @@
 
 Every leaf of a config can be given as --config.KEY=VALUE; cv_jax/config/base.py lists them all.
 The run leaves config.json, env.json, metrics.jsonl, TensorBoard events, checkpoints and result.json
-in its work directory. Ctrl-C or SIGTERM saves a checkpoint and says how to go on; a second one stops
-at once.
+in its work directory. Ctrl-C or SIGTERM saves a checkpoint and prints the command that resumes the
+run; a second one stops it at once.
 
 Exit codes: 0 done; 2 something to mend, the message says what; 3 another process of the same
 program was lost; 130 or 143 stopped by Ctrl-C or SIGTERM.

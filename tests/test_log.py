@@ -298,8 +298,10 @@ def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
 
 def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError('imported')")
-    code = "import sys, pathlib as p, cv_jax.workdir.tensorboard as b; "
+    code = (
+        "import sys, pathlib as p, cv_jax.workdir.tensorboard as b; "
         "b.Board(p.Path(sys.argv[1]), ['a'], 0, 1)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

@@ -1,4 +1,8 @@
-"""A data set by name -> uint8 arrays on the host, and batches of them."""
+"""Data sets by name: reading, checking, splits, the cache, and batches of (seed, step).
+
+Imports config and runtime. A new data set is a function that returns `Stored` and a line of OWN in
+load.py.
+"""
 
 from cv_jax.data.dataset import Dataset, DataSpec, Split
 from cv_jax.data.load import load_dataset

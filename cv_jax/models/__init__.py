@@ -9,7 +9,8 @@ A model is a Flax module, `module(x, train) -> (logits, intermediates)`:
 A model may have `params_from_images(images) -> params`: the part of its initial parameters that
 depends on the (normalised, float32) training images.
 
-A new model is a new file and a line in MODELS.
+Imports config; its sub-room `ops` holds the kernels that the layers use. A new model is a new file
+and a line in MODELS.
 """
 
 import contextlib

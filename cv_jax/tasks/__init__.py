@@ -1,4 +1,8 @@
-"""What a task must offer, and the one place where a task is found by its name."""
+"""Tasks, one file or folder each; what a task must offer, and how it is found by its name.
+
+Imports every room but train, trained and tools. A new task is a new file here with a function
+`build(config, spec) -> Task`.
+"""
 
 import importlib
 import pkgutil
