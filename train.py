@@ -14,6 +14,7 @@ Exit codes: 0 done; 2 something to mend, the message says what; 3 another proces
 program was lost; 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
+import contextlib
 import signal
 import sys
 from functools import partial
@@ -34,8 +35,8 @@ from ml_collections import config_flags
 
 from cv_jax.config.command_line import (
     check_command_line,
-    default_workdir,
     gather_sweeps,
+    make_default_workdir,
     resume_command,
 )
 from cv_jax.config.errors import UserError
@@ -200,23 +201,31 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
 def main(argv: list[str]) -> None:
     """Runs one training; whatever the user can mend comes as one message, without a traceback."""
     del argv
-    workdir = _WORKDIR.value or str(
-        default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
-    )
+    workdir = None
     raise_when_signalled()
     try:
         prepare_jax(num_runs(_CONFIG.value))
         join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        workdir = all_do(partial(work_directory, first_says(workdir)))
+        workdir = all_do(partial(work_directory, first_says(first_does(choose_workdir) or "")))
         with lost_process_ends_this():
             result = run(_CONFIG.value, workdir, _PROFILE_STEPS.value)
         if jax.process_index() == 0:
             print_result(result, workdir)
     except UserError as error:
+        if workdir and not _WORKDIR.value:
+            with contextlib.suppress(OSError):
+                workdir.rmdir()  # where nothing is in it yet
         leave(fail(error))
     except Stopped as stopped:
         print(f"Stopped by {stopped}. To go on:\n  {resume_command(sys.argv, workdir)}")
         leave(stopped.exit_code)
+
+
+def choose_workdir() -> str:
+    """Returns --workdir, or a new directory that is named after the config and the time."""
+    if _WORKDIR.value:
+        return _WORKDIR.value
+    return str(make_default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cv_jax.config import command_line
 from cv_jax.config.base import base_config, flatten
-from cv_jax.config.command_line import check_command_line, resume_command
+from cv_jax.config.command_line import check_command_line, make_default_workdir, resume_command
 from cv_jax.config.errors import UserError
 from cv_jax.config.rules import check
 from cv_jax.workdir.adopt import MAY_CHANGE, adopt_workdir
@@ -143,5 +144,20 @@ def test_the_way_to_go_on_is_a_command():
     assert resume_command(["train.py", "--config=c.py"], workdir) == (
         "python train.py --config=c.py '--workdir=runs/a b'"
     )
+    assert resume_command(["train.py"], None) == "python train.py"
     given = ["train.py", "--workdir", "x"]
     assert resume_command(given, workdir) == "python train.py --workdir x"
+
+
+def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command_line.time, "strftime", lambda form: "20260101-000000")
+    names = [make_default_workdir("configs/digits.py:smoke").name for _ in range(3)]
+    assert names == ["20260101-000000", "20260101-000000-2", "20260101-000000-3"]
+    assert sorted(path.name for path in Path("runs/digits-smoke").iterdir()) == names
+
+    Path("runs/cifar10").write_text("")
+    with pytest.raises(
+        UserError, match=r"runs/cifar10/20260101-000000 cannot be made \(.*--workdir"
+    ):
+        make_default_workdir("configs/cifar10.py")

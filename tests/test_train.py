@@ -13,6 +13,7 @@ import pytest
 
 import train
 from cv_jax.config.base import base_config
+from cv_jax.config.errors import UserError
 from tests.conftest import ROOT
 from tests.test_data import examples_of, features_of, prepare_tiny, random_images, to_tfrecord
 
@@ -155,6 +156,26 @@ def test_ctrl_c_outside_of_the_loop_says_how_to_go_on(monkeypatch, capsys):
         train.main([])
     assert stopped.value.code == 130
     assert "--workdir=runs/x" in capsys.readouterr().out
+
+
+def test_a_directory_that_was_made_for_a_mistake_is_removed(monkeypatch, tmp_path, capsys):
+    def mistaken(config, workdir, profile_steps):
+        assert workdir.is_dir()
+        raise UserError("a mistake")
+
+    made = tmp_path / "made"
+    monkeypatch.setattr(train, "run", mistaken)
+    monkeypatch.setattr(train, "raise_when_signalled", lambda: None)
+    monkeypatch.setattr(train, "prepare_jax", lambda num_runs: None)
+    monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=base_config()))
+    monkeypatch.setattr(train, "join", lambda *flags: None)
+    monkeypatch.setattr(train, "choose_workdir", lambda: made.mkdir() or str(made))
+    for name in ("_WORKDIR", "_PROFILE_STEPS", "_COORDINATOR", "_NUM_PROCESSES", "_PROCESS_ID"):
+        monkeypatch.setattr(train, name, SimpleNamespace(value=None))
+    with pytest.raises(SystemExit):
+        train.main([])
+    assert "train.py: a mistake" in capsys.readouterr().err
+    assert not made.exists()
 
 
 def test_help_shows_how_to_start(train_py):

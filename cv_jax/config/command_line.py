@@ -104,14 +104,37 @@ def gather_sweeps(argv: list[str]) -> list[str]:
     return [*others, f"--config.sweep={tuple(sweeps)}"] if sweeps else others
 
 
-def default_workdir(config_file: str) -> Path:
-    """runs/<config>/<time> for a config file such as "configs/digits.py:smoke"."""
+def make_default_workdir(config_file: str) -> Path:
+    """Makes runs/<config>/<time> for a config file such as "configs/digits.py:smoke".
+
+    A run that starts in the same second gets runs/<config>/<time>-2, and so on.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
     path, _, arg = config_file.partition(":")
     name = Path(path).stem + (f"-{arg}" if arg else "")
-    return Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+    first = Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+    directory, number = first, 1
+    while True:
+        try:
+            directory.mkdir(parents=True)  # fails where another run has just made it
+            return directory
+        except OSError as error:
+            if not directory.is_dir():
+                raise UserError(
+                    f"{directory} cannot be made ({error.strerror}); choose a place with --workdir."
+                ) from error
+        number += 1
+        directory = first.with_name(f"{first.name}-{number}")
 
 
-def resume_command(argv: list[str], workdir: epath.Path) -> str:
-    """The command line that takes up the run again, to be pasted into a shell."""
+def resume_command(argv: list[str], workdir: epath.Path | None) -> str:
+    """Returns the command line that takes up the run again, to be pasted into a shell.
+
+    Args:
+        argv: of this program.
+        workdir: of the run; None where it was stopped before it had one.
+    """
     given = any(argument.lstrip("-").partition("=")[0] == "workdir" for argument in argv)
-    return "python " + shlex.join(argv if given else [*argv, f"--workdir={workdir}"])
+    return "python " + shlex.join(argv if given or not workdir else [*argv, f"--workdir={workdir}"])
