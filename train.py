@@ -136,7 +136,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         with clock("compile"):
             state, progress = restored or (init(runs.own), {"seconds": {}, "window": {}})
         clock.add(progress["seconds"])
-        write_data(workdir, data.spec)
+        write_data(workdir, data)
         if result := finished_result(workdir, int(state.step), intervals.total):
             return result
 

@@ -32,7 +32,8 @@ from cv_jax.data.dataset import (
 from cv_jax.data.load import OWN
 from cv_jax.data.location import find_prepared, tfds_data_dir
 from cv_jax.data.tfrecord import crc32c, read_records
-from tests.conftest import random_split
+from cv_jax.data.typical import Typical, measure, score
+from tests.conftest import random_dataset, random_split
 
 
 @pytest.fixture(autouse=True)
@@ -391,6 +392,36 @@ def test_facts_about_data_go_through_json_also_those_of_older_runs():
     del values["num_unlabelled"]  # which runs before there was such a thing lack
     older = spec_from_json(values)
     chex.assert_trees_all_equal(older, back._replace(num_unlabelled=0))
+
+
+# ---- What is unlike
+
+
+def test_the_score_of_stripes_is_that_computed_by_hand():
+    stripes = np.zeros((1, 4, 4, 1), np.uint8)
+    stripes[:, :, ::2] = 255  # mean 1/2, std 1/2, in a column steps of 0, in a row of 1
+    typical = Typical(np.zeros(4, np.float32), np.float32([1, 1, 1, 2]), 0.0)
+    got = score(np.concatenate([stripes, np.zeros_like(stripes)]), typical)
+    np.testing.assert_allclose(got, [np.sqrt((1 / 4 + 1 / 4 + 0 + 1 / 4) / 4), 0], rtol=1e-6)
+
+
+def test_one_of_a_hundred_images_of_val_is_above_the_threshold():
+    train, val = (random_split(count, (8, 8, 3), 10).image for count in (300, 200))
+    typical = measure(train, val)
+    assert (score(val, typical) > typical.threshold).sum() == 2
+    assert (score(train, measure(train, val[:0])) > measure(train, val[:0]).threshold).sum() == 3
+    flat = np.full((3, 8, 8, 3), 128, np.uint8)
+    assert (score(flat, typical) > 3 * typical.threshold).all()
+
+
+def test_what_is_typical_goes_through_json():
+    data = random_dataset((8, 8, 2))
+    spec = data.spec._replace(typical=measure(data.train.image, data.val.image))
+    values = json.loads(json.dumps(spec_to_json(spec)))
+    chex.assert_trees_all_equal(spec_from_json(values).typical, spec.typical)
+    values["typical"]["mean"].pop()
+    with pytest.raises(ValueError, match="reshape"):
+        spec_from_json(values)
 
 
 # ---- TFRecord

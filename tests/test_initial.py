@@ -64,7 +64,7 @@ def leave_run(workdir, config):
         return tree if axis is None else jax.tree.map(lambda x: x[None], tree)
 
     adopt_workdir(workdir, config)
-    write_data(workdir, SPEC)
+    write_data(workdir, random_dataset())
     with Checkpoints(workdir, keep=1) as checkpoints:
         of_all = jax.tree.map(add_axis, RUN_AXES, state, is_leaf=lambda axis: axis is None)
         checkpoints.save(of_all, {}, None)

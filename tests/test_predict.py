@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from cv_jax.data import load_dataset
 from cv_jax.learn.stored import read_config
 from cv_jax.tools import predict
+from tests.conftest import random_dataset
 from tests.test_images import encode
 
 pytestmark = pytest.mark.slow
@@ -47,7 +49,13 @@ def test_the_test_set_as_files_has_the_accuracy_of_the_result(
     monkeypatch.setattr(predict, "MOST_AT_ONCE", 300)  # the 360 come in two parts
     code, lines, err = run_predict(f"--dir={digits_files}", "--json", "--run=seed=1")
     answers = [json.loads(line) for line in lines]
-    assert (code, err, len(answers)) == (0, "", 360)
+    assert (code, len(answers)) == (0, 360)
+    assert re.fullmatch(
+        r"predict: n94\(widths=\(16, 32\)\) trained on digits, 8 x 8 x 1, 10 classes: 0, 1, .*, 9; "
+        r"seed=1, step 152; unlike: a score above \d\.\d\d, as 1 % of val have\n",
+        err,
+    )
+    assert 0 < sum(answer["unlike"] for answer in answers) <= 18  # of 1 %, and of chance
     assert [answer["file"] for answer in answers] == sorted(map(str, digits_files.glob("*")))
     right = [answer["class"] == Path(answer["file"]).name[0] for answer in answers]
     result = json.loads((digits_run / "result.json").read_text())
@@ -76,6 +84,7 @@ def test_a_bad_file_gets_its_line_and_the_others_go_on(run_predict, digits_files
     assert all(line.split(": ")[1].startswith("3 ") for line in lines)
     bad = ["empty.png", "fifo.png", "half.png", "linked", "loose.png", "notes <b>.txt"]
     assert [line.split(": ")[0] for line in err.splitlines()] == [
+        "predict",
         *(f"{tmp_path}/{name}" for name in bad),
         "predict",
     ]
@@ -84,6 +93,38 @@ def test_a_bad_file_gets_its_line_and_the_others_go_on(run_predict, digits_files
     code, lines, _ = run_predict(tmp_path / "half.png", "--json")
     assert code == 1
     assert "damaged" in json.loads(lines[0])["error"]
+
+
+def test_what_the_network_was_given_is_written_and_what_is_unlike_is_marked(
+    run_predict, digits_files, tmp_path
+):
+    good = sorted(digits_files.glob("3-*"))[0]
+    grey = tmp_path / "grey.png"
+    grey.write_bytes(encode(np.full((40, 30, 3), 128, np.uint8)))
+    files = (tmp_path / "none.png", grey, good)
+    _, lines, err = run_predict(*files, f"--inputs={tmp_path}/in")
+    assert re.search(r" %; unlike \(score \d+\.\d\)$", lines[0])
+    assert "unlike" not in lines[1]
+    written = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "in").iterdir()}
+    assert sorted(written) == ["000002-grey.png", f"000003-{good.stem}.png"]
+    np.testing.assert_array_equal(written["000002-grey.png"], np.full((8, 8), 128))
+    np.testing.assert_array_equal(written[f"000003-{good.stem}.png"], Image.open(good))
+    _, lines, _ = run_predict(*files[1:], "--json")
+    grey, good = map(json.loads, lines)
+    assert (grey["unlike"], good["unlike"]) == (True, False)
+    assert grey["score"] > 2 * good["score"]
+
+    code, lines, err = run_predict(*files, f"--inputs={files[1]}")
+    assert (code, lines) == (2, [])
+    assert "grey.png cannot be made" in err
+
+
+def test_a_run_that_measured_no_images_marks_none():
+    spec = random_dataset().spec
+    answer = predict.Answer(np.zeros((8, 8, 1), np.uint8), np.eye(10, dtype=np.float32)[2], None)
+    assert predict.describe(Path("a.png"), answer, spec, 1, False) == "a.png: class 2 100.0 %"
+    line = '{"file": "a.png", "class": "class 2", "probabilities": {"class 2": 1.0}}'
+    assert predict.describe(Path("a.png"), answer, spec, 1, True) == line
 
 
 def test_a_directory_that_cannot_be_listed_is_said(monkeypatch, tmp_path):
@@ -125,7 +166,8 @@ def test_answers_that_are_not_finite_are_refused(run_predict, digits_files, monk
     files = sorted(digits_files.glob("*"))[:2]
     code, lines, err = run_predict(*files, "--json")
     assert (code, lines) == (2, [])
-    assert err.startswith("predict: The network answers with numbers that are not finite")
+    said = err.splitlines()[-1]  # after what it was trained on
+    assert said.startswith("predict: The network answers with numbers that are not finite")
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_the_answer_is_that_of_evaluation(server, trained, known):
     assert list(got.values()) == sorted(got.values(), reverse=True)
     want = jax.nn.softmax(logits[0])
     np.testing.assert_allclose([got[str(i)] for i in range(10)], want, rtol=1e-4)
+    assert (answer["unlike"], answer["score"] < trained.spec.typical.threshold) == (False, True)
     assert answer["image"]["shape"] == [8, 8, 1]
     np.testing.assert_array_equal(_pixels(answer["image"]), image.ravel())
 
@@ -179,6 +180,8 @@ def test_the_page_and_its_headers(server):
         "step": 152,
         "tta": "mirror",
         "image_shape": [8, 8, 1],
+        "in_words": "n94(widths=(16, 32)) trained on digits, 8 x 8 x 1, 10 classes: "
+        "0, 1, 2, 3, 4, 5, 6, 7, 8, 9; seed=1, step 152",
     }
 
 
@@ -335,6 +338,30 @@ def test_a_file_is_answered(page, known, tmp_path):
     seen = "[...document.querySelector('#seen').getContext('2d').getImageData(0, 0, 8, 8).data]"
     pixels = np.reshape(page.evaluate(seen), (8, 8, 4))
     np.testing.assert_array_equal(pixels[..., :1], known[0])
+
+
+def test_an_image_unlike_the_training_images_is_said(page, known, server):
+    grey = encode(np.full((9, 9), 128, np.uint8))
+    assert json.loads(_ask(server, _file(grey))[2])["unlike"] is True
+    for file, text in (
+        (grey, r"^This is unlike the training images \(score \d+\.\d\)"),
+        (known[1], "^$"),
+    ):
+        page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": file})
+        expect(page.locator("#unlike")).to_have_text(re.compile(text))
+
+
+def test_a_pixel_of_1_to_4_channels_is_drawn(page):
+    drawn = "(x) => [...drawn(x).getContext('2d').getImageData(0, 0, 1, 1).data]"
+    for values, rgb in (
+        ([7], [7, 7, 7]),
+        ([7, 255], [7, 7, 7]),
+        ([7, 8, 9], [7, 8, 9]),
+        ([7, 8, 9, 255], [7, 8, 9]),
+    ):
+        pixels = base64.b64encode(bytes(values)).decode()
+        image = {"shape": [1, 1, len(values)], "pixels": pixels}
+        assert page.evaluate(drawn, image) == [*rgb, 255]
 
 
 def test_a_drawing_is_answered_and_cleared(page):

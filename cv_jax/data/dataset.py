@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cv_jax.config.errors import UserError
+from cv_jax.data.typical import Typical, typical_from_json, typical_to_json
 
 # Train images that a model may look at for its data-dependent initialisation.
 SAMPLE_SIZE = 5000
@@ -28,6 +29,7 @@ class DataSpec(NamedTuple):
         num_train, num_val, num_test: examples in each split.
         sample: (min(5000, num_train), h, w, c) uint8, the first images of train.
         num_unlabelled: examples of train whose label is -1.
+        typical: what its images are like; None of a run that has not measured it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class DataSpec(NamedTuple):
     num_test: int
     sample: np.ndarray
     num_unlabelled: int = 0
+    typical: Typical | None = None
 
     @property
     def num_labelled(self) -> int:
@@ -53,8 +56,10 @@ class DataSpec(NamedTuple):
 
 def spec_to_json(spec: DataSpec) -> dict[str, Any]:
     """The facts as JSON values, without the sample of images."""
-    arrays = {"mean": spec.mean.tolist(), "std": spec.std.tolist()}
-    return {**spec._replace(**arrays)._asdict(), "sample": None}
+    values = {"mean": spec.mean.tolist(), "std": spec.std.tolist(), "sample": None}
+    if spec.typical is not None:
+        values["typical"] = typical_to_json(spec.typical)
+    return {**spec._asdict(), **values}
 
 
 def spec_from_json(values: dict[str, Any]) -> DataSpec:
@@ -63,7 +68,10 @@ def spec_from_json(values: dict[str, Any]) -> DataSpec:
     arrays = {name: np.float32(values[name]) for name in ("mean", "std")}
     sample = np.zeros((1, *shape), np.uint8)
     texts = {"image_shape": shape, "class_names": tuple(values["class_names"])}
-    return DataSpec(**{**values, **arrays, **texts, "sample": sample})
+    typical = values.get("typical")  # older runs have none
+    if typical is not None:
+        typical = typical_from_json(typical, shape[-1])
+    return DataSpec(**{**values, **arrays, **texts, "sample": sample, "typical": typical})
 
 
 class Dataset(NamedTuple):

@@ -39,12 +39,13 @@ import jax
 import numpy as np
 
 from cv_jax.config.errors import UserError
+from cv_jax.data.typical import score
 from cv_jax.runtime.signals import Stopped, raise_when_signalled
 from cv_jax.runtime.startup import check_platform, prepare_jax
 from cv_jax.tasks.classification.saliency import by_depth, explain
 from cv_jax.tasks.classification.views import find_tta
 from cv_jax.tools.command import add_run_arguments, command, make_parser
-from cv_jax.trained.load import Trained, check_answers, load_trained
+from cv_jax.trained.load import Trained, check_answers, in_words, load_trained
 from cv_jax.trained.read_image import read_image
 from cv_jax.workdir.bucket import work_directory
 
@@ -62,7 +63,9 @@ def make_answer(trained: Trained, tta: str) -> Callable[[bytes], dict[str, Any]]
 
     They are `classes`: [{name, probability}], the most probable first; `image`: {shape, pixels},
     what the network sees, (h, w, c); `saliency`, and `features`, one for each layer: {name, shape,
-    low, high, pixels} as `_to_maps` makes them. Pixels are bytes in base64.
+    low, high, pixels} as `_to_maps` makes them. Pixels are bytes in base64. `score` says how unlike
+    the training images it is, see `data.typical.score`, and `unlike` whether that is above the
+    threshold; both are absent where the run has not measured its training images.
 
     The function raises UserError for a file that is no image. The program is compiled here.
 
@@ -77,7 +80,12 @@ def make_answer(trained: Trained, tta: str) -> Callable[[bytes], dict[str, Any]]
         explained = compiled(trained.state, image.astype(np.float32) / np.float32(255))
         probabilities, saliency, features = jax.device_get(explained)
         check_answers(probabilities)
+        likeness = {}
+        if typical := trained.spec.typical:
+            distance = float(score(image[None], typical)[0])
+            likeness = {"score": distance, "unlike": distance > typical.threshold}
         return {
+            **likeness,
             "classes": [
                 {"name": trained.spec.class_names[i], "probability": float(probabilities[i])}
                 for i in np.argsort(-probabilities, kind="stable")
@@ -113,6 +121,7 @@ def about(trained: Trained, tta: str) -> dict[str, Any]:
         "step": int(trained.state.step),
         "tta": tta,
         "image_shape": trained.spec.image_shape,
+        "in_words": in_words(trained),
     }
 
 

@@ -195,6 +195,16 @@ def make_classify(
     return classify
 
 
+def in_words(trained: Trained) -> str:
+    """Returns what network it is and what it was trained on, in a line."""
+    spec = trained.spec
+    names = ", ".join(spec.class_names[:10]) + (", ..." if spec.num_classes > 10 else "")
+    return (
+        f"{trained.config.model} trained on {spec.name}, {' x '.join(map(str, spec.image_shape))}, "
+        f"{spec.num_classes} classes: {names}; {trained.name}, step {int(trained.state.step)}"
+    )
+
+
 def _state_of_runs(init: Callable, num_runs: int) -> TrainState:
     """The shapes of a state of all runs, on the first device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

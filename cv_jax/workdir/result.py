@@ -17,8 +17,9 @@ from etils import epath
 
 from cv_jax.config.base import flatten
 from cv_jax.config.errors import UserError
-from cv_jax.data import DataSpec
+from cv_jax.data import Dataset, DataSpec
 from cv_jax.data.dataset import spec_to_json
+from cv_jax.data.typical import measure
 from cv_jax.runtime.clock import CLOCKS
 from cv_jax.runtime.startup import num_cores, number_variables
 from cv_jax.workdir.files import write_json
@@ -155,10 +156,11 @@ def write_environment(workdir: epath.Path, goes_on: bool = False) -> None:
     write_json(path, here)
 
 
-def write_data(workdir: epath.Path, spec: DataSpec) -> None:
+def write_data(workdir: epath.Path, data: Dataset) -> None:
     """Writes data.json, with which the trained network can be used without the data set."""
     if jax.process_index() == 0:
-        write_json(workdir / "data.json", spec_to_json(spec))
+        typical = measure(data.spec.sample, data.val.image)
+        write_json(workdir / "data.json", spec_to_json(data.spec._replace(typical=typical)))
 
 
 def finished_result(workdir: epath.Path, step: int, total: int) -> dict[str, Any] | None:
