@@ -126,3 +126,20 @@ def test_what_trains_no_more_costs_no_gradient(monkeypatch):
     monkeypatch.setattr(jax.lax, "stop_gradient", lambda p: p)
     task, state = build()
     chex.assert_trees_all_close(stopped.params, trained(task, state).params, rtol=1e-5)
+
+
+def test_a_warm_up_longer_than_the_training_is_said():
+    config = base_config()
+    config.epochs, config.batch_size, config.model = 1.0, 16, "n94(widths=(4,))"
+    config.optim.groups = {"slow": {"warmup": "2 epochs"}}
+    config.optim.rules = ((".*/bias", "slow"), (".*", "base"))
+
+    def warned():
+        notes = build_task(config, random_dataset().spec).notes
+        return [note for note in notes if note.startswith("warmup")]
+
+    config.optim.warmup = "3 steps"  # the last of 4 steps has the peak
+    text = "steps and the training 4: the learning rate never reaches its peak"
+    assert warned() == [f"warmup  config.optim.groups.slow.warmup is 8 {text}"]
+    config.optim.warmup = "4 steps"
+    assert warned()[0] == f"warmup  config.optim.warmup is 4 {text}"

@@ -89,4 +89,14 @@ def make_steps(
     if len(sizes) > 1:
         shown = [f"{s.size or 'all'} from step {s.start}" for s in sizes]
         notes.append(f"pixels  a side: {', '.join(shown)}")
+    warmups = {"optim.warmup": config.optim.warmup}
+    for group, settings in config.optim.groups.items():
+        if "warmup" in settings:
+            warmups[f"optim.groups.{group}.warmup"] = settings["warmup"]
+    for key, warmup in warmups.items():
+        if (num_steps := to_steps(warmup)) >= total_steps:
+            notes.append(
+                f"warmup  config.{key} is {num_steps:,} steps and the training {total_steps:,}: "
+                "the learning rate never reaches its peak"
+            )
     return Steps(optimizer.tx, train_step, stages, notes)
