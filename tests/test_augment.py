@@ -244,6 +244,7 @@ def test_ops_run_in_order_each_with_its_own_key():
         ("color_jitter(hue=0.6)", "hue=0.6 must lie in [0, 0.5]"),
         ("color_jitter(p=-0.1)", "p=-0.1 must lie in [0, 1]"),
         ("grayscale(1.1)", "p=1.1 must lie in [0, 1]"),
+        ("grayscale(-0.1)", "p=-0.1 must lie in [0, 1]"),
         ("mixup(0)", "alpha=0 must lie in [0.001, 1e6]"),
         ("cutmix(-1)", "alpha=-1 must lie in [0.001, 1e6]"),
     ],

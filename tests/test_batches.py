@@ -107,6 +107,7 @@ def test_shapes_are_those_of_the_batches(resident, two_epochs):
     chex.assert_trees_all_equal_shapes_and_dtypes(resident.shapes, two_epochs[0])
 
 
-def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(UserError, match=r"config\.batch_size=71 .* the 70 training examples"):
-        resident_batches(SPLIT, 71, KEY, make_mesh())
+@pytest.mark.parametrize("batch_size", [0, 71])
+def test_a_batch_of_nothing_or_larger_than_the_data_is_refused(batch_size):
+    with pytest.raises(UserError, match=rf"config\.batch_size={batch_size} .* the 70 training"):
+        resident_batches(SPLIT, batch_size, KEY, make_mesh())

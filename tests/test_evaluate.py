@@ -124,3 +124,10 @@ def test_views_against_numpy():
 def test_an_unknown_view_is_named():
     with pytest.raises(UserError, match=r"config\.tta='miror'.*'mirror'.*mirror_translate"):
         find_tta("miror")
+
+
+def test_a_confidence_of_1_is_in_the_last_bin():
+    logits, label = jnp.array([[100.0, 0], [0, 100]]), jnp.array([0, 0], jnp.int32)
+    (counts, hits, total), _ = classification_metrics(logits, label, jnp.ones(2))["calibration"]
+    for bins, last in ((counts, 2), (hits, 1), (total, 2)):
+        np.testing.assert_array_equal(bins, [0] * 14 + [last])

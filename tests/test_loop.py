@@ -23,6 +23,11 @@ def _plan(start, intervals, limit=100, pace=100):
     return [(c.start, c.end, f"{'L' * c.logs}{'E' * c.evals}{'S' * c.saves}") for c in chunks]
 
 
+def test_a_chunk_has_the_steps_from_its_start_to_its_end():
+    first, second = plan_chunks(0, Intervals(10, 0, 7, 0), lambda step: 100, lambda: 100)
+    assert (first.num_steps, second.num_steps) == (7, 3)
+
+
 def test_chunks_end_where_something_is_due():
     assert _plan(0, Intervals(total=10, log=4, eval=5, save=0)) == [
         (0, 4, "L"),

@@ -261,6 +261,7 @@ def test_rate_grows_with_the_batch():
         ("cosine(final=0.5)", 0, 2, [2, 1.5]),
         ("step", 0, 8, [2, 2, 2, 2, 0.2, 0.2, 0.02, 0.02]),
         ("step(at=(0.3, 0.6, 0.9), factor=0.5)", 0, 10, [2] * 3 + [1] * 3 + [0.5] * 3 + [0.25]),
+        ("triangular", 0, 100, np.interp(range(100), [0, 23, 100], [0.4, 2, 0])),
         ("triangular(start=0.2, peak=0.5)", 0, 4, [0.4, 1.2, 2, 1]),
         ("triangular(start=0, peak=0.25, end=0.5)", 0, 4, [0, 2, 2 - 1 / 3, 2 - 2 / 3]),
         ("constant", 2, 4, [0, 1, 2, 2]),
@@ -358,6 +359,7 @@ def test_first_rule_that_matches_decides():
 
 def test_rule_must_match_the_whole_path():
     optimizer = make(rules=(("(conv|head)/k.*", "frozen"), (".*", "base")))
+    assert optimizer.frozen == {"conv/kernel", "head/kernel"}
     history, _ = train(optimizer, GRADS[:1])
     np.testing.assert_array_equal(history[0]["head/kernel"], np.float32(START["head/kernel"]))
     with pytest.raises(UserError, match=r"'conv' decides no parameter.*write its group 'frozen\?'"):
@@ -532,3 +534,14 @@ def test_networks_side_by_side_train_as_one_alone():
     alone, _ = train(optimizer)
     assert_same(flatten(jax.tree.map(lambda leaf: leaf[0], both)), alone[-1])
     assert not np.allclose(both["head"]["kernel"][0], both["head"]["kernel"][1])
+
+
+@pytest.mark.parametrize("ns_steps", [1, 100])
+def test_the_fewest_and_the_most_iterations_of_muon_are_allowed(ns_steps):
+    make(name=f"muon(ns_steps={ns_steps})")
+
+
+def test_only_the_first_step_may_have_a_rate():
+    optimizer = make(schedule="linear(until=0.01)")  # TOTAL is less than 100 steps
+    assert optimizer.lr(0)["lr"] > 0 == optimizer.lr(1)["lr"]
+    assert optimizer.ends == (1,)
