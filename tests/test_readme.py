@@ -1,44 +1,28 @@
-"""README keeps what it says: its commands and files exist, its examples work."""
+"""README and docs keep what they say: commands and files exist, and the examples run."""
 
+import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from cv_jax import models
-from cv_jax.augment.chain import AUGMENTATIONS, make_augment
-from cv_jax.data import Split
-from cv_jax.data.dataset import Stored, check_stored, hold_out
-from cv_jax.models.layers import conv, dense, global_avg_pool
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+PAGES = {
+    path.name: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
+README = PAGES["README.md"]
 
 
-def _example(name):
-    (code,) = [text for kind, text in BLOCKS if kind == "python" and name in text]
-    space = {
-        "Augment": None,
-        "Split": Split,
-        "Stored": Stored,
-        "conv": conv,
-        "dense": dense,
-        "global_avg_pool": global_avg_pool,
-        "jax": jax,
-        "jnp": jnp,
-        "nn": nn,
-        "np": np,
-    }
-    exec(code, space)
-    return space[name.split()[-1]]
+def _blocks(page):
+    return re.findall(r"```(\w*)\n(.*?)```", page, re.S)
 
 
 def test_the_quick_start_is_two_commands_that_bring_their_installation():
-    commands = BLOCKS[0][1].strip().splitlines()
+    commands = _blocks(README)[0][1].strip().splitlines()
     assert len(commands) == 2
     assert all(command.startswith("python3 -m venv .venv && ") for command in commands)
     assert "pip install --quiet -r requirements.txt && " in commands[0]
@@ -47,12 +31,24 @@ def test_the_quick_start_is_two_commands_that_bring_their_installation():
     assert "pytest" in commands[1]
 
 
-FILES = set(re.findall(r"\b(?:cv_jax|configs)/[\w/]+\.py", README)) - {"configs/X.py"}
+FILES = {
+    (name, path)
+    for name, page in PAGES.items()
+    for path in re.findall(r"\b(?:cv_jax|configs|tests)/[\w/]+\.py", page)
+}
+OF_THE_READER = {"tiny.py", "stripes.py", "invert.py", "linear.py"}
 
 
-@pytest.mark.parametrize("path", sorted(FILES))
-def test_a_file_that_is_named_is_there(path):
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize(("name", "path"), sorted(FILES))
+def test_a_file_that_is_named_is_there(name, path):
+    assert (ROOT / path).exists() or path.rpartition("/")[2] in (*OF_THE_READER, "NAME.py")
+
+
+def test_a_link_leads_to_a_file():
+    for name, page in PAGES.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page):
+            assert (folder / target).exists(), (name, target)
 
 
 def test_every_config_with_a_result_has_its_record():
@@ -62,25 +58,35 @@ def test_every_config_with_a_result_has_its_record():
         assert (ROOT / "results" / f"{row}.json").exists()
 
 
-def test_the_model_example_runs(monkeypatch):
-    monkeypatch.setitem(models.MODELS, "tiny", _example("def tiny"))
-    model = models.build_model("tiny(4)", num_classes=3, dtype=jnp.float32)
-    logits, features = model.init_with_output(
-        jax.random.key(0), jnp.ones((2, 5, 5, 3)), train=False
-    )[0]
-    assert logits.shape == (2, 3)
-    assert features["pooled"].shape == (2, 4)
+@pytest.fixture(scope="module")
+def copied_tree(tmp_path_factory):
+    """The project with the code of docs/extend.md in the files that it names."""
+    tree = tmp_path_factory.mktemp("reader")
+    for name in ("cv_jax", "configs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", tree)
+    for kind, code in _blocks(PAGES["extend.md"]):
+        if kind == "python":
+            first, _, rest = code.partition("\n")
+            file = tree / first.removeprefix("# ").removeprefix("append to ")
+            before = file.read_text() if first.startswith("# append to ") else ""
+            file.write_text(before + rest)
+    return tree
 
 
-def test_the_data_example_is_a_data_set():
-    data = hold_out("stripes", check_stored("stripes", _example("def load_stripes")()), 100)
-    assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (700, 100, 200)
-    assert data.spec.mean == pytest.approx(0.5)
+COMMANDS = [text.strip() for kind, text in _blocks(PAGES["extend.md"]) if kind == "bash"]
 
 
-def test_the_augmentation_example_inverts(monkeypatch):
-    monkeypatch.setitem(AUGMENTATIONS, "invert", _example("def invert"))
-    batch = {"image": jnp.full((100, 1, 1, 1), 0.25)}
-    got = make_augment("invert(0.5)")(jax.random.key(0), batch)["image"].ravel()
-    assert set(got.tolist()) == {0.25, 0.75}
-    assert 30 < (got == 0.75).sum() < 70
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_example_trains_to_its_result(copied_tree, command):
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=copied_tree, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (workdir,) = (a.removeprefix("--workdir=") for a in arguments if a.startswith("--workdir="))
+    result = json.loads((copied_tree / workdir / "result.json").read_text())
+    assert 0 <= result["test"]["accuracy"]["mean"] <= 1
+    assert result["test"]["count"] > 0
