@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -341,10 +342,18 @@ def test_no_slice_is_requested_for_a_wrong_setting(wrong, message, platform):
     assert DELETE not in platform.errors  # nothing is there
 
 
-@pytest.mark.parametrize(("signal", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
-def test_a_stopped_script_says_how_to_delete_the_slice(signal, code, platform):
+@pytest.fixture
+def heeds_hangups():
+    """Undoes nohup, which lets no script that is started below it see SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_a_stopped_script_says_how_to_delete_the_slice(name, code, platform, heeds_hangups):
     # The signal comes from what the slice runs, and reaches the script alone.
-    platform._write(platform.here / ".venv/bin/python", f'kill -{signal} "$(cat "$HERE/pid")"')
+    platform._write(platform.here / ".venv/bin/python", f'kill -{name} "$(cat "$HERE/pid")"')
     script = f'echo $$ > "$HERE/pid"; exec bash {LAUNCH / "tpu_vm.sh"}'
     assert platform.run("bash", "-c", script) == code
     assert _requests(platform) == ["create"]
