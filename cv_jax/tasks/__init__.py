@@ -32,7 +32,7 @@ class Task(NamedTuple):
         features: (state, image) -> what the network sees in images (b, h, w, c), uint8 or float32
             in [0, 1], by name; "pooled" are features (b, d).
         predict: (state, image, tta) -> (logits (b, n), features by name), what evaluation sees in
-            images (b, h, w, c), uint8 or float32 in [0, 1]; `tta` is a name of `evaluate.TTA`, and
+            images (b, h, w, c), uint8 or float32 in [0, 1]; `tta` is a name of `views.TTA`, and
             the features are those of the images as they are. None for a task without classes.
         stages: the steps from which on a train_step costs something else, the first is 0.
     """

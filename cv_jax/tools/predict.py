@@ -4,7 +4,7 @@
     python -m cv_jax.tools.predict --workdir=runs/a --dir=photos --json > answers.jsonl
 
 A line an image: its classes with their probabilities, the most probable first. Images of any kind
-and size are brought to the network's by `cv_jax.images.read_image`, and it sees the views of the
+and size are brought to the network's by `cv_jax.trained.read_image`, and it sees the views of the
 run's final evaluation; --tta=none looks once at each, which is faster. What is not a readable image
 gets a line of its own on stderr, or with --json its "error", and the others go on: a text file, a
 pipe, a link to nothing, a directory that is not looked into. Control characters and bytes that are

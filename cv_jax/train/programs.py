@@ -26,7 +26,7 @@ class Programs(NamedTuple):
     Attributes:
         init: own -> state; see `runs.Own`.
         train_chunk: (own, state, feed, num_steps) -> (state, metrics); the state is replaced. See
-            `loop.make_train_chunk`.
+            `chunks.make_train_chunk`.
         evals: name -> ((own, state, batch) -> {metric: (sum, count)}), the batch without the axis;
             or name -> `tasks.Probe` of functions whose first argument is own.
         preview: (own, feed, step) -> (b, h, w, c), some augmented images of the first run.

@@ -174,7 +174,7 @@ def make_classify(
 ) -> Callable[[Sequence[np.ndarray]], jax.Array]:
     """Returns images -> probabilities: up to `most` images, each (h, w, c) uint8, give (m, n).
 
-    They are as evaluation has them, to rounding; `tta` is a name of `evaluate.TTA`. One program is
+    They are as evaluation has them, to rounding; `tta` is a name of `views.TTA`. One program is
     compiled, for `most` images in groups of at most GROUP_SIZE.
     """
     size = min(most, GROUP_SIZE)

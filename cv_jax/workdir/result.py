@@ -211,7 +211,7 @@ def write_result(
         sums: split -> {metric: (sum, count)} of the final evaluation, with the axis of runs (all
             seeds of the first setting, ...); {} for an empty split.
         flops: of "training" of a run, and of its final "evaluation" with all its views.
-        seconds: of all runs, by what they were spent on, see `loop.CLOCKS`.
+        seconds: of all runs, by what they were spent on, see `clock.CLOCKS`.
     """
     commit, dirty = git_commit()
     examples = steps * config.batch_size

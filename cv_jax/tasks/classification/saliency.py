@@ -31,7 +31,7 @@ def explain(predict: Callable, state: Any, image: jax.Array, tta: str) -> Explan
         predict: see `tasks.Task`.
         state: that of the network.
         image: (h, w, c) float32 in [0, 1].
-        tta: a name of `evaluate.TTA`, by which it answers; saliency and features are those of the
+        tta: a name of `views.TTA`, by which it answers; saliency and features are those of the
             image as it is.
     """
     logits, features = predict(state, image[None], tta)

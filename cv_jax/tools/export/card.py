@@ -85,7 +85,7 @@ def _on_test(trained: Trained) -> dict[str, Any] | None:
 def photograph(image_shape: Sequence[int]) -> tuple[str, str]:
     """Returns how a photograph becomes an input, in words and as Python code.
 
-    The code does to 8-bit images what `images.read_image` does, pixel for pixel.
+    The code does to 8-bit images what `read_image.read_image` does, pixel for pixel.
     """
     h, w, c = image_shape
     if c not in (1, 3):

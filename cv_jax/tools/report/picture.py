@@ -19,7 +19,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     """A figure as an SVG element with the page's colour of text, and no background.
 
     Args:
-        figure: drawn with `cv_jax.plot.STYLE`.
+        figure: drawn with `figures.STYLE`.
         name: leads its ids, so that no other figure of the page has them.
         label: says to those who do not see it what it is.
     """
