@@ -15,6 +15,7 @@ import train
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
 from tests.conftest import ROOT
+from tests.mutations import call_train
 from tests.test_data import examples_of, features_of, prepare_tiny, random_images, to_tfrecord
 
 pytestmark = pytest.mark.slow
@@ -119,18 +120,36 @@ def test_a_longer_run_goes_on_and_says_what_changed(train_py, tmp_path):
         ([*TINY, "--config.log_every=often"], "config.log_every='often' is not a duration"),
         ([*TINY, "--config.batch_size=0"], "config.batch_size=0 must be above 0"),
         ([*TINY, "seed=3"], "'seed=3' is not understood"),
-        ([*TINY, "--wordir=x"], "Unknown command line flag 'wordir'"),
         ([*TINY, "--config.select=hardest(2, of=3)"], "a multiple of 3, not 16"),
-        ([*TINY, "--config.batch_size=100000"], "the 128 training examples"),
         ([*TINY, "--config.tta=miror"], "Did you mean 'mirror'?"),
     ],
 )
-def test_a_mistake_gets_one_message_and_no_traceback(train_py, tmp_path, arguments, message):
-    done = train_py(*arguments, f"--workdir={tmp_path}")
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+def test_a_mistake_gets_one_message_and_no_traceback(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    for name in ("prepare_jax", "raise_when_signalled"):  # this process has its own
+        monkeypatch.setattr(train, name, lambda *args: None)
+    code, printed = call_train([*arguments, f"--workdir={tmp_path}"])
+    assert code == 2
+    assert printed.startswith("train.py: ")
+    assert message in printed
+    assert "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []  # the directory is free for the right command
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--wordir=x", "Unknown command line flag 'wordir'"),
+        ("--config.batch_size=100000", "the 128 training examples"),
+    ],
+)
+def test_a_process_ends_with_that_message(train_py, tmp_path, argument, message):
+    done = train_py(*TINY, argument, f"--workdir={tmp_path}")
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    assert list(tmp_path.iterdir()) == []  # the directory is free for the right command
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train_py, tmp_path):
