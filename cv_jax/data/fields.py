@@ -1,0 +1,79 @@
+"""Names the arrays that the examples of a data set consist of, and says what each of them means."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Examples, a batch, or one example: arrays by the name of their field.
+Examples = dict[str, np.ndarray]
+
+# What a field can be, as the shape and dtype of one example. t frames, o objects, a agents, l
+# tokens, p points. Coordinates are (x, y) in pixels of the stored image; the pixel in row i and
+# column j covers [j, j + 1) x [i, i + 1).
+KINDS = {
+    "image": "(h, w, c) uint8",
+    "clip": "(t, h, w, c) uint8",
+    "label": "() int32, a class",
+    "flag": "() bool",
+    "boxes": "(o, 4) float32, corners x0 y0 x1 y1, half-open",
+    "box_label": "(o,) int32, the class of a box; -1 is padding",
+    "box_flag": "(o,) bool, such as `difficult`",
+    "mask": "(h, w) uint8, a class for each pixel; 255 counts for nothing",
+    "points": "(p, 2) float32, x y",
+    "tracks": "(a, t, 2) float32, x y",
+    "valid": "(a, t) bool, which positions of a track are known",
+    "tokens": "(l,) int32",
+    "length": "() int32, how many tokens count",
+    "group": "() int32, examples that splits must not divide: a patient, a slide, a scene",
+    "size": "(2,) int32, height and width of the original",
+    "values": "float32 of any shape",
+}
+
+
+class Field(NamedTuple):
+    """One array of each example.
+
+    Attributes:
+        shape: of one example, such as (h, w, c).
+        dtype: "uint8", "int32", "float32" or "bool".
+        kind: one of KINDS.
+        fill: the value of padding, in rows that fill up a batch and in missing objects.
+        names: of the classes or tokens, in order; () where there are none.
+        unit: of the values, such as "px" or "m"; "" where there is none.
+        mean, std: (c,) float32 in [0, 1], per channel over all pixels of train; None but for images.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    fill: float = 0
+    names: tuple[str, ...] = ()
+    unit: str = ""
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+
+
+def image_field(shape: Sequence[int]) -> Field:
+    """Describes images (h, w, c) uint8 with 1 to 4 channels."""
+    return Field(tuple(shape), "uint8", "image")
+
+
+def label_field(names: Sequence[str]) -> Field:
+    """Describes labels: a class for each example, counted from 0 in the order of `names`."""
+    return Field((), "int32", "label", fill=-1, names=tuple(names))
+
+
+def points_field(count: int) -> Field:
+    """Describes `count` points (x, y) for each example, in pixels of the image."""
+    return Field((count, 2), "float32", "points", unit="px")
+
+
+def num_examples(examples: Mapping[str, Any]) -> int:
+    """Returns how many examples there are: the length of every field."""
+    return len(next(iter(examples.values())))
+
+
+def take(examples: Mapping[str, np.ndarray], positions: Any) -> Examples:
+    """Returns the examples at these positions (an index array or a slice)."""
+    return {name: array[positions] for name, array in examples.items()}
