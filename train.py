@@ -45,7 +45,7 @@ from cv_jax.config.rules import check
 from cv_jax.config.sweep import make_sweep, num_runs
 from cv_jax.data import load_dataset
 from cv_jax.data.batches import make_batches
-from cv_jax.data.fingerprint import of_data
+from cv_jax.data.dataset import data_fingerprint
 from cv_jax.learn.inputs import check_augmented
 from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.mesh import check_batch_size
@@ -60,7 +60,7 @@ from cv_jax.runtime.processes import (
 )
 from cv_jax.runtime.signals import Stopped, StopRequest, raise_when_signalled
 from cv_jax.runtime.startup import jit_once, prepare_jax
-from cv_jax.tasks import build_task
+from cv_jax.tasks import build_task, draw_all
 from cv_jax.train.chunks import compile_train_chunk
 from cv_jax.train.evaluator import Evaluator
 from cv_jax.train.fingerprint import of_program
@@ -112,7 +112,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     clock = Clock()
     with clock("data"):
         data = all_do(partial(load_dataset, config.data))
-        check_same(partial(of_data, data))
+        check_same(partial(data_fingerprint, data))
     with clock("init"):
         task = build_task(config, data.spec)
     intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)
@@ -122,7 +122,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     programs = make_programs(config, data.spec, task, sweep, batches, runs)
     with clock("compile"):
         augmented = programs.preview(runs.own, batches.feed(0, 1), np.int32(0))
-    notes = check_augmented(config.augment, np.asarray(augmented), data.spec)
+    notes = [*data.notes, *check_augmented(config.augment, augmented, data.spec)]
 
     with (
         storage_errors(workdir),
@@ -144,9 +144,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         train_chunk = compile_train_chunk(
             programs.train_chunk, runs.own, state, batches, runs.mesh, clock
         )
-        evaluate = Evaluator(
-            programs.evals, runs.own, data, config.eval_batch_size, runs.mesh, clock
-        )
+        evaluate = Evaluator(programs.evals, runs.own, data, config, runs.mesh, clock)
         log = Log(
             workdir, config, data.spec, runs.names, int(state.step), intervals, progress["window"]
         )
@@ -163,7 +161,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         ):
             log.begin(changes, [*task.notes, *notes, *runs.notes])
             step = np.int32(state.step)
-            log.preview(programs.preview(runs.own, batches.feed(int(step), 1), step))
+            log.preview(
+                draw_all(task, programs.preview(runs.own, batches.feed(int(step), 1), step))
+            )
             with StopRequest() as stop, clock("train"):
                 for chunk in plan_chunks(int(state.step), intervals, batches.limit, profiler.pace):
                     with profiler(chunk):

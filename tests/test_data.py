@@ -30,8 +30,8 @@ from cv_jax.data.dataset import (
     stratified,
 )
 from cv_jax.data.load import OWN
-from cv_jax.data.location import find_prepared, tfds_data_dir
-from cv_jax.data.tfrecord import crc32c, read_records
+from cv_jax.data.sources.location import find_prepared, tfds_data_dir
+from cv_jax.data.sources.tfrecord import crc32c, read_records
 from cv_jax.data.typical import Typical, measure, score
 from tests.conftest import random_dataset, random_split
 
@@ -448,7 +448,7 @@ def test_tfrecord_gives_back_what_was_written(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"".join(map(frame, RECORDS)))
     assert list(read_records(path)) == RECORDS
-    monkeypatch.setattr("cv_jax.data.tfrecord._BLOCK", 600)  # two records at a time
+    monkeypatch.setattr("cv_jax.data.sources.tfrecord._BLOCK", 600)  # two records at a time
     assert list(read_records(path)) == RECORDS
     path.write_bytes(b"")
     assert list(read_records(path)) == []

@@ -20,6 +20,7 @@ from PIL import Image
 from cv_jax.config.errors import UserError
 from cv_jax.config.sweep import with_values
 from cv_jax.data import load_dataset
+from cv_jax.data.read_image import read_image
 from cv_jax.models.ops import plain_lax
 from cv_jax.tasks import build_task
 from cv_jax.tasks.classification.views import find_tta
@@ -27,7 +28,6 @@ from cv_jax.tools.export import command as tool
 from cv_jax.tools.export.card import make_card, photograph, to_markdown
 from cv_jax.tools.export.formats import FORMATS, check_packages, read
 from cv_jax.trained.load import as_evaluated, load_trained, variables
-from cv_jax.trained.read_image import read_image
 from tests.conftest import random_dataset
 from tests.test_images import encode
 

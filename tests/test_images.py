@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cv_jax.config.errors import UserError
-from cv_jax.trained.read_image import (
+from cv_jax.data.read_image import (
     MAX_BYTES,
     MAX_PIXELS,
     read_file,

@@ -11,7 +11,6 @@ import train
 from benchmarks import processes as two
 from configs.digits import get_config
 from cv_jax.config.errors import UserError
-from cv_jax.data.fingerprint import of_data
 from cv_jax.runtime.processes import (
     LOST,
     Largest,

@@ -57,6 +57,8 @@ def _checked(name: str, op: Augment, key: jax.Array, batch: Batch) -> Batch:
             f"{', '.join(batch)}."
         )
     for entry, before in batch.items():
+        if entry == "rows":
+            continue
         after, shape = changed.get(entry), before.shape
         if entry == "image" and np.ndim(after) == 4:  # its height and width may change
             shape = (shape[0], *after.shape[1:3], shape[3])

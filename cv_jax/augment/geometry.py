@@ -51,7 +51,8 @@ def alternating_flip() -> Augment:
     """
 
     def op(key, batch):
-        odd = (batch["coin"] + batch["epoch"].astype(jnp.uint32)) % 2 == 1
+        rows = batch["rows"]
+        odd = (rows["coin"] + rows["epoch"].astype(jnp.uint32)) % 2 == 1
         return {**batch, "image": _mirror(batch["image"], odd)}
 
     return op

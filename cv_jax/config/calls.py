@@ -6,6 +6,7 @@ are all named this way, so that one string on the command line chooses a thing a
 
 import ast
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args, get_origin
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple, get_args, get_origin
 import jax
 import numpy as np
 
-from cv_jax.config.errors import UserError, nearest
+from cv_jax.config.errors import UserError
+from cv_jax.config.names import PATTERN, find
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
 class Call(NamedTuple):
-    """One call of a spec: `name(*args, **kwargs)`."""
+    """One call of a spec: `name(*args, **kwargs)`, where name may be "module:function"."""
 
     name: str
     args: tuple[Any, ...]
@@ -36,14 +38,30 @@ def parse(text: str | list[Call], kind: str = "") -> list[Call]:
         return text
     if not text.strip():
         return []
+    own: list[str] = []  # names "module:function", which Python's grammar lacks
+
+    def by_number(match):
+        if match[1] is None:  # a text in quotes
+            return match[0]
+        own.append(match[1])
+        return f"{_OWN}{len(own) - 1}"
+
+    source = re.sub(rf"'[^']*'|\"[^\"]*\"|({PATTERN})", by_number, text.strip())
     try:
-        return _calls(ast.parse(text.strip(), mode="eval").body)
+        calls = _calls(ast.parse(source, mode="eval").body)
     # TypeError: an unhashable key of a dict; the last two: parentheses without end.
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise UserError(
             f"{kind and f'{kind} '}{text!r} is not understood: write names with literal arguments, "
             "joined by |, such as 'crop(4)|flip'."
         ) from error
+    return [
+        call._replace(name=own[int(call.name[len(_OWN) :])]) if call.name.startswith(_OWN) else call
+        for call in calls
+    ]
+
+
+_OWN = "_own_"
 
 
 def _calls(node: ast.expr) -> list[Call]:
@@ -102,12 +120,7 @@ def require(condition: Callable[[], bool], message: str) -> None:
 
 
 def _apply(call: Call, table: Mapping[str, Callable], kind: str, context: dict[str, Any]) -> Any:
-    if call.name not in table:
-        raise UserError(
-            f"Unknown {kind} {call.name!r}.{nearest(call.name, table)} "
-            f"There are: {', '.join(sorted(table))}."
-        )
-    function = table[call.name]
+    function = find(call.name, table, kind)
     signature = inspect.signature(function)
     shown = signature.replace(
         parameters=[p for p in signature.parameters.values() if p.name not in context],

@@ -1,10 +1,21 @@
 """Data sets by name: reading, checking, splits, the cache, and batches of (seed, step).
 
-Imports config and runtime. A new data set is a function that returns `Stored` and a line of OWN in
-load.py.
+Examples are dicts of arrays by the names of their fields. Imports config and runtime. A new data
+set is a function that returns `Stored`, found by `load.py`.
 """
 
-from cv_jax.data.dataset import Dataset, DataSpec, Split
+from cv_jax.data.dataset import Dataset, DataSpec, Stored
+from cv_jax.data.fields import Examples, Field, image_field, label_field, points_field
 from cv_jax.data.load import load_dataset
 
-__all__ = ["DataSpec", "Dataset", "Split", "load_dataset"]
+__all__ = [
+    "DataSpec",
+    "Dataset",
+    "Examples",
+    "Field",
+    "Stored",
+    "image_field",
+    "label_field",
+    "load_dataset",
+    "points_field",
+]

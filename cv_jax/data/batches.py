@@ -5,7 +5,7 @@ iterator, so nothing of the data's order has to be saved: the step number says i
 keys of several runs, a feed holds what each of them reads; the data itself it holds once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.dataset import Split
+from cv_jax.data.dataset import padding
+from cv_jax.data.fields import Examples, Field, num_examples, take
 from cv_jax.runtime.mesh import (
     divide,
     put,
@@ -34,7 +35,7 @@ class RandomAccess(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, indices: np.ndarray) -> Split: ...
+    def __getitem__(self, positions: np.ndarray) -> Examples: ...
 
 
 class Batches(NamedTuple):
@@ -45,7 +46,7 @@ class Batches(NamedTuple):
         feed: (step, num_steps) -> arrays that hold the batches of these steps. Its shapes never
             change, so that a program compiled for one feed takes them all.
         pick: (feed of one run, step) -> batch; pure, called inside jit with a traced step.
-        shapes: a batch, as ShapeDtypeStructs.
+        shapes: a batch as ShapeDtypeStructs: the fields, and `rows` with index, epoch and coin.
         axes: for jax.vmap, where the feed of several runs has its axis of runs: 0 or None.
     """
 
@@ -59,22 +60,35 @@ class Batches(NamedTuple):
 class SplitStream(NamedTuple):
     """A split in host memory, read as a stream."""
 
-    split: Split
+    split: Examples
 
     def __len__(self) -> int:
-        return len(self.split.label)
+        return num_examples(self.split)
 
-    def __getitem__(self, indices: np.ndarray) -> Split:
-        return Split(self.split.image[indices], self.split.label[indices])
+    def __getitem__(self, positions: np.ndarray) -> Examples:
+        return take(self.split, positions)
 
 
 def make_batches(
-    config: ml_collections.ConfigDict, split: Split, key: jax.Array, mesh: Mesh
+    config: ml_collections.ConfigDict,
+    split: Examples,
+    key: jax.Array,
+    mesh: Mesh,
+    positions: np.ndarray | None = None,
 ) -> Batches:
-    """The training batches in the way that `config.data.stream` chooses."""
+    """Builds the training batches in the way that `config.data.stream` chooses.
+
+    Args:
+        config: of the runs.
+        split: the training examples.
+        key: of the data order; or (r,) keys, of r runs.
+        mesh: its devices share each batch, and runs.
+        positions: (r, m) int32, the training examples of each run; None: all runs have all.
+    """
     if config.data.stream:
-        return stream_batches(SplitStream(split), config.batch_size, key, mesh)
-    return resident_batches(split, config.batch_size, key, mesh)
+        source = SplitStream(split)
+        return stream_batches(source, config.batch_size, key, mesh, positions)
+    return resident_batches(split, config.batch_size, key, mesh, positions)
 
 
 def epoch_order(key: jax.Array, epoch: jax.Array, num_train: int, batch_size: int) -> jax.Array:
@@ -84,16 +98,19 @@ def epoch_order(key: jax.Array, epoch: jax.Array, num_train: int, batch_size: in
     return order[: num_steps * batch_size].reshape(num_steps, batch_size)
 
 
-def _shapes(image_shape: tuple[int, ...], batch_size: int) -> dict:
-    """The shapes of a batch of uint8 images (h, w, c)."""
-    shapes = {"image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)}
-    for name in ("label", "index", "epoch"):
-        shapes[name] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return {**shapes, "coin": jax.ShapeDtypeStruct((batch_size,), jnp.uint32)}
+def _shapes(examples: Examples, batch_size: int) -> dict:
+    """Returns the shapes of a batch of such examples."""
+
+    def of(*shape, dtype):
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+
+    fields = {name: of(*x.shape[1:], dtype=x.dtype) for name, x in examples.items()}
+    rows = {name: of(dtype=np.int32) for name in ("index", "epoch")}
+    return {**fields, "rows": {**rows, "coin": of(dtype=np.uint32)}}
 
 
-def _tag(key: jax.Array, index: jax.Array, epoch: jax.Array) -> dict:
-    """What a batch says of its examples: position, epoch, and a coin of 32 random bits.
+def _rows(key: jax.Array, index: jax.Array, epoch: jax.Array) -> dict:
+    """Returns what a batch says of its rows: position, epoch, and a coin of 32 random bits.
 
     The coin belongs to the example for the whole run; it differs between seeds.
     """
@@ -102,123 +119,154 @@ def _tag(key: jax.Array, index: jax.Array, epoch: jax.Array) -> dict:
     return {"index": index, "epoch": jnp.full(index.shape, epoch), "coin": coin}
 
 
-def resident_batches(split: Split, batch_size: int, key: jax.Array, mesh: Mesh) -> Batches:
-    """Batches gathered on the device, where the whole split lives as uint8.
+def resident_batches(
+    split: Examples,
+    batch_size: int,
+    key: jax.Array,
+    mesh: Mesh,
+    positions: np.ndarray | None = None,
+) -> Batches:
+    """Gathers batches on the device, where the whole split lives.
 
     Args:
-        split: image (m, h, w, c) uint8 and label (m,) int32; a copy goes to every device.
+        split: {name: (m, ...)}; a copy goes to every device.
         batch_size: examples in a batch.
-        key: of the data order; or (r,) keys, of r runs.
-        mesh: its devices share each batch, and runs.
+        key, mesh, positions: see `make_batches`.
     """
-    steps_per_epoch = _steps_per_epoch(len(split.label), batch_size)
-    arrays = {"image": np.asarray(split.image), "label": split.label}
-    arrays = put(arrays, replicated(mesh))
-    order_of = _make_order_of(key, len(split.label), batch_size, _own_sharding(key, mesh))
-    orders: dict[int, jax.Array] = {}
+    orders = _Orders(key, num_examples(split), batch_size, positions, _own_sharding(key, mesh))
+    examples = put({name: np.asarray(x) for name, x in split.items()}, replicated(mesh))
 
     def feed(step, num_steps):
-        epoch = step // steps_per_epoch
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = order_of(epoch)
-        return {**arrays, "order": orders[epoch], "epoch": np.int32(epoch), "key": key}
+        epoch = step // orders.steps
+        return {"examples": examples, "order": orders(epoch), "epoch": np.int32(epoch), "key": key}
 
     def pick(feed, step):
-        index = feed["order"][step % steps_per_epoch]
+        index = feed["order"][step % orders.steps]
         # Each example is found in one of the replicas: the gather moves nothing between devices.
         index = divide(index, mesh)
-        batch = {name: feed[name][index] for name in ("image", "label")}
-        return jax.lax.optimization_barrier({**batch, **_tag(feed["key"], index, feed["epoch"])})
+        fields = {name: x[index] for name, x in feed["examples"].items()}
+        rows = _rows(feed["key"], index, feed["epoch"])
+        return jax.lax.optimization_barrier({**fields, "rows": rows})
 
     return Batches(
-        limit=lambda step: steps_per_epoch - step % steps_per_epoch,
+        limit=lambda step: orders.steps - step % orders.steps,
         feed=feed,
         pick=pick,
-        shapes=_shapes(split.image.shape[1:], batch_size),
-        axes={"image": None, "label": None, "order": 0, "epoch": None, "key": 0},
+        shapes=_shapes(split, batch_size),
+        axes={"examples": None, "order": 0, "epoch": None, "key": 0},
     )
 
 
-def stream_batches(source: RandomAccess, batch_size: int, key: jax.Array, mesh: Mesh) -> Batches:
-    """Batches read on the host, a few at a time, for data that the device does not hold.
+def stream_batches(
+    source: RandomAccess,
+    batch_size: int,
+    key: jax.Array,
+    mesh: Mesh,
+    positions: np.ndarray | None = None,
+) -> Batches:
+    """Reads batches on the host, a few at a time, for data that the device does not hold.
 
     Args:
-        source: the training split; `source[indices]` gives these examples as a Split.
+        source: the training split; `source[positions]` returns these examples.
         batch_size: examples in a batch.
         key: of the data order, which is the one of `resident_batches`; or (r,) keys, of r runs.
         mesh: its devices share each batch, and runs; a process reads what its own devices need.
+        positions: see `make_batches`.
     """
-    num_train = len(source)
-    steps_per_epoch = _steps_per_epoch(num_train, batch_size)
-    order_of = _make_order_of(key, num_train, batch_size, replicated(mesh))
-    orders: dict[int, np.ndarray] = {}
+    orders = _Orders(key, len(source), batch_size, positions, replicated(mesh))
     sharding = stream_sharding(mesh, of_runs=key.ndim > 0)
-    image_shape = source[np.arange(1)].image.shape[1:]
 
     def read(index):
-        """The examples at (r, k, b) or (k, b), with zeros for the steps that are not there."""
-        image, label = source[index.reshape(-1)]
+        """Reads the examples at (r, k, b) or (k, b), with zeros for the steps that are missing."""
+        examples = source[index.reshape(-1)]
         arrays = {
-            "image": np.asarray(image).reshape(*index.shape, *image_shape),
-            "label": np.asarray(label).reshape(index.shape),
-            "index": index,
+            name: np.asarray(x).reshape(*index.shape, *x.shape[1:]) for name, x in examples.items()
         }
         steps_axis = key.ndim
         spare = STREAM_STEPS - index.shape[steps_axis]
-        return {
-            name: np.pad(array, [(0, spare * (axis == steps_axis)) for axis in range(array.ndim)])
-            for name, array in arrays.items()
-        }
+
+        def padded(array):
+            widths = [(0, spare * (axis == steps_axis)) for axis in range(array.ndim)]
+            return np.pad(array, widths)
+
+        return jax.tree.map(padded, {"examples": arrays, "index": index})
 
     def limit(step):
-        return min(STREAM_STEPS, steps_per_epoch - step % steps_per_epoch)
+        return min(STREAM_STEPS, orders.steps - step % orders.steps)
 
     def feed(step, num_steps):
-        epoch = step // steps_per_epoch
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = np.asarray(order_of(epoch))
-        first = step % steps_per_epoch
-        index = orders[epoch][..., first : first + num_steps, :]
+        epoch = step // orders.steps
+        first = step % orders.steps
+        index = orders.on_host(epoch)[..., first : first + num_steps, :]
         held = (*index.shape[:-2], STREAM_STEPS, batch_size)
-        shards: dict[str, list[jax.Array]] = {}
-        for device, part in sharding.addressable_devices_indices_map(held).items():
-            for name, array in read(index[part]).items():
-                shards.setdefault(name, []).append(jax.device_put(array, device))
-        arrays = {
-            name: jax.make_array_from_single_device_arrays(
-                (*held, *parts[0].shape[len(held) :]), sharding, parts
-            )
-            for name, parts in shards.items()
-        }
+        shards = [
+            jax.device_put(read(index[part]), device)
+            for device, part in sharding.addressable_devices_indices_map(held).items()
+        ]
+        arrays = jax.tree.map(
+            lambda *parts: jax.make_array_from_single_device_arrays(
+                (*held, *parts[0].shape[len(held) :]), sharding, list(parts)
+            ),
+            *shards,
+        )
         return {**arrays, "first": np.int32(step), "epoch": np.int32(epoch), "key": key}
 
     def pick(feed, step):
         i = step - feed["first"]
-        batch = {name: feed[name][i] for name in ("image", "label", "index")}
-        batch = divide(batch, mesh)
+        fields, index = divide(
+            jax.tree.map(lambda x: x[i], (feed["examples"], feed["index"])), mesh
+        )
         # The barrier keeps the compiler from shaping the step to where its batch comes from:
         # both ways run the same arithmetic, to the last bit.
-        tag = _tag(feed["key"], batch["index"], feed["epoch"])
-        return jax.lax.optimization_barrier({**batch, **tag})
+        rows = _rows(feed["key"], index, feed["epoch"])
+        return jax.lax.optimization_barrier({**fields, "rows": rows})
 
-    axes = {"image": 0, "label": 0, "index": 0, "first": None, "epoch": None, "key": 0}
-    return Batches(limit, feed, pick, _shapes(image_shape, batch_size), axes)
+    axes = {"examples": 0, "index": 0, "first": None, "epoch": None, "key": 0}
+    return Batches(limit, feed, pick, _shapes(source[np.arange(1)], batch_size), axes)
+
+
+class _Orders:
+    """The order of the newest epoch: (steps, b) positions in train, or (r, steps, b) of r runs.
+
+    Attributes:
+        steps: of an epoch.
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        num_train: int,
+        batch_size: int,
+        positions: np.ndarray | None,
+        sharding: NamedSharding,
+    ):
+        count = num_train if positions is None else positions.shape[-1]
+        self.steps = _steps_per_epoch(count, batch_size)
+
+        def order(key, positions, epoch):
+            chosen = epoch_order(key, epoch, count, batch_size)
+            return chosen if positions is None else positions[chosen]
+
+        if key.ndim:
+            order = jax.vmap(order, (0, None if positions is None else 0, None))
+        positions = None if positions is None else put(positions, sharding)
+        self._order = partial(jax.jit(order, out_shardings=sharding), key, positions)
+        self._epoch, self._newest = -1, None
+
+    def __call__(self, epoch: int) -> jax.Array:
+        if epoch != self._epoch:
+            self._epoch, self._newest = epoch, self._order(epoch)
+        return self._newest
+
+    def on_host(self, epoch: int) -> np.ndarray:
+        if not isinstance(self(epoch), np.ndarray):
+            self._newest = np.asarray(self._newest)
+        return self._newest
 
 
 def _own_sharding(key: jax.Array, mesh: Mesh) -> NamedSharding:
     """Of what each run has of its own, where `key` holds the keys of several."""
     return run_sharding(mesh) if key.ndim else replicated(mesh)
-
-
-def _make_order_of(
-    key: jax.Array, num_train: int, batch_size: int, sharding: NamedSharding
-) -> Callable[[int], jax.Array]:
-    """Returns epoch -> `epoch_order` of each key, (steps, b) or (r, steps, b)."""
-    order = partial(epoch_order, num_train=num_train, batch_size=batch_size)
-    order = jax.vmap(order, (0, None)) if key.ndim else order
-    return partial(jax.jit(order, out_shardings=sharding), key)
 
 
 def _steps_per_epoch(num_train: int, batch_size: int) -> int:
@@ -230,21 +278,19 @@ def _steps_per_epoch(num_train: int, batch_size: int) -> int:
     return num_train // batch_size
 
 
-def padded_batches(split: Split, batch_size: int) -> list[dict[str, np.ndarray]]:
-    """Lays a split out as whole batches: image (b, h, w, c), label (b,), mask (b,).
+def padded_batches(
+    split: Examples, fields: Mapping[str, Field], batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Yields a split as whole batches: {field: (b, ...)}, and the weight (b,) of their rows.
 
-    The last batch is filled up with zeros, for which the mask is 0.
+    The last batch is filled up with padding of the fill value of each field, whose weight is 0.
     """
-    count = len(split.label)
-
-    def part(array, start):
-        rows = array[start : start + batch_size]
-        padded = np.zeros((batch_size, *array.shape[1:]), array.dtype)
-        padded[: len(rows)] = rows
-        return padded
-
-    arrays = {"image": split.image, "label": split.label, "mask": np.ones(count, np.float32)}
-    return [
-        {name: part(array, start) for name, array in arrays.items()}
-        for start in range(0, count, batch_size)
-    ]
+    filling = padding(fields, batch_size)
+    for start in range(0, num_examples(split), batch_size):
+        rows = take(split, slice(start, start + batch_size))
+        count = num_examples(rows)
+        batch = rows
+        if count < batch_size:
+            batch = {name: np.concatenate([x, filling[name][count:]]) for name, x in rows.items()}
+        weight = (np.arange(batch_size) < count).astype(np.float32)
+        yield {**batch, "rows": {"weight": weight}}

@@ -15,11 +15,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cv_jax.data.dataset import Split, Stored
+from cv_jax.data.dataset import Stored, field_from_json, field_to_json
 from cv_jax.runtime.startup import cache_dir
 
 # Part of every identity: to be raised when decoding gives other arrays than before.
-FORMAT = 1
+FORMAT = 2
 
 
 def cached(directory: Path, read: Callable[[Path], Stored], settings: str = "") -> Stored:
@@ -67,12 +67,13 @@ def _identity(directory: Path) -> str:
 
 
 def _arrays(stored: Stored) -> dict[str, np.ndarray]:
+    """Arrays by their names in the entry: SPLIT.FIELD and histogram.FIELD."""
+    parts = {"train": stored.train, "test": stored.test, "val": stored.val}
+    parts["histogram"] = stored.histograms
     return {
-        "train.image": stored.train.image,
-        "train.label": stored.train.label,
-        "test.image": stored.test.image,
-        "test.label": stored.test.label,
-        "histogram": stored.histogram,
+        f"{part}.{name}": array
+        for part, arrays in parts.items()
+        for name, array in (arrays or {}).items()
     }
 
 
@@ -84,7 +85,8 @@ def _save(entry: Path, identity: str, stored: Stored) -> None:
         checks[name] = {"crc32": zlib.crc32(array), "shape": array.shape}
         with _replaced(entry / f"{name}.npy") as file:
             np.save(file, array)
-    content = {"identity": identity, "class_names": stored.class_names, "arrays": checks}
+    fields = {name: field_to_json(field) for name, field in stored.fields.items()}
+    content = {"identity": identity, "fields": fields, "arrays": checks}
     with _replaced(entry / "cache.json") as file:
         file.write(json.dumps(content, indent=2).encode())
 
@@ -112,14 +114,16 @@ def _load(entry: Path, identity: str) -> Stored | None:
     content = json.loads((entry / "cache.json").read_text())
     if content["identity"] != identity:
         return None
-    arrays = {
-        name: _verified(entry / f"{name}.npy", check) for name, check in content["arrays"].items()
-    }
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, check in content["arrays"].items():
+        part, _, field = name.partition(".")
+        parts.setdefault(part, {})[field] = _verified(entry / f"{name}.npy", check)
     return Stored(
-        class_names=tuple(content["class_names"]),
-        train=Split(arrays["train.image"], arrays["train.label"]),
-        test=Split(arrays["test.image"], arrays["test.label"]),
-        histogram=arrays["histogram"],
+        fields={name: field_from_json(field) for name, field in content["fields"].items()},
+        train=parts["train"],
+        test=parts["test"],
+        val=parts.get("val"),
+        histograms=parts.get("histogram"),
     )
 
 

@@ -41,7 +41,8 @@ class Field(NamedTuple):
         fill: the value of padding, in rows that fill up a batch and in missing objects.
         names: of the classes or tokens, in order; () where there are none.
         unit: of the values, such as "px" or "m"; "" where there is none.
-        mean, std: (c,) float32 in [0, 1], per channel over all pixels of train; None but for images.
+        mean, std: (c,) float32 in [0, 1], per channel over all pixels of train. Images alone have
+            them.
     """
 
     shape: tuple[int, ...]

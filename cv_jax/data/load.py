@@ -1,19 +1,15 @@
-"""A data set by its name."""
+"""Finds a data set by its name, loads it, and cuts it into splits."""
 
 import ml_collections
 
 from cv_jax.config.errors import UserError
+from cv_jax.config.names import find, names_code
 from cv_jax.data.cache import cached
-from cv_jax.data.dataset import (
-    Dataset,
-    Stored,
-    check_stored,
-    first_examples,
-    hold_out,
-    limit_labels,
-)
-from cv_jax.data.digits import load_digits
-from cv_jax.data.location import find_prepared, tfds_data_dir
+from cv_jax.data.checks import check_stored
+from cv_jax.data.dataset import Dataset, Stored
+from cv_jax.data.sources.digits import load_digits
+from cv_jax.data.sources.location import find_prepared, tfds_data_dir
+from cv_jax.data.splits import count_equal, hold_out, limit_examples, limit_labels
 
 # Data sets that do not come from TFDS: a new one is a function here, () -> Stored.
 OWN = {"digits": load_digits}
@@ -23,20 +19,20 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
     """Loads what `config_data` names; TFDS downloads and prepares it first where it must.
 
     Args:
-        config_data: `name` is one of OWN or the TFDS name of an image-classification data set;
-            `dir` is where TFDS keeps its data ("": TFDS_DATA_DIR or ~/tensorflow_datasets);
-            `num_val` examples of train become val, stratified, the same for every seed; above 0,
-            `limit` keeps only so many examples of each split, the first ones; of those of train
+        config_data: `name` is one of OWN, "module:function" of your own, () -> Stored, or the TFDS
+            name of an image-classification data set; `dir` is where TFDS keeps its data ("":
+            TFDS_DATA_DIR or ~/tensorflow_datasets); `num_val` examples of train become val, see
+            `splits.hold_out`; above 0, `limit` keeps only so many examples of each split; in train
             `labels_per_class` or `label_fraction` keep their labels, see `limit_labels`.
 
     Raises:
-        UserError: the name is unknown, the data cannot be fetched or read, it is not a sound
-            image-classification data set, or `num_val` or the number of labels does not fit.
+        UserError: the name is unknown, the data cannot be fetched or read, the data set is not
+            sound, or `num_val` or the number of labels does not fit.
     """
     name = config_data.name
-    stored = OWN[name]() if name in OWN else _load_tfds(name, config_data.dir)
-    data = hold_out(name, check_stored(name, stored), config_data.num_val)
-    data = first_examples(data, config_data.limit) if config_data.limit else data
+    data = hold_out(name, check_stored(name, _load(name, config_data.dir)), config_data.num_val)
+    data = data._replace(notes=tuple(count_equal(data)))
+    data = limit_examples(data, config_data.limit) if config_data.limit else data
     return limit_labels(
         data,
         config_data.labels_per_class,
@@ -46,11 +42,17 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
     )
 
 
+def _load(name: str, directory: str) -> Stored:
+    if name in OWN or names_code(name):
+        return find(name, OWN, "config.data.name")()
+    return _load_tfds(name, directory)
+
+
 def _load_tfds(name: str, config_dir: str) -> Stored:
     data_dir = tfds_data_dir(config_dir)
     directory = find_prepared(name, data_dir)
     if directory is None:
-        from cv_jax.data.prepare import prepare  # here, since importing TFDS takes a while
+        from cv_jax.data.sources.prepare import prepare  # here, since importing TFDS takes a while
 
         prepare(name, data_dir)
         directory = find_prepared(name, data_dir)
@@ -63,6 +65,8 @@ def _load_tfds(name: str, config_dir: str) -> Stored:
 
 
 def _read_prepared(directory):
-    from cv_jax.data.tfds_reader import read_prepared  # here, since importing TFDS takes a while
+    from cv_jax.data.sources.tfds_reader import (
+        read_prepared,
+    )  # here, since importing TFDS takes a while
 
     return read_prepared(directory)

@@ -1,7 +1,11 @@
-"""What an evaluation can be, beside sums of a batch."""
+"""What an evaluation can be, beside sums of a batch: a Probe, or Collected predictions."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from cv_jax.workdir.metric import Metric
+
+__all__ = ["Collected", "Metric", "Probe"]
 
 
 class Probe(NamedTuple):
@@ -18,3 +22,23 @@ class Probe(NamedTuple):
     fit: Callable
     score: Callable
     limit: int | None = None
+
+
+class Collected(NamedTuple):
+    """An evaluation of all predictions together, such as average precision or a median.
+
+    Each example is predicted once, whatever the devices. Process 0 folds the predictions on the
+    host, in the order of the examples, one fold for each run.
+
+    Attributes:
+        predict: (state, batch) -> {name: (b, ...)}; traced, for one run.
+        start: () -> an empty fold.
+        add: (fold, predictions, examples) -> fold, of some examples: NumPy arrays by name, without
+            padding. The examples have all fields of the data set.
+        finish: fold -> {metric: number}.
+    """
+
+    predict: Callable[[Any, dict], dict]
+    start: Callable[[], Any]
+    add: Callable[[Any, dict, dict], Any]
+    finish: Callable[[Any], dict[str, float]]

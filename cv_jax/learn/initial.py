@@ -50,7 +50,7 @@ def make_initial(
     Raises:
         UserError: `init_from` does not fit.
     """
-    from_images = _params_from_images(model, lambda: normalize(to_unit(spec.sample)))
+    from_images = _params_from_images(model, lambda: normalize(to_unit(spec.sample["image"])))
 
     def draw(key):
         image = jnp.zeros((1, *spec.image_shape), jnp.float32)

@@ -1,6 +1,6 @@
-"""What a network is given: uint8 images as float32, normalised."""
+"""Prepares what a network is given: augmented and normalised images in float32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from cv_jax.augment.chain import make_augment
 from cv_jax.config import calls as specs
 from cv_jax.config.errors import UserError
-from cv_jax.data import DataSpec
+from cv_jax.data import DataSpec, Field
 
 
 def to_unit(image: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
@@ -19,39 +19,66 @@ def to_unit(image: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     return image.astype(np.float32) / np.float32(255)
 
 
+def make_augmented(text: str, fields: Mapping[str, Field]) -> Callable[[dict, jax.Array], dict]:
+    """Returns (batch, key) -> augmented batch.
+
+    Images and clips become float32 in [0, 1], labels one-hot probabilities (b, n).
+
+    Args:
+        text: see `augment.make_augment`.
+        fields: those of the batch.
+    """
+    augment = make_augment(text)
+
+    def augmented(batch, key):
+        batch = {**batch, **{name: _prepared(batch[name], field) for name, field in fields.items()}}
+        # The barrier keeps the compiler from augmenting again for each reader of a pixel.
+        return jax.lax.optimization_barrier(augment(key, batch))
+
+    return augmented
+
+
+def _prepared(x: jax.Array, field: Field) -> jax.Array:
+    if field.kind in ("image", "clip"):
+        return to_unit(x)
+    return jax.nn.one_hot(x, len(field.names)) if field.kind == "label" else x
+
+
 def make_view(text: str) -> Callable[[dict, jax.Array], jax.Array]:
-    """Returns (batch, key) -> augmented images in [0, 1], for tasks that need no labels.
+    """Returns (batch, key) -> augmented images in [0, 1], for tasks that use nothing else.
 
     `text`: see `augment.make_augment`.
     """
     augment = make_augment(text)
 
     def view(batch, key):
-        batch = {name: x for name, x in batch.items() if name != "label"}
-        image = augment(key, {**batch, "image": to_unit(batch["image"])})["image"]
-        # The barrier keeps the compiler from augmenting again for each reader of a pixel.
-        return jax.lax.optimization_barrier(image)
+        batch = {"image": to_unit(batch["image"]), "rows": batch["rows"]}
+        return jax.lax.optimization_barrier(augment(key, batch)["image"])
 
     return view
 
 
-def check_augmented(text: str, images: np.ndarray, spec: DataSpec) -> list[str]:
+def check_augmented(text: str, examples: dict, spec: DataSpec) -> list[str]:
     """Checks augmented images of a first batch; returns a note where they have another size.
 
     Args:
         text: `config.augment`.
-        images: (b, h, w, c), augmented.
+        examples: augmented, by field.
         spec: of the data.
 
     Raises:
         UserError: a value is not finite or lies outside [0, 1]. It names the augmentation, which is
             found by applying one after the other to images of the sample.
     """
+    if "image" not in examples:
+        return []
+    images = np.asarray(examples["image"])
     if not _in_unit(images):
         calls = specs.parse(text, "config.augment")
-        image = to_unit(spec.sample[:16])
+        image = to_unit(spec.sample["image"][:16])
         number = np.zeros(len(image), np.int32)
-        batch = {"index": number, "epoch": number, "coin": number.astype(np.uint32)}
+        rows = {"index": number, "epoch": number, "coin": number.astype(np.uint32)}
+        batch = {"rows": rows}
         batch["label"] = np.zeros((len(image), spec.num_classes), np.float32)
         name = text
         for count in range(1, len(calls) + 1):
@@ -94,5 +121,6 @@ def make_denormalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
 
 
 def _mean_and_std(spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
-    mean, std = (np.float32(x)[None, None, None] for x in (spec.mean, spec.std))
+    field = spec.fields["image"]
+    mean, std = (np.float32(x)[None, None, None] for x in (field.mean, field.std))
     return mean, np.maximum(std, np.float32(1 / 255))  # of a constant channel: 0

@@ -1,9 +1,34 @@
-"""Losses: one number an example, not reduced, so that masks and weights stay the caller's."""
+"""Losses of examples, and the loss of a batch."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+
+
+class Loss(NamedTuple):
+    """The loss of a batch as a sum and a count, so that any division over devices is the same.
+
+    Attributes:
+        total: () float32, the sum over whatever is counted: examples, objects, pixels.
+        count: () float32, how many there are in the whole batch; may be 0.
+        each: (b,) float32, the loss of each example, for `config.select`; None: not known.
+    """
+
+    total: jax.Array
+    count: jax.Array
+    each: jax.Array | None = None
+
+    def mean(self) -> jax.Array:
+        """Returns total / max(count, 1), of which a step follows the gradient."""
+        return self.total / jnp.maximum(self.count, 1)
+
+
+def of_examples(each: jax.Array) -> Loss:
+    """Returns the loss of a batch whose examples (b,) all count the same."""
+    return Loss(each.sum(), jnp.float32(len(each)), each)
 
 
 def cross_entropy(

@@ -9,13 +9,13 @@ from cv_jax.learn.losses import cross_entropy
 CONFIDENCE_BINS = 15
 
 
-def classification_metrics(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict:
+def classification_metrics(logits: jax.Array, label: jax.Array, weight: jax.Array) -> dict:
     """Metrics of a batch.
 
     Args:
         logits: (b, n) float32.
         label: (b,) int32 in [0, n).
-        mask: (b,) float32, 1 for an example that counts and 0 for padding.
+        weight: (b,) float32, 1 for an example that counts and 0 for padding.
 
     Returns:
         loss (cross-entropy, nats); those of `answer_metrics`; calibration, whose sum is (3, 15): of
@@ -23,16 +23,16 @@ def classification_metrics(logits: jax.Array, label: jax.Array, mask: jax.Array)
         equal width, the number, how many are right, and the sum of the confidences. Every sum is
         NaN where a logit or the loss is not finite, see `nan_unless`.
     """
-    count = mask.sum()
+    count = weight.sum()
     losses = cross_entropy(logits, jax.nn.one_hot(label, logits.shape[-1]))
-    correct = (logits.argmax(-1) == label).astype(mask.dtype)
+    correct = (logits.argmax(-1) == label).astype(weight.dtype)
     confidence = jax.nn.softmax(logits).max(-1)
     bins = jnp.minimum((confidence * CONFIDENCE_BINS).astype(jnp.int32), CONFIDENCE_BINS - 1)
-    binned = jnp.stack([jnp.ones_like(mask), correct, confidence]) * mask[None]
-    loss = (losses * mask).sum()
+    binned = jnp.stack([jnp.ones_like(weight), correct, confidence]) * weight[None]
+    loss = (losses * weight).sum()
     metrics = {
         "loss": (loss, count),
-        **answer_metrics(logits, label, mask),
+        **answer_metrics(logits, label, weight),
         "calibration": (binned @ jax.nn.one_hot(bins, CONFIDENCE_BINS), count),
     }
     return nan_unless(jnp.isfinite(logits).all() & jnp.isfinite(loss), metrics)
@@ -47,12 +47,12 @@ def nan_unless(finite: jax.Array, metrics: dict) -> dict:
     return {name: (jnp.where(finite, x, jnp.nan), count) for name, (x, count) in metrics.items()}
 
 
-def answer_metrics(scores: jax.Array, label: jax.Array, mask: jax.Array) -> dict:
+def answer_metrics(scores: jax.Array, label: jax.Array, weight: jax.Array) -> dict:
     """Which answers are right: that of an example is the class of its highest score.
 
     Args:
         scores: (b, n).
-        label, mask: see `classification_metrics`.
+        label, weight: see `classification_metrics`.
 
     Returns:
         accuracy, top5 where n > 5, per_class_accuracy ((n,) pairs); confusion, whose sum is the
@@ -60,11 +60,11 @@ def answer_metrics(scores: jax.Array, label: jax.Array, mask: jax.Array) -> dict
     """
     n = scores.shape[-1]
     answer = scores.argmax(-1)
-    confusion = (jax.nn.one_hot(label, n) * mask[:, None]).T @ jax.nn.one_hot(answer, n)
-    count = mask.sum()
+    confusion = (jax.nn.one_hot(label, n) * weight[:, None]).T @ jax.nn.one_hot(answer, n)
+    count = weight.sum()
 
     def hits(correct):
-        return (correct.astype(mask.dtype) * mask).sum(), count
+        return (correct.astype(weight.dtype) * weight).sum(), count
 
     metrics = {
         "accuracy": hits(answer == label),

@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
-from cv_jax.config.errors import UserError
 from cv_jax.data import DataSpec
-from cv_jax.learn.evaluations import Probe
+from cv_jax.learn.evaluations import Metric, Probe
 from cv_jax.learn.losses import unit
 from cv_jax.learn.metrics import answer_metrics, nan_unless
 
@@ -21,16 +19,6 @@ NEIGHBOURS, TEMPERATURE = 200, 0.1
 RIDGE = 1e-2
 # Training images that are learned from while the training goes on: that takes seconds.
 WATCHED = 5_000
-
-
-def check_unsupervised(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for a setting that only tasks with labels have."""
-    for key, value in {"select": "", "label_smoothing": 0.0, "tta": "none"}.items():
-        if config[key] != value:
-            raise UserError(
-                f"config.{key}={config[key]!r} is for tasks with labels, and "
-                f"config.task={config.task!r} has none: set it to {value!r}."
-            )
 
 
 def step_metrics(losses: jax.Array, features: jax.Array) -> dict:
@@ -84,15 +72,15 @@ def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
 
     def score(state, learned, batch):
         features, more = measure(state, batch)
-        label, mask = batch["label"], batch["mask"]
+        label, weight = batch["label"], batch["rows"]["weight"]
         votes = neighbour_votes(unit(features), learned.features, learned.label, n)
         linear = features @ learned.weights + learned.bias[None]
-        count = mask.sum()
+        count = weight.sum()
         sums = [total for total, _ in more.values()]
         finite = [jnp.isfinite(x).all() for x in (features, *learned, *sums)]
         metrics = {
-            **answer_metrics(votes, label, mask),
-            "linear_accuracy": answer_metrics(linear, label, mask)["accuracy"],
+            **answer_metrics(votes, label, weight),
+            "linear_accuracy": answer_metrics(linear, label, weight)["accuracy"],
             "feature_spread": (learned.spread * count, count),
             "feature_rank": (learned.rank * count, count),
             **more,
@@ -102,6 +90,14 @@ def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
     return {"watch": Probe(embed, fit, score, WATCHED), "final": Probe(embed, fit, score)}
 
 
+METRICS = {
+    "loss": Metric(better="lower"),
+    "accuracy": Metric("%", protocol="nearest neighbours among features of training images"),
+    "linear_accuracy": Metric("%", protocol="ridge regression on features of training images"),
+    "top5": Metric("%", protocol="top-5 of the nearest neighbours"),
+    "feature_spread": Metric(),
+    "feature_rank": Metric(),
+}
 NOTE = "probes  accuracy is that of the nearest neighbours, linear_accuracy of ridge regression"
 
 

@@ -59,16 +59,28 @@ def choose_run(workdir: epath.Path, run: str = "") -> ChosenRun:
     return ChosenRun(name, position, len(names), config, result)
 
 
-def read_variables(source: epath.Path) -> tuple[str, int, dict[str, np.ndarray]]:
-    """Reads the variables with which a network is evaluated.
+class Variables(NamedTuple):
+    """The variables with which a network is evaluated.
+
+    Attributes:
+        name: of the run.
+        steps: that it has made.
+        arrays: by path, such as "params/head/kernel". The parameters are the averaged ones where
+            the run averages.
+    """
+
+    name: str
+    steps: int
+    arrays: dict[str, np.ndarray]
+
+
+def read_variables(source: epath.Path, run: str = "") -> Variables:
+    """Reads the variables of a network, without building its task.
 
     Args:
         source: the work directory of a run, of which the newest checkpoint counts; or a file
             NAME.safetensors of cv_jax.tools.export.
-
-    Returns:
-        The name of the run, the steps that it has made, and {path: array} of its variables, such
-        as "params/head/kernel". The parameters are the averaged ones where the run averages.
+        run: the name of the run, see `choose_run`.
 
     Raises:
         UserError: there is no such network, a file of it is damaged, or a number of it is not
@@ -77,8 +89,8 @@ def read_variables(source: epath.Path) -> tuple[str, int, dict[str, np.ndarray]]
     if source.suffix == ".safetensors":
         arrays, card = read_safetensors(source)
         check_finite(arrays, card["run"], source)
-        return card["run"], card["steps"], arrays
-    chosen = choose_run(source)
+        return Variables(card["run"], card["steps"], arrays)
+    chosen = choose_run(source, run)
     state = read_newest(source)
     params = state["params"]
     if chosen.config.optim.ema > 0:
@@ -86,7 +98,7 @@ def read_variables(source: epath.Path) -> tuple[str, int, dict[str, np.ndarray]]
     of_runs = flatten_dict({"params": params, **state["model_state"]}, sep="/")
     arrays = {path: array[chosen.position] for path, array in of_runs.items()}
     check_finite(arrays, chosen.name, source)
-    return chosen.name, int(state["step"]), arrays
+    return Variables(chosen.name, int(state["step"]), arrays)
 
 
 def check_finite(arrays: dict[str, Any], run: str, source: epath.Path) -> None:

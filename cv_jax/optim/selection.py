@@ -1,9 +1,9 @@
 """Selections: which examples of a batch a step trains on.
 
-A selection is a function (batch, last_loss) -> batch of fewer examples, where last_loss (m,) holds,
-by the examples' `index`, the loss that each had when it was last trained on, and infinity before.
-A config names it by `config.select`; "" is all examples. A new one is a function and a line of
-SELECTIONS.
+A selection is a function (batch, last_loss) -> batch of fewer examples. last_loss (m,) holds the
+loss that each example of train had when it was last trained on, and infinity before; `index` of the
+batch's rows finds it. `config.select` names a selection; "" is all examples. A new selection is a
+function and a line of SELECTIONS.
 """
 
 from collections.abc import Callable
@@ -37,13 +37,14 @@ def hardest(keep: int, *, of: int) -> Select:
         raise ValueError(f"{keep} of {of} cannot be kept")
 
     def select(batch: dict, last_loss: jax.Array) -> dict:
-        size = len(batch["index"])
+        index = batch["rows"]["index"]
+        size = len(index)
         if size % of:
             raise UserError(
                 f"config.select='hardest({keep}, of={of})' needs a config.batch_size that is a "
                 f"multiple of {of}, not {size}."
             )
-        losses = last_loss[batch["index"]].reshape(-1, of)
+        losses = last_loss[index].reshape(-1, of)
         chosen = jnp.sort(jax.lax.top_k(losses, keep)[1], axis=1)  # in the order of the batch
 
         def take(x):

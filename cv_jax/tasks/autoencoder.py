@@ -14,6 +14,7 @@ import ml_collections
 from cv_jax.config.calls import build_one, require
 from cv_jax.config.errors import UserError
 from cv_jax.data import DataSpec
+from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.initial import make_initial
 from cv_jax.learn.inputs import (
     make_denormalize,
@@ -21,14 +22,9 @@ from cv_jax.learn.inputs import (
     make_view,
     to_unit,
 )
-from cv_jax.learn.losses import squared_error
-from cv_jax.learn.probes import (
-    NOTE,
-    check_unsupervised,
-    make_probes,
-    step_metrics,
-)
-from cv_jax.learn.steps import make_steps
+from cv_jax.learn.losses import of_examples, squared_error
+from cv_jax.learn.probes import METRICS, NOTE, make_probes, step_metrics
+from cv_jax.learn.train_step import make_training
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.models.autoencoder import Autoencoder
 from cv_jax.models.layers import checked_widths
@@ -102,9 +98,6 @@ def _method(latent, widths, damage):
 
 def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     """Builds the task."""
-    check_unsupervised(config)
-    if config.progressive_resizing:
-        raise UserError("config.progressive_resizing must be '': an autoencoder has one size.")
     method = build_one(config.method, METHODS, "config.method")
     backbone = build_model(config.model, 0, compute_dtype(config.dtype))
     model = Autoencoder(backbone, method.latent, method.widths)
@@ -113,8 +106,8 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     denormalize = make_denormalize(spec, config.data.normalize)
     initial = make_initial(config, model, normalize, spec)
 
-    def forward(params, model_state, batch, key, size):
-        del size  # of all of them: the latent vector sees every place
+    def loss(params, model_state, batch, key, size):
+        del size  # always None: the latent vector sees every place
         augment_key, damage_key, dropout_key = jax.random.split(key, 3)
         image = normalize(view(batch, augment_key))
         if image.shape[1:] != spec.image_shape:
@@ -131,35 +124,42 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             rngs={"dropout": dropout_key},
         )
         values = squared_error(drawn, image, weight)
-        return values, (model_state, step_metrics(values, features["pooled"]))
+        return of_examples(values), (model_state, step_metrics(values, features["pooled"]))
 
-    steps = make_steps(config, spec, initial.shapes["params"], forward)
+    training = make_training(config, spec, initial.shapes["params"], loss)
 
     def init(key: jax.Array) -> TrainState:
         variables = initial.draw(key)
-        return init_state(variables.pop("params"), variables, steps.tx)
+        return init_state(variables.pop("params"), variables, training.tx)
 
     def apply(state, image):
         params = evaluated_params(config.optim, state)
         image = normalize(to_unit(image))
         return image, *model.apply({"params": params, **state.model_state}, image, train=False)
 
-    def features(state, image):
-        _, drawn, features = apply(state, image)
+    def features(state, batch):
+        _, drawn, features = apply(state, batch["image"])
         return {**features, "reconstruction": denormalize(drawn)}
 
     def measure(state, batch):
         image, drawn, features = apply(state, batch["image"])
         values = squared_error(drawn, image, jnp.ones_like(image[..., :1]))
-        loss = (values * batch["mask"]).sum(), batch["mask"].sum()
+        weight = batch["rows"]["weight"]
+        loss = (values * weight).sum(), weight.sum()
         return features["pooled"], {"loss": loss}
 
     return Task(
         init=init,
-        train_step=steps.train_step,
+        train_step=training.train_step,
         evals=make_probes(measure, spec),
-        preview=view,
-        notes=[f"method  {config.method}", NOTE, *steps.notes, *initial.notes],
+        metrics=METRICS,
+        headline="accuracy",
+        preview=lambda batch, key: {"image": view(batch, key)},
+        notes=[f"method  {config.method}", NOTE, *training.notes, *initial.notes],
+        needs=("image", "label"),
+        reads=("method", "data.keep_unlabelled"),
         features=features,
-        stages=steps.stages,
+        read=make_read(spec),
+        draw=draw_image,
+        stages=training.stages,
     )

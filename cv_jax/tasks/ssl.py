@@ -19,15 +19,12 @@ from cv_jax.config import durations
 from cv_jax.config.calls import build_one, require
 from cv_jax.data import DataSpec
 from cv_jax.learn import losses
+from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.initial import make_initial
 from cv_jax.learn.inputs import make_normalize, make_view, to_unit
-from cv_jax.learn.probes import (
-    NOTE,
-    check_unsupervised,
-    make_probes,
-    step_metrics,
-)
-from cv_jax.learn.steps import make_steps
+from cv_jax.learn.losses import of_examples
+from cv_jax.learn.probes import METRICS, NOTE, make_probes, step_metrics
+from cv_jax.learn.train_step import make_training
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.models.layers import batch_norm, checked_widths, dense
 from cv_jax.optim.optimizers import evaluated_params
@@ -128,7 +125,6 @@ class Siamese(nn.Module):
 
 def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     """Builds the task; the state's `model_state` has the teacher where the method has one."""
-    check_unsupervised(config)
     method = build_one(config.method, METHODS, "config.method")
     model = Siamese(
         build_model(config.model, 0, compute_dtype(config.dtype)),
@@ -140,7 +136,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     initial = make_initial(config, model, normalize, spec)
     total_steps = durations.total_steps(config, spec.num_train)
 
-    def forward(params, model_state, batch, key, size):
+    def loss(params, model_state, batch, key, size):
         view_key, dropout_key = jax.random.split(key)
         views = [view(batch, k) for k in jax.random.split(view_key)]
         # The views of an image beside each other: where devices share the batch, none moves.
@@ -165,7 +161,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             target, _, updated = outputs(model_state["teacher"], Siamese.project)
             model_state["teacher"] = {**model_state["teacher"], **updated}
         values = method.loss(z, target)
-        return values, (model_state, step_metrics(values, pooled))
+        return of_examples(values), (model_state, step_metrics(values, pooled))
 
     def move_teacher(state):
         if method.momentum is None:
@@ -174,7 +170,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         teacher = follow(state.model_state["teacher"], state.params, momentum)
         return state.replace(model_state={**state.model_state, "teacher": teacher})
 
-    steps = make_steps(config, spec, initial.shapes["params"], forward, finish=move_teacher)
+    training = make_training(config, spec, initial.shapes["params"], loss, finish=move_teacher)
 
     def init(key: jax.Array) -> TrainState:
         variables = initial.draw(key)
@@ -182,26 +178,32 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         if method.momentum is not None:
             teacher = without_predictor({"params": params, **variables})
             variables["teacher"] = jax.tree.map(jnp.copy, teacher)
-        return init_state(params, variables, steps.tx)
+        return init_state(params, variables, training.tx)
 
-    def features(state, image):
+    def features(state, batch):
         params = evaluated_params(config.optim, state)
         variables = {"params": params, "batch_stats": state.model_state.get("batch_stats", {})}
-        image = normalize(to_unit(image))
+        image = normalize(to_unit(batch["image"]))
         z, pooled = model.apply(variables, image, train=False, method=Siamese.project)
         return {"pooled": pooled, "projection": z}
 
     def measure(state, batch):
-        return features(state, batch["image"])["pooled"], {}
+        return features(state, batch)["pooled"], {}
 
     return Task(
         init=init,
-        train_step=steps.train_step,
+        train_step=training.train_step,
         evals=make_probes(measure, spec),
-        preview=view,
-        notes=[f"method  {config.method}", NOTE, *steps.notes, *initial.notes],
+        metrics=METRICS,
+        headline="accuracy",
+        preview=lambda batch, key: {"image": view(batch, key)},
+        notes=[f"method  {config.method}", NOTE, *training.notes, *initial.notes],
+        needs=("image", "label"),
+        reads=("method", "progressive_resizing", "data.keep_unlabelled"),
         features=features,
-        stages=steps.stages,
+        read=make_read(spec),
+        draw=draw_image,
+        stages=training.stages,
     )
 
 

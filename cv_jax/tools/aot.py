@@ -50,14 +50,11 @@ from cv_jax.config.command_line import check_command_line
 from cv_jax.config.errors import UserError, nearest
 from cv_jax.config.paths import path_argument
 from cv_jax.config.rules import check
-from cv_jax.data import (
-    Dataset,
-    DataSpec,
-    Split,
-    load_dataset,
-)
+from cv_jax.data import Dataset, DataSpec, image_field, label_field, load_dataset
 from cv_jax.data.batches import STREAM_STEPS, SplitStream, padded_batches, stream_batches
-from cv_jax.learn.evaluations import Probe
+from cv_jax.data.dataset import counts
+from cv_jax.data.fields import take
+from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.runtime.keys import derive_keys
 from cv_jax.runtime.mesh import (
     batch_sharding,
@@ -223,20 +220,15 @@ def blank_dataset(images: str, num_classes: int) -> Dataset:
             "height, width and channels, such as 1281167x224x224x3, and at least one class."
         )
     image = np.broadcast_to(np.uint8(0), shape)
-    label = np.broadcast_to(np.int32(0), shape[:1])
-    spec = DataSpec(
-        name=images,
-        image_shape=shape[1:],
-        class_names=tuple(map(str, range(num_classes))),
-        mean=np.zeros(shape[3], np.float32),
-        std=np.ones(shape[3], np.float32),
-        num_train=shape[0],
-        num_val=0,
-        num_test=shape[0],
-        sample=image[:1],
-    )
-    split = Split(image, label)
-    return Dataset(spec, split, Split(image[:0], label[:0]), split)
+    split = {"image": image, "label": np.broadcast_to(np.int32(0), shape[:1])}
+    statistics = {"mean": np.zeros(shape[3], np.float32), "std": np.ones(shape[3], np.float32)}
+    fields = {
+        "image": image_field(shape[1:])._replace(**statistics),
+        "label": label_field(tuple(map(str, range(num_classes)))),
+    }
+    nothing, first = take(split, slice(0)), take(split, slice(1))
+    spec = DataSpec(images, fields, **counts(split, nothing, split), sample=first)
+    return Dataset(spec, split, nothing, split)
 
 
 def examine(
@@ -295,9 +287,9 @@ def training_cost(
     keys = derive_keys(config.seed)
     # A stream reads nothing before its first feed; the shapes are those of resident batches, too.
     stream = stream_batches(SplitStream(data.train), config.batch_size, keys.order, make_mesh())
-    resident = sum(array.nbytes for array in data.train)
+    resident = sum(array.nbytes for array in data.train.values())
     if config.data.stream:
-        fed = sum(shape.size * shape.dtype.itemsize for shape in stream.shapes.values())
+        fed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stream.shapes))
         resident = STREAM_STEPS * fed // mesh.size
     dearest = max(task.stages, key=lambda start: step_flops(task, stream.shapes, start))
 
@@ -319,9 +311,11 @@ def evaluation_cost(
     state = _placed(jax.eval_shape(task.init, jax.random.key(0)), replicated(mesh))
     size = min(config.eval_batch_size, data.spec.num_test)
     size = -(-size // mesh.size) * mesh.size
-    (one,) = padded_batches(Split(*(array[:1] for array in data.test)), size)
+    (one,) = padded_batches(take(data.test, slice(1)), data.spec.fields, size)
     batch = _placed(one, batch_sharding(mesh))
     final = task.evals["final"]
+    if isinstance(final, Collected):
+        final = final.predict
     if not isinstance(final, Probe):
         return cost(jax.jit(final), (state, batch), 0, chip, mesh.size)
     fitted = jax.eval_shape(final.fit, *learned_from(final, data.spec, state, batch))

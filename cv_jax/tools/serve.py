@@ -1,13 +1,14 @@
-"""Shows in a browser what a network that train.py has trained makes of an image.
+"""Shows in a browser what a network that train.py has trained predicts.
 
     python -m cv_jax.tools.serve --workdir=runs/a
     python -m cv_jax.tools.serve --workdir=runs/a --run=seed=3 --tta=none --port=8080
 
-On the page one drops, chooses, pastes or draws an image and sees the probabilities of its classes,
-the image as the network gets it, the saliency map and the feature maps of each layer. It answers
-this machine alone, unless --host is another address of it: then whoever reaches that may ask.
+On the page you drop, choose, paste or draw an image. You see the prediction, the image as the
+network gets it, and, for a classifier, the saliency map and the feature maps of each layer. The
+server answers this machine alone, unless --host is another address of it: then whoever reaches that
+address may ask.
 
-    POST /predict   an image file of at most 10 MB as the body -> JSON, see `make_answer`
+    POST /predict   a file of at most 10 MB as the body -> JSON, see `make_answer`
     GET /run        what network it is -> JSON, see `about`
 
 Ctrl-C or SIGTERM ends it. Exit codes: 2 something to mend, the message says what; 130 or 143
@@ -26,7 +27,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,14 +39,13 @@ import jax
 import numpy as np
 
 from cv_jax.config.errors import UserError
+from cv_jax.data import DataSpec
+from cv_jax.data.dataset import padding
 from cv_jax.data.typical import score
 from cv_jax.runtime.signals import Stopped, raise_when_signalled
 from cv_jax.runtime.startup import check_platform, prepare_jax
-from cv_jax.tasks.classification.saliency import by_depth, explain
-from cv_jax.tasks.classification.views import find_tta
 from cv_jax.tools.command import add_run_arguments, command, make_parser
-from cv_jax.trained.load import Trained, check_answers, in_words, load_trained
-from cv_jax.trained.read_image import read_image
+from cv_jax.trained.load import Trained, check_finite_predictions, in_words, load_trained
 from cv_jax.workdir.bucket import work_directory
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -58,45 +57,79 @@ WHOLE_SECONDS = 30  # and take so long in all
 LINGER_SECONDS = 1
 
 
-def make_answer(trained: Trained, tta: str) -> Callable[[bytes], dict[str, Any]]:
-    """Returns the function from an image file to the JSON values that the page shows.
+def make_answer(trained: Trained) -> Callable[[bytes], dict[str, Any]]:
+    """Returns the function from a file to the JSON values that the page shows.
 
-    They are `classes`: [{name, probability}], the most probable first; `image`: {shape, pixels},
-    what the network sees, (h, w, c); `saliency`, and `features`, one for each layer: {name, shape,
-    low, high, pixels} as `_to_maps` makes them. Pixels are bytes in base64. `score` says how unlike
-    the training images it is, see `data.typical.score`, and `unlike` whether that is above the
-    threshold; both are absent where the run has not measured its training images.
+    They are `prediction`, as the task describes it; `picture`: {shape, pixels}, as the task draws
+    it; `classes`: [{name, probability}], the most probable first, where the prediction has
+    probabilities. For an image there are `image`: {shape, pixels}, what the network sees, (h, w,
+    c); `score`, how unlike the training images it is, see `data.typical.score`; and `unlike`,
+    whether that is above the threshold. Where the task explains its predictions there are
+    `saliency`, and `features`, one for each layer: {name, shape, low, high, pixels} as `_to_maps`
+    makes them. Pixels are bytes in base64.
 
-    The function raises UserError for a file that is no image. The program is compiled here.
+    The function raises UserError for a file that cannot be read. The program is compiled here.
 
     Raises:
-        UserError: the network answers with numbers that are not finite.
+        UserError: the network predicts numbers that are not finite.
     """
-    shape = trained.spec.image_shape
-    program = jax.jit(partial(explain, trained.predict, tta=tta))
-    compiled = program.lower(trained.state, jax.ShapeDtypeStruct(shape, np.float32)).compile()
+    task, spec = trained.task, trained.spec
 
-    def look(image: np.ndarray) -> dict[str, Any]:
-        explained = compiled(trained.state, image.astype(np.float32) / np.float32(255))
-        probabilities, saliency, features = jax.device_get(explained)
-        check_answers(probabilities)
-        likeness = {}
-        if typical := trained.spec.typical:
-            distance = float(score(image[None], typical)[0])
-            likeness = {"score": distance, "unlike": distance > typical.threshold}
-        return {
-            **likeness,
-            "classes": [
-                {"name": trained.spec.class_names[i], "probability": float(probabilities[i])}
-                for i in np.argsort(-probabilities, kind="stable")
-            ],
-            "image": {"shape": shape, "pixels": _to_text(image)},
-            "saliency": _to_maps("saliency", saliency[..., None]),
-            "features": [_to_maps(name, x) for name, x in by_depth(features).items()],
+    @jax.jit
+    def program(state, batch):
+        explained = task.explain(state, batch) if task.explain else {}
+        return task.predict(state, batch), explained
+
+    def look(example: dict[str, np.ndarray], back: Any) -> dict[str, Any]:
+        batch = {name: x[None] for name, x in example.items()}
+        found = jax.device_get(program(trained.state, batch))
+        prediction, explained = jax.tree.map(lambda x: x[0], found)
+        check_finite_predictions(prediction)
+        values = task.describe(example, prediction, back)
+        answer = {
+            "prediction": values,
+            "picture": _to_picture(task.draw(example, prediction, back)),
         }
+        if "probabilities" in values:
+            shares = values["probabilities"].items()
+            answer["classes"] = [{"name": name, "probability": x} for name, x in shares]
+        if "image" in example:
+            answer |= {"image": _to_picture(example["image"]), **_likeness(example["image"], spec)}
+        if explained:
+            answer["saliency"] = _to_maps("saliency", explained["saliency"][..., None])
+            features = by_depth(explained["features"]).items()
+            answer["features"] = [_to_maps(name, x) for name, x in features]
+        return answer
 
-    look(np.zeros(shape, np.uint8))  # what it does only once is done before the first request
-    return lambda file: look(read_image(file, shape))
+    def answer(file: bytes) -> dict[str, Any]:
+        example, back = task.read(file)[0]
+        return look(example, back)
+
+    # Work that is done once is done before the first request.
+    blank = padding({name: spec.fields[name] for name in task.inputs}, 1)
+    check_finite_predictions(jax.device_get(program(trained.state, blank)[0]))
+    return answer
+
+
+def _likeness(image: np.ndarray, spec: DataSpec) -> dict[str, Any]:
+    if not spec.typical:
+        return {}
+    distance = float(score(image[None], spec.typical)[0])
+    return {"score": distance, "unlike": distance > spec.typical.threshold}
+
+
+def by_depth(features: dict[str, Any]) -> dict[str, Any]:
+    """Returns features in the order of the layers: maps shrink on the way; "stem" is the first."""
+
+    def depth(name):
+        x = features[name]
+        return -x[..., 0].size, name != "stem", name
+
+    return {name: features[name] for name in sorted(features, key=depth)}
+
+
+def _to_picture(pixels: np.ndarray) -> dict[str, Any]:
+    return {"shape": pixels.shape, "pixels": _to_text(np.ascontiguousarray(pixels))}
 
 
 def _to_maps(name: str, x: np.ndarray) -> dict[str, Any]:
@@ -112,15 +145,16 @@ def _to_text(pixels: np.ndarray) -> str:
     return base64.b64encode(pixels.tobytes()).decode()
 
 
-def about(trained: Trained, tta: str) -> dict[str, Any]:
-    """What network it is, as JSON values."""
+def about(trained: Trained) -> dict[str, Any]:
+    """Returns what network it is, as JSON values."""
+    fields = trained.spec.fields
     return {
         "model": trained.config.model,
         "data": trained.spec.name,
         "run": trained.name,
         "step": int(trained.state.step),
-        "tta": tta,
-        "image_shape": trained.spec.image_shape,
+        "tta": trained.config.tta,
+        "image_shape": fields["image"].shape if "image" in fields else None,
         "in_words": in_words(trained),
     }
 
@@ -319,11 +353,9 @@ def main() -> None:
     try:
         prepare_jax()
         check_platform()
-        trained = load_trained(work_directory(arguments.workdir), arguments.run)
-        tta = trained.config.tta if arguments.tta is None else arguments.tta
-        find_tta(tta)
-        answer = make_answer(trained, tta)
-        with _listen(arguments.host, arguments.port, answer, about(trained, tta)) as server:
+        trained = load_trained(work_directory(arguments.workdir), arguments.run, arguments.tta)
+        answer = make_answer(trained)
+        with _listen(arguments.host, arguments.port, answer, about(trained)) as server:
             print(f"{server.url}   Ctrl-C ends it", flush=True)
             server.serve_forever()
     except Stopped as stopped:

@@ -1,66 +1,72 @@
 """Exact evaluation: every example counts once, whatever the batch size and the device count."""
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from cv_jax.data import Dataset, Split
+from cv_jax.data import Dataset, Examples
 from cv_jax.data.batches import padded_batches
-from cv_jax.learn.evaluations import Probe
+from cv_jax.data.fields import num_examples, take
+from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.runtime.clock import Clock
-from cv_jax.runtime.mesh import (
-    batch_sharding,
-    num_sharing,
-    put,
-    replicated,
-)
+from cv_jax.runtime.mesh import batch_sharding, num_sharing, put, replicated
+from cv_jax.runtime.processes import first_says
+
+
+def one_late(function: Callable[[dict], Any], batches: Iterable[dict]) -> Iterator[Any]:
+    """Yields function(batch) of each batch, on the host.
+
+    Each result is fetched while the next one is computed. A signal waits for two batches at most.
+    """
+    dispatched = None
+    for batch in batches:
+        before, dispatched = dispatched, function(batch)
+        if before is not None:
+            yield jax.device_get(before)
+    yield jax.device_get(dispatched)
 
 
 def sum_batches(evaluate: Callable[[dict], dict], batches: Iterable[dict]) -> dict:
-    """Adds up {metric: (sum, count)} over batches, on the host in float64.
-
-    A dispatch for each, so that a signal waits for two batches at most: one is computed while the
-    numbers of the one before are fetched.
-    """
-    fetched, dispatched = [], None
-    for batch in batches:
-        before, dispatched = dispatched, evaluate(batch)
-        if before is not None:
-            fetched.append(jax.device_get(before))
-    fetched.append(jax.device_get(dispatched))
+    """Adds up {metric: (sum, count)} over batches, on the host in float64."""
+    fetched = list(one_late(evaluate, batches))
     return jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *fetched)
 
 
 class Evaluator:
-    """Evaluates splits; each goes to the devices once, and each program is compiled once.
+    """Evaluates splits in batches. Each function is compiled once for each shape of a batch.
 
     Args:
         evals: by name, see `programs.Programs`.
-        own: of the runs.
-        data: its attributes are the splits.
-        batch_size: examples at a time, rounded up to a multiple of the devices that share them.
-        mesh: where.
+        own: keys and swept values of the runs.
+        data: the splits.
+        config: of the runs; `eval_batch_size` is rounded up to a multiple of the devices that
+            share a batch. With `data.stream` batches go to the devices one at a time; else each
+            split is copied there once.
+        mesh: devices that share the batches.
         clock: counts "eval", and "compile" apart from it.
     """
 
     def __init__(
         self,
-        evals: dict[str, Callable | Probe],
+        evals: dict[str, Callable | Probe | Collected],
         own: Any,
         data: Dataset,
-        batch_size: int,
+        config: ml_collections.ConfigDict,
         mesh: Mesh,
         clock: Clock,
     ):
         self._evals = evals
         self._own = own
         self._data = data
-        self._batch_size = batch_size
+        self._batch_size = config.eval_batch_size
+        self._streams = config.data.stream
         self._mesh = mesh
         self._clock = clock
         self._batches: dict[str, list[dict]] = {}
@@ -69,38 +75,68 @@ class Evaluator:
 
     def __call__(self, name: str, state: Any, split: str) -> dict:
         """Returns {metric: (sum, count)} of all runs, on the host; {} for an empty split."""
-        arrays = getattr(self._data, split)
-        if not len(arrays.label):
+        examples = getattr(self._data, split)
+        if not num_examples(examples):
             return {}
         with self._clock("eval"):
             evaluation = self._evals[name]
+            if isinstance(evaluation, Collected):
+                return self._collect(evaluation, state, split)
             if isinstance(evaluation, Probe):
                 fitted = self._fit(name, evaluation, state)
                 evaluate = partial(self._call, evaluation.score, state, fitted)
             else:
                 evaluate = partial(self._call, evaluation, state)
-            if split not in self._batches:
-                self._batches[split] = self._lay_out(arrays)
-            return sum_batches(evaluate, self._batches[split])
+            return sum_batches(evaluate, self._batches_of(split))
+
+    def _collect(self, evaluation: Collected, state: Any, split: str) -> dict:
+        """Folds the predictions of each run on process 0; all processes return its numbers."""
+        examples = getattr(self._data, split)
+        num_runs = len(jax.tree.leaves(state.params)[0])
+        folds = [evaluation.start() for _ in range(num_runs)]
+        start = 0
+        for predictions in one_late(
+            partial(self._call, evaluation.predict, state), self._batches_of(split)
+        ):
+            part = take(examples, slice(start, start + num_rows(predictions)))
+            start += num_examples(part)
+            if jax.process_index() == 0:
+                for run in range(num_runs):
+                    own = {k: x[run, : num_examples(part)] for k, x in predictions.items()}
+                    folds[run] = evaluation.add(folds[run], own, part)
+        numbers = None
+        if jax.process_index() == 0:
+            finished = [evaluation.finish(fold) for fold in folds]
+            numbers = {name: [float(of_run[name]) for of_run in finished] for name in finished[0]}
+        numbers = json.loads(first_says(json.dumps(numbers)))
+        return {name: (np.array(values), np.ones(num_runs)) for name, values in numbers.items()}
 
     def _fit(self, name: str, probe: Probe, state: Any) -> Any:
-        """What `probe` learns of train, once for all splits that are evaluated in this state."""
+        """Returns what `probe` learns of train, once for all splits evaluated in this state."""
         step = int(state.step)
         if self._fitted is None or self._fitted[:2] != (name, step):
             self._fitted = None  # gives its memory back first
-            image, label = self._data.train
-            labelled = np.flatnonzero(label >= 0)[: probe.limit]
-            batches = self._lay_out(Split(image[labelled], label[labelled]))
-            features = [self._call(probe.embed, state, batch) for batch in batches]
-            features = jnp.concatenate(features, axis=1)[:, : len(labelled)]
-            self._fitted = name, step, self._call(probe.fit, features, label[labelled])
+            train = self._data.train
+            known = train.get("labelled", np.ones(num_examples(train), bool))
+            labelled = take(train, np.flatnonzero(known)[: probe.limit])
+            features = [self._call(probe.embed, state, batch) for batch in self._lay_out(labelled)]
+            features = jnp.concatenate(features, axis=1)[:, : num_examples(labelled)]
+            self._fitted = name, step, self._call(probe.fit, features, labelled["label"])
         return self._fitted[2]
 
-    def _lay_out(self, split: Split) -> list[dict]:
+    def _batches_of(self, split: str) -> Iterable[dict]:
+        if self._streams:
+            return self._lay_out(getattr(self._data, split))
+        if split not in self._batches:
+            self._batches[split] = list(self._lay_out(getattr(self._data, split)))
+        return self._batches[split]
+
+    def _lay_out(self, examples: Examples) -> Iterator[dict]:
         sharing = num_sharing(self._mesh)
-        batch_size = min(self._batch_size, len(split.label))
+        batch_size = min(self._batch_size, num_examples(examples))
         batch_size = -(-batch_size // sharing) * sharing
-        return put(padded_batches(split, batch_size), batch_sharding(self._mesh))
+        for batch in padded_batches(examples, self._data.spec.fields, batch_size):
+            yield put(batch, batch_sharding(self._mesh))
 
     def _call(self, function: Callable, *args: Any) -> Any:
         """Returns function(own, *args), compiled when arguments of new shapes or dtypes come."""
@@ -112,3 +148,8 @@ class Evaluator:
                 jitted = jax.jit(function, out_shardings=replicated(self._mesh))
                 self._programs[program] = jitted.lower(self._own, *args).compile()
         return self._programs[program](self._own, *args)
+
+
+def num_rows(predictions: dict) -> int:
+    """Returns the rows of predictions (r, b, ...) of r runs."""
+    return next(iter(predictions.values())).shape[1]

@@ -10,7 +10,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters import partial_eval
 
 from cv_jax.data import DataSpec
-from cv_jax.learn.evaluations import Probe
+from cv_jax.data.dataset import example_shapes
+from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.tasks import Task
 
 
@@ -54,13 +55,12 @@ def training_flops(task: Task, batch: dict, steps: int) -> int:
 
 def evaluation_flops(task: Task, spec: DataSpec, count: int) -> int:
     """FLOPs of the final evaluation of `count` examples, with what a probe takes to learn."""
-    batch = {
-        "image": jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((1,), jnp.float32),
-    }
+    weight = jax.ShapeDtypeStruct((1,), jnp.float32)
+    batch = {**example_shapes(spec.fields, 1), "rows": {"weight": weight}}
     state = jax.eval_shape(task.init, jax.random.key(0))
     final = task.evals["final"]
+    if isinstance(final, Collected):
+        return count * count_flops(final.predict, state, batch)
     if not isinstance(final, Probe):
         return count * count_flops(final, state, batch)
     features, label = learned_from(final, spec, state, batch)

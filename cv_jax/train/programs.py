@@ -12,7 +12,7 @@ from cv_jax.config.errors import UserError, first_line
 from cv_jax.config.sweep import Sweep
 from cv_jax.data import DataSpec
 from cv_jax.data.batches import Batches
-from cv_jax.learn.evaluations import Probe
+from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.optim.state import RUN_AXES
 from cv_jax.runtime.mesh import divide, replicated
 from cv_jax.tasks import Task, build_task
@@ -28,13 +28,13 @@ class Programs(NamedTuple):
         train_chunk: (own, state, feed, num_steps) -> (state, metrics); the state is replaced. See
             `chunks.make_train_chunk`.
         evals: name -> ((own, state, batch) -> {metric: (sum, count)}), the batch without the axis;
-            or name -> `tasks.Probe` of functions whose first argument is own.
-        preview: (own, feed, step) -> (b, h, w, c), some augmented images of the first run.
+            or name -> a Probe or Collected of functions whose first argument is own.
+        preview: (own, feed, step) -> some augmented examples of the first run, by field.
     """
 
     init: Callable
     train_chunk: Callable
-    evals: dict[str, Callable | Probe]
+    evals: dict[str, Callable | Probe | Collected]
     preview: Callable
 
 
@@ -77,32 +77,40 @@ def make_programs(
         train_step = task_of(own.values).train_step
         return make_train_chunk(train_step, batches)(state, feed, own.keys.step, num_steps)
 
-    def evaluate(own, state, batch, name):
-        return task_of(own.values).evals[name](state, divide(batch, runs.mesh))
+    def of_batch(part):
+        """Maps (state, batch) -> ..., the part of an evaluation that `part` takes from its task."""
 
-    def embed(own, state, batch, name):
-        return task_of(own.values).evals[name].embed(state, divide(batch, runs.mesh))
+        def program(own, state, batch):
+            return part(task_of(own.values))(state, divide(batch, runs.mesh))
 
-    def fit(own, features, label, name):
-        return task_of(own.values).evals[name].fit(features, label)
-
-    def score(own, state, fitted, batch, name):
-        return task_of(own.values).evals[name].score(state, fitted, divide(batch, runs.mesh))
+        return runs(program, (0, RUN_AXES, None), 0)
 
     def evaluation(name):
-        if isinstance(task.evals[name], Probe):
-            return Probe(
-                runs(partial(embed, name=name), (0, RUN_AXES, None), 0),
-                runs(partial(fit, name=name), (0, 0, None), 0),
-                runs(partial(score, name=name), (0, RUN_AXES, 0, None), 0),
-                task.evals[name].limit,
-            )
-        return runs(partial(evaluate, name=name), (0, RUN_AXES, None), 0)
+        whole = task.evals[name]
+        if isinstance(whole, Collected):
+            return whole._replace(predict=of_batch(lambda task: task.evals[name].predict))
+        if not isinstance(whole, Probe):
+            return of_batch(lambda task: task.evals[name])
+
+        def fit(own, features, label):
+            return task_of(own.values).evals[name].fit(features, label)
+
+        def score(own, state, fitted, batch):
+            batch = divide(batch, runs.mesh)
+            return task_of(own.values).evals[name].score(state, fitted, batch)
+
+        return Probe(
+            of_batch(lambda task: task.evals[name].embed),
+            runs(fit, (0, 0, None), 0),
+            runs(score, (0, RUN_AXES, 0, None), 0),
+            whole.limit,
+        )
 
     @partial(jax.jit, out_shardings=replicated(runs.mesh))
     def preview(own, feed, step):
         own, feed = take_run((own, feed), (0, batches.axes), 0)
-        return task.preview(batches.pick(feed, step), own.keys.step)[:64]
+        batch = task.preview(batches.pick(feed, step), own.keys.step)
+        return {name: x[:64] for name, x in batch.items() if name != "rows"}
 
     return Programs(
         init=runs(init, (0,), RUN_AXES),

@@ -5,7 +5,7 @@ file that `cv_jax.tools.export` has written as safetensors does as well as a wor
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,24 +16,25 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cv_jax.config.errors import UserError
+from cv_jax.config.names import names_code
 from cv_jax.config.sweep import with_values
-from cv_jax.data import DataSpec
-from cv_jax.data.dataset import spec_from_json
+from cv_jax.data import DataSpec, Examples
+from cv_jax.data.dataset import example_shapes, padding, spec_from_json
+from cv_jax.data.fields import num_examples
 from cv_jax.learn.stored import (
+    Variables,
     check_finite,
     choose_run,
     config_from_json,
     damaged,
     read_safetensors,
     read_spec,
+    read_variables,
 )
-from cv_jax.optim.optimizers import evaluated_params
-from cv_jax.optim.state import RUN_AXES, TrainState
-from cv_jax.tasks import build_task
-from cv_jax.train.runs import take_run
-from cv_jax.workdir.checkpoints import read_newest
+from cv_jax.optim.state import TrainState
+from cv_jax.tasks import Task, build_task
 
-# Images that a network sees at once: what n94 needs for so many stays in a CPU's cache.
+# Examples that a network sees at once: what n94 needs for so many stays in a CPU's cache.
 GROUP_SIZE = 250
 
 
@@ -45,8 +46,9 @@ class Trained(NamedTuple):
             `init_from`, which may be gone.
         spec: of the data it was trained on, without a sample.
         name: of the run, such as "seed=0".
-        state: of its newest checkpoint.
-        features, predict: see `tasks.Task`.
+        state: step, parameters and model state as evaluation uses them. Parameters are the
+            averaged ones where the run averages. There is no state of an optimizer.
+        task: its functions take `state`.
         result: the content of result.json; None where the run is not complete.
     """
 
@@ -54,102 +56,108 @@ class Trained(NamedTuple):
     spec: DataSpec
     name: str
     state: TrainState
-    features: Callable
-    predict: Callable | None
+    task: Task
     result: dict[str, Any] | None
 
 
-def load_trained(workdir: epath.Path, run: str = "", classifies: bool = True) -> Trained:
+def load_trained(
+    workdir: epath.Path,
+    run: str = "",
+    tta: str | None = None,
+    predicts: bool = True,
+    own: bool = False,
+) -> Trained:
     """Loads one of the runs of a program.
 
     Args:
         workdir: of the program; or a file NAME.safetensors, which holds one run.
         run: its name, such as "seed=3"; "": the first seed, of the best setting where it swept.
-        classifies: whether it has to; else its `predict` may be None.
+        tta: test-time views instead of those of the run's config; None: those.
+        predicts: whether its task has to predict something.
+        own: whether a file NAME.safetensors is trusted to name modules of Python to import.
 
     Raises:
         UserError: there is no run of this name or no checkpoint, a file of it is damaged, its task
-            does not predict classes, or a number of its network is not finite.
+            predicts nothing, or a number of its network is not finite.
     """
     if workdir.suffix == ".safetensors":
-        trained = _only_run(load_safetensors(workdir), run, workdir)
-        check_finite(variables(trained.state), trained.name, workdir)
-        return trained
+        return _load_safetensors(workdir, run, tta, own)
     chosen, spec = choose_run(workdir, run), read_spec(workdir)
-    config = chosen.config
-    task = build_task(config, spec)
-    if classifies and task.predict is None:
+    config = chosen.config if tta is None else with_values(chosen.config, {"tta": tta})
+    task = _build(config, spec)
+    if predicts and task.predict is None:
         raise UserError(
-            f"{workdir}: the task {config.task!r} does not predict classes. Train a classifier "
-            f"that starts from it: --config.init_from={workdir}:backbone."
+            f"{workdir}: the task {config.task!r} does not predict anything. Train a network that "
+            f"starts from it: --config.init_from={workdir}:backbone."
         )
-    state = read_newest(workdir, _state_of_runs(task.init, chosen.num_runs))
-    state = take_run(state, RUN_AXES, chosen.position)
-    evaluated = state.replace(params=evaluated_params(config.optim, state))
-    check_finite(variables(evaluated), chosen.name, workdir)
-    return Trained(config, spec, chosen.name, state, task.features, task.predict, chosen.result)
+    found = read_variables(workdir, run)
+    state = _state_of(found, task, workdir)
+    return Trained(config, spec, chosen.name, state, task, chosen.result)
 
 
-def check_answers(answers: Any) -> None:
-    """Raises UserError where logits or probabilities are not finite: their argmax says nothing."""
-    if not np.isfinite(answers).all():
-        raise UserError(
-            "The network answers with numbers that are not finite: train it again with a lower "
-            "config.optim.lr."
-        )
+def _build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
+    """Builds the task for parameters that are averaged already."""
+    return build_task(with_values(config, {"optim.ema": 0.0}), spec)
 
 
-def _only_run(trained: Trained, run: str, path: epath.Path) -> Trained:
-    if run not in ("", trained.name):
-        raise UserError(f"{path} holds the run {trained.name!r} and not {run!r}.")
-    return trained
-
-
-def as_evaluated(trained: Trained) -> Trained:
-    """The same network with nothing but what evaluation uses, computed in float32.
-
-    Its parameters are the averaged ones where there are such, and its config no longer asks for
-    an average, so that no state of an optimizer is needed.
-    """
-    config, spec, state = trained.config, trained.spec, trained.state
-    params = evaluated_params(config.optim, state)
-    config = with_values(config, _AS_EVALUATED)
-    task = build_task(config, spec)
-    return trained._replace(
-        config=config,
-        state=TrainState(state.step, params, state.model_state, opt_state=()),
-        features=task.features,
-        predict=task.predict,
-    )
-
-
-_AS_EVALUATED = {"optim.ema": 0.0, "dtype": "float32"}
-
-
-def load_safetensors(path: epath.Path) -> Trained:
-    """Loads a network, as `as_evaluated` made it, out of a file of cv_jax.tools.export.
+def _state_of(found: Variables, task: Task, source: epath.Path) -> TrainState:
+    """Returns the state that has these variables.
 
     Raises:
-        UserError: the file cannot be read, or its network is not one of this code.
+        UserError: they are not those of the task's network.
+    """
+    wanted = variables(jax.eval_shape(task.init, jax.random.key(0)))
+    if _shapes(found.arrays) != _shapes(wanted):
+        paths = sorted(wanted.keys() ^ found.arrays.keys()) or [
+            path for path, x in wanted.items() if x.shape != found.arrays[path].shape
+        ]
+        raise UserError(
+            f"{source}: its arrays are not those of the network of its config ({paths[0]} is the "
+            "first that differs): go back to the code that env.json names."
+        )
+    model_state = unflatten_dict({k: jnp.asarray(x) for k, x in found.arrays.items()}, sep="/")
+    params = model_state.pop("params")
+    return TrainState(jnp.int32(found.steps), params, model_state, opt_state=())
+
+
+def check_finite_predictions(predictions: dict[str, Any]) -> None:
+    """Raises UserError where predictions are not finite: their argmax says nothing."""
+    for name, x in predictions.items():
+        if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
+            raise UserError(
+                f"The network predicts {name} that are not finite: train it again with a lower "
+                "config.optim.lr."
+            )
+
+
+def in_float32(trained: Trained) -> Trained:
+    """Returns the same network, computed in float32."""
+    config = with_values(trained.config, {"dtype": "float32"})
+    return trained._replace(task=_build(config, trained.spec))
+
+
+def _load_safetensors(path: epath.Path, run: str, tta: str | None, own: bool) -> Trained:
+    """Loads a network out of a file of cv_jax.tools.export; it is computed in float32.
+
+    Raises:
+        UserError: the file cannot be read, its network is not one of this code, or it names code.
     """
     arrays, card = read_safetensors(path)
+    check_finite(arrays, card["run"], path)
+    if run not in ("", card["run"]):
+        raise UserError(f"{path} holds the run {card['run']!r} and not {run!r}.")
     try:
-        shape = card["data"]["image_shape"]
-        if math.prod(shape) > _MOST_VALUES:
-            raise ValueError(f"images of the shape {shape}")
+        config = config_from_json(card["config"])
+        _refuse_code(config, own)
         spec = spec_from_json(card["data"])
-        evaluated = {**_AS_EVALUATED, "tta": card["tta"]}
-        config = with_values(config_from_json(card["config"]), evaluated)
+        if any(math.prod(field.shape) > _MOST_VALUES for field in spec.fields.values()):
+            raise ValueError(f"fields of the shapes {[f.shape for f in spec.fields.values()]}")
+        evaluated = {"optim.ema": 0.0, "dtype": "float32", "tta": tta or card["tta"]}
+        config = with_values(config, evaluated)
         task = build_task(config, spec)
-        state = jax.eval_shape(task.init, jax.random.key(0))
-        wanted = variables(state)
-        if _shapes(arrays) != _shapes(wanted):
-            raise ValueError(f"its arrays are not those of {config.model!r}")
-        model_state = unflatten_dict({name: jnp.asarray(x) for name, x in arrays.items()}, sep="/")
-        params = model_state.pop("params")
-        state = TrainState(jnp.int32(card["steps"]), params, model_state, opt_state=())
+        found = Variables(card["run"], card["steps"], arrays)
         return Trained(
-            config, spec, card["run"], state, task.features, task.predict, card["result"]
+            config, spec, card["run"], _state_of(found, task, path), task, card["result"]
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -157,7 +165,17 @@ def load_safetensors(path: epath.Path) -> Trained:
         raise damaged(path, error) from error
 
 
-_MOST_VALUES = 2**28  # of an image
+_MOST_VALUES = 2**28  # of an example
+
+
+def _refuse_code(config: ml_collections.ConfigDict, own: bool) -> None:
+    """Raises UserError where a config from a file of others names a module to import."""
+    for key in ("task", "model", "augment", "method"):
+        if names_code(config[key]) and not own:
+            raise UserError(
+                f"its config.{key}={config[key]!r} names code, which is not imported for a file: "
+                "use the work directory of its run."
+            )
 
 
 def _shapes(arrays: dict[str, Any]) -> dict[str, tuple]:
@@ -165,34 +183,50 @@ def _shapes(arrays: dict[str, Any]) -> dict[str, tuple]:
 
 
 def variables(state: TrainState) -> dict[str, jax.Array]:
-    """All arrays of a network by their paths, such as "params/head/kernel"."""
+    """Returns all arrays of a network by their paths, such as "params/head/kernel"."""
     return flatten_dict({"params": state.params, **state.model_state}, sep="/")
 
 
-def make_classify(
-    trained: Trained, tta: str, most: int
-) -> Callable[[Sequence[np.ndarray]], jax.Array]:
-    """Returns images -> probabilities: up to `most` images, each (h, w, c) uint8, give (m, n).
+def make_predict(
+    trained: Trained, most: int, function: Callable | None = None
+) -> Callable[[Examples], dict[str, np.ndarray]]:
+    """Returns examples -> predictions by name: up to `most` examples, each field (m, ...).
 
-    They are as evaluation has them, to rounding; `tta` is a name of `views.TTA`. One program is
-    compiled, for `most` images in groups of at most GROUP_SIZE.
+    The examples have the fields that the task's `read` gives them. Predictions are as evaluation
+    has them, to rounding. One program is compiled, for `most` examples in groups of at most
+    GROUP_SIZE.
+
+    Args:
+        trained: the network.
+        most: examples in a call.
+        function: (state, batch) -> {name: (b, ...)}; None: the task's `predict`.
     """
     size = min(most, GROUP_SIZE)
-    shape = (-(-most // size), size, *trained.spec.image_shape)
+    groups = -(-most // size)
+    function = function or trained.task.predict
 
     @jax.jit
-    def program(state, groups):
-        def classify(image):
-            return jax.nn.softmax(trained.predict(state, image, tta)[0])
+    def program(state, batches):
+        out = jax.lax.map(lambda batch: function(state, batch), batches)
+        return jax.tree.map(lambda x: x.reshape(groups * size, *x.shape[2:]), out)
 
-        return jax.lax.map(classify, groups).reshape(shape[0] * size, -1)
+    def predict(examples):
+        count = num_examples(examples)
+        fields = {name: trained.spec.fields[name] for name in examples}
+        filled = padding(fields, groups * size)
+        for name, x in examples.items():
+            filled[name][:count] = x
+        batches = {name: x.reshape(groups, size, *x.shape[1:]) for name, x in filled.items()}
+        # Not fetched here: the device may still be at it.
+        return jax.tree.map(lambda x: x[:count], program(trained.state, batches))
 
-    def classify(images):
-        groups = np.zeros((shape[0] * size, *shape[2:]), np.uint8)
-        groups[: len(images)] = images
-        return program(trained.state, groups.reshape(shape))[: len(images)]
+    return predict
 
-    return classify
+
+def input_shapes(trained: Trained, *leading: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what the network predicts from, as shapes with these leading axes."""
+    fields = {name: trained.spec.fields[name] for name in trained.task.inputs}
+    return example_shapes(fields, *leading)
 
 
 def in_words(trained: Trained) -> str:
@@ -200,20 +234,6 @@ def in_words(trained: Trained) -> str:
     spec = trained.spec
     names = ", ".join(spec.class_names[:10]) + (", ..." if spec.num_classes > 10 else "")
     return (
-        f"{trained.config.model} trained on {spec.name}, {' x '.join(map(str, spec.image_shape))}, "
-        f"{spec.num_classes} classes: {names}; {trained.name}, step {int(trained.state.step)}"
+        f"{trained.config.model} trained on {spec.name}, {spec.summary}"
+        f"{names and f': {names}'}; {trained.name}, step {int(trained.state.step)}"
     )
-
-
-def _state_of_runs(init: Callable, num_runs: int) -> TrainState:
-    """The shapes of a state of all runs, on the first device."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def add_axis(axis, tree):
-        lead = () if axis is None else (num_runs,)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=here), tree
-        )
-
-    one = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(add_axis, RUN_AXES, one, is_leaf=lambda axis: axis is None)

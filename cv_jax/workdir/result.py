@@ -159,8 +159,10 @@ def write_environment(workdir: epath.Path, goes_on: bool = False) -> None:
 def write_data(workdir: epath.Path, data: Dataset) -> None:
     """Writes data.json, with which the trained network can be used without the data set."""
     if jax.process_index() == 0:
-        typical = measure(data.spec.sample, data.val.image)
-        write_json(workdir / "data.json", spec_to_json(data.spec._replace(typical=typical)))
+        spec = data.spec
+        if "image" in spec.fields:
+            spec = spec._replace(typical=measure(spec.sample["image"], data.val["image"]))
+        write_json(workdir / "data.json", spec_to_json(spec))
 
 
 def finished_result(workdir: epath.Path, step: int, total: int) -> dict[str, Any] | None:

@@ -5,51 +5,37 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
-from cv_jax.augment.chain import make_augment
 from cv_jax.augment.resizing import resize
-from cv_jax.config.errors import UserError
 from cv_jax.data import DataSpec
+from cv_jax.learn.evaluations import Metric
+from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.initial import make_initial
-from cv_jax.learn.inputs import make_normalize, to_unit
-from cv_jax.learn.losses import cross_entropy
+from cv_jax.learn.inputs import make_augmented, make_normalize, to_unit
+from cv_jax.learn.losses import cross_entropy, of_examples
 from cv_jax.learn.metrics import classification_metrics
-from cv_jax.learn.steps import make_steps
+from cv_jax.learn.train_step import make_training
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.optim.optimizers import evaluated_params
 from cv_jax.optim.selection import make_select
 from cv_jax.optim.state import TrainState, init_state
 from cv_jax.tasks import Task
+from cv_jax.tasks.classification.panels import make_panels
+from cv_jax.tasks.classification.saliency import explain
 from cv_jax.tasks.classification.views import find_tta
 
 
 def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     """Builds the task: the model, its augmentation and its optimizer, closed over by functions."""
-    if spec.num_unlabelled:
-        raise UserError(
-            "config.data.keep_unlabelled=True is for tasks without labels: "
-            "config.task='classification' trains on what has one."
-        )
-    if config.method:
-        raise UserError(
-            f"config.method={config.method!r} is for tasks without labels, such as "
-            "config.task='ssl': set it to ''."
-        )
     model = build_model(config.model, spec.num_classes, compute_dtype(config.dtype))
-    augment = make_augment(config.augment)
+    augmented = make_augmented(config.augment, spec.fields)
     normalize = make_normalize(spec, config.data.normalize)
     initial = make_initial(config, model, normalize, spec)
-    find_tta(config.tta)  # a mistake in it shows here
+    views = find_tta(config.tta)
     select = make_select(config.select)
-    label_smoothing = config.label_smoothing
 
-    def augmented(batch: dict, key: jax.Array) -> dict:
-        image = to_unit(batch["image"])
-        label = jax.nn.one_hot(batch["label"], spec.num_classes)
-        # The barrier keeps the compiler from augmenting again for each reader of a pixel.
-        return jax.lax.optimization_barrier(augment(key, {**batch, "image": image, "label": label}))
-
-    def forward(params, model_state, batch, key, size):
+    def loss(params, model_state, batch, key, size):
         augment_key, dropout_key = jax.random.split(key)
         mixed = augmented(batch, augment_key)
         (logits, _), model_state = model.apply(
@@ -59,49 +45,87 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             mutable=list(model_state),
             rngs={"dropout": dropout_key},
         )
-        losses = cross_entropy(logits, mixed["label"], label_smoothing)
+        found = of_examples(cross_entropy(logits, mixed["label"], config.label_smoothing))
         correct = logits.argmax(-1) == mixed["label"].argmax(-1)
-        count = jnp.float32(len(losses))
-        return losses, (
+        return found, (
             model_state,
-            {"loss": (losses.sum(), count), "accuracy": (correct.sum(dtype=jnp.float32), count)},
+            {
+                "loss": (found.total, found.count),
+                "accuracy": (correct.sum(dtype=jnp.float32), found.count),
+            },
         )
 
-    steps = make_steps(config, spec, initial.shapes["params"], forward, select)
+    training = make_training(config, spec, initial.shapes["params"], loss, select)
 
     def init(key: jax.Array) -> TrainState:
         variables = initial.draw(key)
         params = variables.pop("params")
-        return init_state(params, variables, steps.tx, last_loss_of=spec.num_train if select else 0)
+        last_loss_of = spec.num_train if select else 0
+        return init_state(params, variables, training.tx, last_loss_of)
 
-    def predict(state, image, tta):
-        params = evaluated_params(config.optim, state)
+    def apply(state, image):
+        """Images in [0, 1], or uint8, to logits and features."""
+        variables = {"params": evaluated_params(config.optim, state), **state.model_state}
+        return model.apply(variables, normalize(to_unit(image)), train=False)
+
+    def logits_of(state, image, views):
+        variables = {"params": evaluated_params(config.optim, state), **state.model_state}
 
         @jax.jit  # traced once for all views
-        def apply(image):
-            return model.apply({"params": params, **state.model_state}, image, train=False)
+        def one_view(image):
+            return model.apply(variables, image, train=False)[0]
 
-        image = normalize(to_unit(image))
-        logits = find_tta(tta)(lambda view: apply(view)[0], image)
-        return logits, apply(image)[1]
+        return views(one_view, normalize(to_unit(image)))
 
-    def evaluate(state, batch, tta):
-        logits, _ = predict(state, batch["image"], tta)
-        return classification_metrics(logits, batch["label"], batch["mask"])
+    def evaluate(state, batch, views):
+        logits = logits_of(state, batch["image"], views)
+        return classification_metrics(logits, batch["label"], batch["rows"]["weight"])
 
-    notes = [*steps.notes, *initial.notes]
+    notes = [*training.notes, *initial.notes]
     if select:
         notes.append(f"select  {config.select}; loss and accuracy in training are of these")
     return Task(
         init=init,
-        train_step=steps.train_step,
+        train_step=training.train_step,
         evals={
-            "watch": partial(evaluate, tta="none"),
-            "final": partial(evaluate, tta=config.tta),
+            "watch": partial(evaluate, views=find_tta("none")),
+            "final": partial(evaluate, views=views),
         },
-        preview=lambda batch, key: augmented(batch, key)["image"],
+        metrics={
+            "loss": Metric(better="lower"),
+            "accuracy": Metric("%", protocol=f"top-1, views {config.tta}"),
+            "top5": Metric("%", protocol=f"top-5, views {config.tta}"),
+        },
+        headline="accuracy",
+        preview=augmented,
         notes=notes,
-        predict=predict,
-        features=lambda state, image: predict(state, image, "none")[1],
-        stages=steps.stages,
+        needs=("image", "label"),
+        reads=("label_smoothing", "progressive_resizing", "select", "tta"),
+        stages=training.stages,
+        features=lambda state, batch: apply(state, batch["image"])[1],
+        predict=lambda state, batch: {"logits": logits_of(state, batch["image"], views)},
+        outputs={"logits": "in the order of the class names; their softmax is the probabilities"},
+        read=make_read(spec),
+        describe=partial(describe, spec.class_names),
+        draw=draw_image,
+        explain=partial(explain, apply, partial(logits_of, views=views)),
+        panels=make_panels(spec.class_names),
+        baseline=majority,
     )
+
+
+def describe(names, example, prediction, back) -> dict:
+    """Returns {"class": the most probable, "probabilities": {class: share}}, highest first."""
+    del example, back
+    logits = np.asarray(prediction["logits"], np.float64)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    order = np.argsort(-shares, kind="stable")
+    probabilities = {names[i]: float(shares[i]) for i in order}
+    return {"class": names[order[0]], "probabilities": probabilities}
+
+
+def majority(train, examples) -> dict[str, float]:
+    """Returns the accuracy of predicting the most frequent class of train."""
+    answer = np.bincount(train["label"]).argmax()
+    return {"accuracy": float((examples["label"] == answer).mean())}

@@ -2,29 +2,28 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from cv_jax.config.sweep import make_sweep, run_names
 from cv_jax.data.dataset import spec_to_json
 from cv_jax.train.flops import count_flops
-from cv_jax.trained.load import Trained
+from cv_jax.trained.load import Trained, input_shapes
 from cv_jax.workdir.files import read_json
 from cv_jax.workdir.result import best_runs, environment, percent
 
 _LICENCE = "Apache-2.0, as cv_jax; the data set has terms of its own"
 
 
-def make_card(workdir: epath.Path, trained: Trained, tta: str) -> dict[str, Any]:
+def make_card(workdir: epath.Path, trained: Trained) -> dict[str, Any]:
     """The card as JSON values.
 
     Args:
         workdir: of the run.
-        trained: as `load_trained` gives it.
-        tta: the views that its predictions are averaged over.
+        trained: as `load_trained` returns it.
 
     Returns:
         run, its name; tta; data, the facts about the data set; config, the whole recipe; test, the
@@ -35,11 +34,10 @@ def make_card(workdir: epath.Path, trained: Trained, tta: str) -> dict[str, Any]
     """
     spec, state = trained.spec, trained.state
     test = _on_test(trained)
-    image = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8)
     result = trained.result if test else None
     return {
         "run": trained.name,
-        "tta": tta,
+        "tta": trained.config.tta,
         "data": spec_to_json(spec),
         "config": trained.config.to_dict(),
         "test": test,
@@ -47,16 +45,33 @@ def make_card(workdir: epath.Path, trained: Trained, tta: str) -> dict[str, Any]
         "steps": int(state.step),
         "flops": {
             "training": result["flops"]["training"] if result else None,
-            "image": count_flops(lambda image: trained.predict(state, image, tta)[0], image),
+            "example": count_flops(partial(trained.task.predict, state), input_shapes(trained, 1)),
         },
         "trained_with": _code(read_json(workdir / "env.json")),
         "exported_with": _code(environment()),
-        "input": f"image: (b, {', '.join(map(str, spec.image_shape))}) uint8, 0 to 255, b >= 1",
-        "photograph": photograph(spec.image_shape)[0],
-        "output": f"logits: (b, {spec.num_classes}) float32, in the order of the class names; "
-        "their softmax is the probabilities",
+        "input": "; ".join(
+            f"{name}: {_shape(x)} {_RANGE.get(x.dtype.name, x.dtype.name)}"
+            for name, x in input_shapes(trained, 1).items()
+        )
+        + ", b >= 1",
+        "photograph": photograph(spec.image_shape)[0] if "image" in trained.task.inputs else "",
+        "output": "; ".join(
+            f"{name}: {_shape(x)} {x.dtype}, {trained.task.outputs.get(name, '')}"
+            for name, x in _outputs(trained).items()
+        ),
         "licence": _LICENCE,
     }
+
+
+_RANGE = {"uint8": "uint8, 0 to 255"}
+
+
+def _shape(x: jax.ShapeDtypeStruct) -> str:
+    return f"(b{''.join(f', {side}' for side in x.shape[1:])})"
+
+
+def _outputs(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
+    return jax.eval_shape(trained.task.predict, trained.state, input_shapes(trained, 1))
 
 
 def _code(environment: dict[str, Any]) -> dict[str, Any]:
@@ -138,13 +153,15 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
         ("output", card["output"]),
         ("predictions", f"averaged over the views `{card['tta']}` (test-time augmentation)"),
         ("run", f"{_span(card['run'])}, {card['steps']:,} steps"),
-        ("FLOPs", f"{training}{flops['image']:.3e} an image"),
+        ("FLOPs", f"{training}{flops['example']:.3e} an example"),
         ("code", f"cv_jax, commit {by['commit'] or 'unknown'}{changed}"),
         ("licence", card["licence"]),
     ]
     table = "\n".join(f"| {name} | {text} |" for name, text in rows)
     blocks = {
-        "Classes, in the order of the logits": data["class_names"],
+        "Names of classes, in their order": {
+            name: field["names"] for name, field in data["fields"].items() if field["names"]
+        },
         "Recipe: the whole config": card["config"],
         "Versions": {key: card[key] for key in ("trained_with", "exported_with")},
     }
@@ -152,11 +169,12 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
         f"## {title}\n\n```json\n{json.dumps(values, indent=2)}\n```\n"
         for title, values in blocks.items()
     )
-    _, code = photograph(data["image_shape"])
+    image = data["fields"].get("image")
+    code = photograph(image["shape"])[1] if image else ""
     block = (
-        '## From a photograph to its input\n\n`images = read_photo("photo.jpg")` goes where the '
-        "zeros are above, and `softmax(logits)` are the probabilities. Grey of 16 bits has to be "
-        f"brought to 8 bits before.\n\n```python\n{code.strip()}\n```\n\n"
+        '## From a photograph to its input\n\n`read_photo("photo.jpg")` goes where the zeros '
+        "are above; for a classifier `softmax(logits)` are the probabilities. Grey of 16 bits has "
+        f"to be brought to 8 bits before.\n\n```python\n{code.strip()}\n```\n\n"
     )
     photo = block if code else ""
     return (

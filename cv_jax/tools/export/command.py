@@ -11,6 +11,7 @@ network predicts: exit code 1 where it does not. It needs `pip install -r requir
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,9 @@ from etils import epath
 
 from cv_jax.config.errors import UserError, first_line
 from cv_jax.config.paths import path_argument
-from cv_jax.config.sweep import with_values
-from cv_jax.data import Split, load_dataset
+from cv_jax.data import Examples, load_dataset
+from cv_jax.data.fields import num_examples, take
 from cv_jax.runtime.startup import check_platform, prepare_jax
-from cv_jax.tasks import build_task
-from cv_jax.tasks.classification.views import find_tta
 from cv_jax.tools.command import add_run_arguments, command, make_parser
 from cv_jax.tools.export.card import make_card, to_markdown
 from cv_jax.tools.export.formats import (
@@ -32,11 +31,13 @@ from cv_jax.tools.export.formats import (
     Predict,
     check_packages,
     read,
+    snippet,
 )
 from cv_jax.trained.load import (
     Trained,
-    as_evaluated,
-    check_answers,
+    check_finite_predictions,
+    in_float32,
+    input_shapes,
     load_trained,
 )
 from cv_jax.workdir.bucket import work_directory
@@ -44,68 +45,85 @@ from cv_jax.workdir.files import read_json, write_json
 from cv_jax.workdir.result import environment, percent
 
 
-def write(workdir: epath.Path, trained: Trained, name: str, tta: str, out: epath.Path) -> None:
+def write(workdir: epath.Path, trained: Trained, name: str, out: epath.Path) -> None:
     """Writes a network as a file, and its card for people beside it.
 
     Args:
         workdir: of its run.
-        trained: as `load_trained` gives it.
+        trained: as `load_trained` returns it; the file predicts over its test-time views.
         name: one of FORMATS.
-        tta: one of TTA.
         out: the file; "NAME.md" beside it is the card.
 
     Raises:
         UserError: a package is missing, or the file cannot be written.
     """
     check_packages(name)
-    card = make_card(workdir, trained, tta)
-    content = FORMATS[name].write(as_evaluated(trained), tta, card)
-    shape = ", ".join(map(str, trained.spec.image_shape))
-    snippet = FORMATS[name].snippet.format(file=repr(out.name), shape=shape)
+    card = make_card(workdir, trained)
+    content = FORMATS[name].write(in_float32(trained), card)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = out.with_name(out.name + ".tmp")
         scratch.write_bytes(content)
         scratch.replace(out)
-        out.with_name(out.name + ".md").write_text(to_markdown(card, snippet), "utf-8")
+        text = to_markdown(card, snippet(name, trained, out.name))
+        out.with_name(out.name + ".md").write_text(text, "utf-8")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({first_line(error)}).") from error
 
 
-def own_predict(trained: Trained, tta: str) -> Predict:
-    """image -> logits of the network as its run evaluates it, in float32."""
-    config = with_values(trained.config, {"dtype": "float32"})
-    predict = build_task(config, trained.spec).predict
-    return jax.jit(lambda image: predict(trained.state, image, tta)[0])
+def own_predict(trained: Trained) -> Predict:
+    """Returns batch -> predictions of the network as its run evaluates it, in float32."""
+    trained = in_float32(trained)
+    return jax.jit(partial(trained.task.predict, trained.state))
 
 
-def compare(ours: Predict, theirs: Predict, split: Split, batch_size: int) -> dict[str, Any]:
-    """Compares what two programs predict.
+def compare(
+    ours: Predict, theirs: Predict, examples: Examples, trained: Trained, batch_size: int
+) -> dict[str, Any]:
+    """Compares what two programs predict for examples.
 
     Returns:
-        of, the number of images; equal, for how many both choose the same class;
-        largest_difference of any two logits; accuracy of the second. An image for which the second
-        gives a logit that is not finite counts as not equal and not right.
+        of, the number of examples; equal, for how many both descriptions agree (numbers within
+        CLOSE); largest_difference of any two predicted numbers; and accuracy of the second, where
+        descriptions have a class and examples a label. Predictions of the second that are not
+        finite agree with nothing.
 
     Raises:
-        UserError: the first gives a logit that is not finite.
+        UserError: the first predicts numbers that are not finite.
     """
     equal, right, largest = 0, 0, 0.0
-    for start in range(0, len(split.label), batch_size):
-        image, label = (x[start : start + batch_size] for x in split)
-        a, b = np.asarray(ours(image)), np.asarray(theirs(image))
-        check_answers(a)
-        answer = np.where(np.isfinite(b).all(-1), b.argmax(-1), -1)
-        equal += int((a.argmax(-1) == answer).sum())
-        right += int((answer == label).sum())
-        largest = float(np.maximum(largest, np.abs(a - b).max()))  # NaN stays
-    count = len(split.label)
-    return {
-        "equal": equal,
-        "of": count,
-        "largest_difference": largest,
-        "accuracy": right / count,
-    }
+    count = num_examples(examples)
+    for start in range(0, count, batch_size):
+        rows = take(examples, slice(start, start + batch_size))
+        batch = {name: rows[name] for name in trained.task.inputs}
+        a, b = ({k: np.asarray(x) for k, x in f(batch).items()} for f in (ours, theirs))
+        check_finite_predictions(a)
+        for name in a:
+            largest = float(np.maximum(largest, np.abs(1.0 * a[name] - b[name]).max()))  # NaN stays
+        for i in range(num_examples(rows)):
+            example = {name: x[i] for name, x in rows.items()}
+            first, second = (
+                trained.task.describe(example, {k: x[i] for k, x in found.items()}, None)
+                for found in (a, b)
+            )
+            agrees = _agree(first, second)
+            equal += agrees
+            if "label" in example and "class" in second:
+                right += agrees and trained.spec.class_names[example["label"]] == second["class"]
+    report = {"equal": equal, "of": count, "largest_difference": largest}
+    return {**report, "accuracy": right / count} if "label" in examples else report
+
+
+CLOSE = 1e-3  # of numbers in descriptions, and of 1 where they are smaller
+
+
+def _agree(a: Any, b: Any) -> bool:
+    """Whether two descriptions say the same; a number that is not finite says nothing."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_agree(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_agree, a, b))
+    return abs(a - b) <= CLOSE * max(1, abs(a)) if isinstance(a, float) else a == b
 
 
 def record(path: Path, name: str, report: dict[str, Any], trained: Trained) -> None:
@@ -121,10 +139,13 @@ def record(path: Path, name: str, report: dict[str, Any], trained: Trained) -> N
 
 def describe(report: dict[str, Any]) -> str:
     """The comparison in a line."""
-    return (
+    text = (
         f"{report['equal']:,} of {report['of']:,} test predictions equal; largest difference of a "
-        f"logit {report['largest_difference']:.1e}; accuracy {percent(report['accuracy'], None)}"
+        f"number {report['largest_difference']:.1e}"
     )
+    if "accuracy" in report:
+        text += f"; accuracy {percent(report['accuracy'], None)}"
+    return text
 
 
 @command("export")
@@ -150,12 +171,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{workdir} is an exported file; --workdir is the directory of its run.")
     default = workdir / "export" / f"model.{name}"
     out = work_directory(arguments.out) if arguments.out else default
-    trained = load_trained(workdir, arguments.run)
-    tta = arguments.tta or trained.config.tta
-    find_tta(tta)
-    ours = own_predict(trained, tta)
-    check_answers(ours(np.zeros((1, *trained.spec.image_shape), np.uint8)))
-    write(workdir, trained, name, tta, out)
+    trained = load_trained(workdir, arguments.run, arguments.tta)
+    ours = own_predict(trained)
+    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), input_shapes(trained, 1))
+    check_finite_predictions(jax.device_get(ours(blank)))
+    write(workdir, trained, name, out)
     size = out.stat().length
     print(f"written {out} ({size:,} bytes) and {out.name}.md")
     try:
@@ -164,10 +184,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"not compared with the network, since the data set is not at hand: {error}")
         return 0
     theirs = read(name, out)
-    report = compare(ours, theirs, test, trained.config.eval_batch_size)
+    report = compare(ours, theirs, test, trained, trained.config.eval_batch_size)
     print(describe(report))
     if arguments.record:
-        record(arguments.record, name, {**report, "bytes": size, "tta": tta}, trained)
+        record(
+            arguments.record, name, {**report, "bytes": size, "tta": trained.config.tta}, trained
+        )
     if report["equal"] < report["of"]:
         print(
             f"export: {out} does not predict what the network does; the file is kept.",

@@ -1,7 +1,8 @@
 """The files that a trained network can become: how each is written, read and used.
 
-In each are the weights, the normalisation and a card (see card.py); what goes in are uint8 images
-(b, h, w, c) with b of 1 or more, what comes out are logits (b, n) in float32.
+Each holds the weights, the normalisation and a card (see card.py). Inputs are the fields that the
+task predicts from, such as `image` (b, h, w, c) uint8, with b of 1 or more. Outputs are its
+predictions by name, such as `logits` (b, n) float32.
 """
 
 import importlib
@@ -9,22 +10,22 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax import export
 
 from cv_jax.config.errors import UserError, first_line
 from cv_jax.models.ops import plain_lax
-from cv_jax.trained.load import Trained, load_trained, variables
+from cv_jax.trained.load import Trained, input_shapes, load_trained, variables
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _SERIALIZED, _CARD = "network.bin", "card.json"  # in the zip of a StableHLO file
 
-Predict = Callable[[np.ndarray], Any]
+Predict = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 
 
 class Format(NamedTuple):
@@ -32,13 +33,13 @@ class Format(NamedTuple):
 
     Attributes:
         packages: modules that it needs beside those of requirements.txt.
-        write: (trained, tta, card) -> the content of the file.
-        read: path -> (image -> logits), as another program would read it.
-        snippet: Python code that does so, with {file} and {shape} to be filled in.
+        write: (trained, card) -> the content of the file.
+        read: path -> Predict, as another program would read it.
+        snippet: Python code that does so, with {file}, {inputs} and {output} to be filled in.
     """
 
     packages: tuple[str, ...]
-    write: Callable[[Trained, str, dict[str, Any]], bytes]
+    write: Callable[[Trained, dict[str, Any]], bytes]
     read: Callable[[epath.Path], Predict]
     snippet: str
 
@@ -55,17 +56,16 @@ def check_packages(name: str) -> None:
             ) from error
 
 
-def _network(trained: Trained, tta: str) -> tuple[Callable, jax.ShapeDtypeStruct]:
-    """image -> logits, with the weights as constants, and what goes in: b is a symbol."""
-    sizes = ", ".join(map(str, trained.spec.image_shape))
-    image = jax.ShapeDtypeStruct(export.symbolic_shape(f"b, {sizes}"), jnp.uint8)
-    return lambda image: trained.predict(trained.state, image, tta)[0], image
+def _network(trained: Trained) -> tuple[Callable, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns batch -> predictions, with the weights as constants, and the batch: b is a symbol."""
+    (b,) = export.symbolic_shape("b")
+    return partial(trained.task.predict, trained.state), input_shapes(trained, b)
 
 
-def _write_stablehlo(trained: Trained, tta: str, card: dict[str, Any]) -> bytes:
-    network, image = _network(trained, tta)
+def _write_stablehlo(trained: Trained, card: dict[str, Any]) -> bytes:
+    network, batch = _network(trained)
     with plain_lax():
-        exported = export.export(jax.jit(network), platforms=PLATFORMS)(image)
+        exported = export.export(jax.jit(network), platforms=PLATFORMS)(batch)
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as file:
         file.writestr(_SERIALIZED, bytes(exported.serialize()))
@@ -78,13 +78,13 @@ def _read_stablehlo(path: epath.Path) -> Predict:
         return jax.jit(export.deserialize(bytearray(file.read(_SERIALIZED))).call)
 
 
-def _write_onnx(trained: Trained, tta: str, card: dict[str, Any]) -> bytes:
+def _write_onnx(trained: Trained, card: dict[str, Any]) -> bytes:
     from onnx import helper
 
     from cv_jax.tools.export.onnx_graph import to_onnx
 
     with plain_lax():
-        model = to_onnx(*_network(trained, tta))
+        model = to_onnx(*_network(trained))
     helper.set_model_props(model, {"card": json.dumps(card)})
     return model.SerializeToString()
 
@@ -93,20 +93,30 @@ def _read_onnx(path: epath.Path) -> Predict:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    return lambda image: session.run(["logits"], {"image": image})[0]
+    names = [output.name for output in session.get_outputs()]
+    return lambda batch: dict(zip(names, session.run(names, batch), strict=True))
 
 
-def _write_safetensors(trained: Trained, tta: str, card: dict[str, Any]) -> bytes:
+def _write_safetensors(trained: Trained, card: dict[str, Any]) -> bytes:
     from safetensors.numpy import save
 
-    del tta  # it is in the card
     arrays = {name: np.asarray(x) for name, x in variables(trained.state).items()}
     return save(arrays, {"card": json.dumps(card)})
 
 
 def _read_safetensors(path: epath.Path) -> Predict:
-    trained = load_trained(path)
-    return jax.jit(lambda image: trained.predict(trained.state, image, trained.config.tta)[0])
+    trained = load_trained(path, own=True)  # written from this work directory a moment ago
+    return jax.jit(partial(trained.task.predict, trained.state))
+
+
+def snippet(name: str, trained: Trained, file: str) -> str:
+    """Returns Python code that reads a file of the format of this name and predicts."""
+    shapes = input_shapes(trained, 7)
+    inputs = ", ".join(
+        f'"{field}": np.zeros({x.shape}, np.{x.dtype})' for field, x in sorted(shapes.items())
+    )
+    output = next(iter(trained.task.outputs))
+    return FORMATS[name].snippet.format(file=repr(file), inputs=f"{{{inputs}}}", output=output)
 
 
 def read(name: str, path: epath.Path) -> Predict:
@@ -142,9 +152,8 @@ from jax import export
 with zipfile.ZipFile({file}) as file:
     network = export.deserialize(bytearray(file.read("network.bin")))
     card = json.loads(file.read("card.json"))
-images = np.zeros((7, {shape}), np.uint8)
-logits = np.asarray(network.call(images))
-names = [card["data"]["class_names"][i] for i in logits.argmax(-1)]
+batch = {inputs}
+{output} = np.asarray(network.call(batch)["{output}"])
 """,
     ),
     "onnx": Format(
@@ -160,9 +169,8 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession({file})
 card = json.loads(session.get_modelmeta().custom_metadata_map["card"])
-images = np.zeros((7, {shape}), np.uint8)
-(logits,) = session.run(["logits"], {{"image": images}})
-names = [card["data"]["class_names"][i] for i in logits.argmax(-1)]
+batch = {inputs}
+({output},) = session.run(["{output}"], batch)
 """,
     ),
     "safetensors": Format(
@@ -177,9 +185,8 @@ from etils import epath
 from cv_jax.trained.load import load_trained
 
 trained = load_trained(epath.Path({file}))
-images = np.zeros((7, {shape}), np.uint8)
-logits = np.asarray(trained.predict(trained.state, images, trained.config.tta)[0])
-names = [trained.spec.class_names[i] for i in logits.argmax(-1)]
+batch = {inputs}
+{output} = np.asarray(trained.task.predict(trained.state, batch)["{output}"])
 """,
     ),
 }

@@ -42,21 +42,24 @@ _REDUCE = {"reduce_max": "ReduceMax", "reduce_min": "ReduceMin", "reduce_sum": "
 _CALLS = {"closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat", "remat2"}
 
 
-def to_onnx(function: Callable, image: jax.ShapeDtypeStruct) -> onnx.ModelProto:
-    """Converts image -> logits; a size of `image` may be a symbol of jax.export.
+def to_onnx(function: Callable, batch: dict[str, jax.ShapeDtypeStruct]) -> onnx.ModelProto:
+    """Converts a function from a batch, by field, to predictions by name.
+
+    Inputs and outputs of the model have these names; a size may be a symbol of jax.export.
 
     Raises:
         UserError: the function uses an operation that is not known here.
     """
-    closed = jax.make_jaxpr(function)(image)
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(batch)
     graph = _Graph()
-    (logits,) = graph.run(closed.jaxpr, closed.consts, ["image"])
-    graph.node("Identity", [logits], name="logits")
-    (out,) = closed.out_avals
+    found = graph.run(closed.jaxpr, closed.consts, sorted(batch))  # the order of JAX's leaves
+    outputs = []
+    for name, value, out in zip(sorted(shapes), found, closed.out_avals, strict=True):
+        graph.node("Identity", [value], name=name)
+        outputs.append(_info(name, out))
+    inputs = [_info(name, batch[name]) for name in sorted(batch)]
     model = helper.make_model(
-        helper.make_graph(
-            graph.nodes, "network", [_info("image", image)], [_info("logits", out)], graph.arrays
-        ),
+        helper.make_graph(graph.nodes, "network", inputs, outputs, graph.arrays),
         producer_name="cv_jax",
         opset_imports=[helper.make_opsetid("", _OPSET)],
         ir_version=_IR_VERSION,

@@ -1,13 +1,17 @@
 """What the network does: its mistakes, its filters, what it was shown, a map of its features."""
 
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 
 import numpy as np
 from etils import epath
 
+from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
-from cv_jax.data import Dataset, load_dataset
+from cv_jax.data import Dataset, DataSpec, Examples, load_dataset
+from cv_jax.data.fields import num_examples, take
+from cv_jax.tasks import Panel, draw_all
 from cv_jax.tools.report import network
 from cv_jax.tools.report.markup import (
     Show,
@@ -20,9 +24,11 @@ from cv_jax.tools.report.markup import (
     tiles,
 )
 from cv_jax.trained.load import Trained, load_trained
+from cv_jax.trained.words import in_text
 from cv_jax.workdir.figures import draw_map
 
-MISTAKES, AUGMENTED, DRAWN, FILTERS, ON_MAP = 24, 24, 12, 64, 1000  # images
+PREDICTED, AUGMENTED, DRAWN, FILTERS, ON_MAP = 24, 24, 12, 64, 1000  # examples
+NO_VIEWS = base_config().tta
 
 
 def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
@@ -35,75 +41,84 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
     """
     parts = [h2("The network")]
     try:
-        trained = load_trained(workdir, classifies=False)
+        trained = load_trained(workdir, tta=NO_VIEWS, predicts=False)
     except UserError as error:
         return "".join([*parts, paragraph(f"The network cannot be shown: {error}")])
     parts.append(soft(escape(f"Of {trained.name}, after step {int(trained.state.step):,}.")))
     try:
         data = load_dataset(trained.config.data)
-        for fact in ("class_names", "image_shape"):
-            if getattr(data.spec, fact) != getattr(trained.spec, fact):
-                raise UserError(f"its {fact} are not those that the network was trained for.")
+        _check_same_fields(data.spec, trained.spec)
     except UserError as error:
-        sentence = f"Its data set cannot be loaded, so that no images are here: {error}"
+        sentence = f"Its data set cannot be loaded, so that no examples are here: {error}"
         return "".join([*parts, paragraph(sentence), _filters(trained)])
-    image, label = data.test.image[:num_images], data.test.label[:num_images]
-    if trained.predict:
+    test = take(data.test, slice(num_images))
+    if trained.task.predict:
         try:
-            answers = network.ask(trained, image)
+            predictions = network.predictions(trained, test)
         except UserError as error:
             return "".join([*parts, paragraph(str(error)), _filters(trained)])
-        seen = answers.seen
-        parts.append(_mistakes(answers, image, label, data.spec.class_names))
+        make_panels = trained.task.panels or partial(_plain_panels, trained)
+        parts += [_panel(panel) for panel in make_panels(test, predictions)]
     else:
-        seen = network.look(trained, image[:ON_MAP])
-        parts.append(paragraph("It learned without labels, and names no classes."))
+        parts.append(paragraph("It learned without labels, and predicts no classes."))
+    seen = network.features(trained, take(test, slice(ON_MAP)))
     return "".join(
         [
             *parts,
-            _reconstructions(seen, image),
+            _reconstructions(seen, test),
             _filters(trained),
             _augmented(trained, data),
-            _map(seen, label, data.spec.class_names, show),
+            _map(seen, test, data.spec.class_names, show),
         ]
     )
 
 
-def _mistakes(
-    answers: network.Answers, image: np.ndarray, label: np.ndarray, names: Sequence[str]
-) -> str:
-    right = (answers.answer == label).sum()
-    summary = (
-        f"Of the first {len(label):,} test images it answers {right:,} right "
-        f"({100 * right / len(label):.2f} %), without test-time augmentation."
-    )
-    worst = network.worst_mistakes(answers, label, MISTAKES)
-    if not len(worst):
-        return paragraph(summary)
-    percent = [f"{100 * x:.0f}\N{NO-BREAK SPACE}%" for x in answers.confidence]
-    captions = [f"{names[label[i]]} → {names[answers.answer[i]]}, {percent[i]}" for i in worst]
-    return "".join(
-        [
-            paragraph(summary),
-            h3("Its most confident mistakes"),
-            soft("Label → answer, and how sure it is."),
-            tiles("mistakes", image[worst], captions, visible=True),
-        ]
-    )
+def _check_same_fields(here: DataSpec, there: DataSpec) -> None:
+    """Raises UserError where a data set is not the one that a network was trained for."""
+    for name, field in there.fields.items():
+        other = here.fields.get(name)
+        if other is None or (other.shape, other.names) != (field.shape, field.names):
+            raise UserError(f"its field {name!r} is not the one that the network was trained for.")
+
+
+def _panel(panel: Panel) -> str:
+    html = [h3(panel.title)] if panel.title else []
+    html.append((soft if panel.title else paragraph)(escape(panel.text)) if panel.text else "")
+    if panel.pictures:
+        html.append(tiles("predictions", panel.pictures, panel.captions, visible=True))
+    return "".join(html)
+
+
+def _plain_panels(trained: Trained, examples: Examples, predictions: dict) -> list[Panel]:
+    """Returns a panel of the first examples, each with its prediction drawn and described."""
+    task, pictures, captions = trained.task, [], []
+    for i in range(min(PREDICTED, num_examples(examples))):
+        example = {name: x[i] for name, x in examples.items()}
+        prediction = {name: x[i] for name, x in predictions.items()}
+        pictures.append(task.draw(example, prediction, None))
+        captions.append(in_text(task.describe(example, prediction, None)))
+    text = "The first examples of test, with what the network predicts."
+    return [Panel("Predictions", text, tuple(pictures), tuple(captions))]
 
 
 def _augmented(trained: Trained, data: Dataset) -> str:
-    images = network.augmented(trained.config, data.spec, data.train, AUGMENTED)
-    captions = [f"augmented, {data.spec.class_names[i]}" for i in data.train.label[:AUGMENTED]]
+    if trained.task.draw is None:
+        return ""
+    pictures = draw_all(trained.task, network.augmented(trained, data.train, AUGMENTED))
+    captions = [f"augmented example {i}" for i in range(len(pictures))]
+    if names := data.spec.class_names:
+        labels = data.train["label"][:AUGMENTED]
+        captions = [f"augmented, {names[i] if i >= 0 else 'no label'}" for i in labels]
     about = code(trained.config.augment) if trained.config.augment else "As they are."
-    grid = tiles("augmented", images, captions)
+    grid = tiles("augmented", pictures, captions)
     return f"{h3('What it sees in training')}{soft(about)}{grid}"
 
 
-def _reconstructions(seen: dict[str, np.ndarray], image: np.ndarray) -> str:
+def _reconstructions(seen: dict[str, np.ndarray], test: Examples) -> str:
     if "reconstruction" not in seen:
         return ""
-    original = image[:DRAWN].astype(np.float32) / 255
+    image = test["image"][:DRAWN]
+    original = image.astype(np.float32) / 255
     pairs = np.stack([original, seen["reconstruction"][:DRAWN]], axis=1)
     captions = [text for i in range(len(pairs)) for text in (f"image {i}", f"image {i}, drawn")]
     about = soft("Images of test, each before what is drawn from its latent vector.")
@@ -111,12 +126,12 @@ def _reconstructions(seen: dict[str, np.ndarray], image: np.ndarray) -> str:
     return f"{h3('What it draws again')}{about}{grid}"
 
 
-def _map(seen: dict[str, np.ndarray], label: np.ndarray, names: Sequence[str], show: Show) -> str:
+def _map(seen: dict[str, np.ndarray], test: Examples, names: Sequence[str], show: Show) -> str:
     features = seen.get("latent", seen.get("pooled"))
-    if features is None or not np.isfinite(features).all() or len(label) < 10:
+    if features is None or not names or not np.isfinite(features).all() or len(features) < 10:
         return ""
-    label = label[:ON_MAP]
-    figure = draw_map(network.embed(features[:ON_MAP]), label, names)
+    label = test["label"][:ON_MAP]
+    figure = draw_map(network.embed(features), label, names)
     what = "Its latent vectors" if "latent" in seen else "What its last layer sees"
     about = (
         f"{what} of the first {len(label):,} test images, by t-SNE: a point is an image, in the "
@@ -127,7 +142,8 @@ def _map(seen: dict[str, np.ndarray], label: np.ndarray, names: Sequence[str], s
 
 
 def _filters(trained: Trained) -> str:
-    found = network.first_filters(trained.state.params, trained.spec.image_shape[-1])
+    image = trained.spec.fields.get("image")
+    found = network.first_filters(trained.state.params, image.shape[-1]) if image else None
     if found is None:
         return ""
     path, filters = found

@@ -1,81 +1,46 @@
-"""What a trained network answers, what it sees, and what it was shown in training."""
+"""What a trained network predicts, what it sees, and what it was shown in training."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import ml_collections
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cv_jax.data import DataSpec, Split
-from cv_jax.data.batches import padded_batches
-from cv_jax.tasks import build_task
-from cv_jax.trained.load import GROUP_SIZE, Trained, check_answers
-
-
-class Answers(NamedTuple):
-    """Of m images, without test-time augmentation.
-
-    Attributes:
-        answer: (m,) the class with the highest probability.
-        confidence: (m,) that probability.
-        seen: what the network sees in them, see `look`.
-    """
-
-    answer: np.ndarray
-    confidence: np.ndarray
-    seen: dict[str, np.ndarray]
-
-
-def ask(trained: Trained, images: np.ndarray) -> Answers:
-    """Returns answers of the network for images (m, h, w, c) uint8.
-
-    Raises UserError where they are not finite.
-    """
-
-    def apply(state, image):
-        logits, features = trained.predict(state, image, "none")
-        return {"probability": jax.nn.softmax(logits), **_shown(features)}
-
-    seen = _in_groups(apply, trained.state, images)
-    probability = seen.pop("probability")
-    check_answers(probability)
-    return Answers(probability.argmax(-1), probability.max(-1), seen)
-
+from cv_jax.data import Examples
+from cv_jax.data.fields import num_examples, take
+from cv_jax.trained.load import Trained, check_finite_predictions, make_predict
 
 # The features that a report shows: those that the head sees, and what an autoencoder makes.
 SHOWN = ("pooled", "latent", "reconstruction")
 
 
-def look(trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the network sees in images (m, h, w, c) uint8: those of SHOWN that it names."""
-    return _in_groups(
-        lambda state, image: _shown(trained.features(state, image)), trained.state, images
-    )
+def predictions(trained: Trained, examples: Examples) -> dict[str, np.ndarray]:
+    """Returns what the network predicts for examples.
+
+    Raises:
+        UserError: a prediction is not finite.
+    """
+    found = _of_all(trained, examples, trained.task.predict)
+    check_finite_predictions(found)
+    return found
 
 
-def _shown(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: features[name] for name in SHOWN if name in features}
+def features(trained: Trained, examples: Examples) -> dict[str, np.ndarray]:
+    """Returns those features of SHOWN that the network has, as float32."""
+
+    def shown(state, batch):
+        found = trained.task.features(state, batch)
+        return {name: found[name].astype(jnp.float32) for name in SHOWN if name in found}
+
+    return _of_all(trained, examples, shown) if trained.task.features else {}
 
 
-def _in_groups(function: Callable, state: Any, images: np.ndarray) -> dict[str, np.ndarray]:
-    """function(state, images) -> {name: (m, ...)}, of a few at a time, as float32."""
-    count = len(images)
-    split = Split(images, np.zeros(count, np.int32))
-    batches = padded_batches(split, min(GROUP_SIZE, count))
-    program = jax.jit(function)
-    outputs = [jax.device_get(program(state, batch["image"])) for batch in batches]
-    return {
-        name: np.concatenate([output[name] for output in outputs])[:count].astype(np.float32)
-        for name in outputs[0]
-    }
-
-
-def worst_mistakes(answers: Answers, label: np.ndarray, most: int) -> np.ndarray:
-    """Positions of the wrong answers, the most confident first."""
-    wrong = np.flatnonzero(answers.answer != label)
-    return wrong[np.argsort(-answers.confidence[wrong], kind="stable")][:most]
+def _of_all(trained: Trained, examples: Examples, function: Callable) -> dict[str, np.ndarray]:
+    inputs = {name: examples[name] for name in trained.task.inputs}
+    program = make_predict(trained, num_examples(inputs), function)
+    return jax.device_get(program(inputs))
 
 
 def first_filters(params: Any, channels: int) -> tuple[str, np.ndarray] | None:
@@ -93,21 +58,14 @@ def first_filters(params: Any, channels: int) -> tuple[str, np.ndarray] | None:
     return None
 
 
-def augmented(
-    config: ml_collections.ConfigDict, spec: DataSpec, train: Split, count: int
-) -> np.ndarray:
-    """The first training images as the first epoch may show them: (count, h, w, c) in [0, 1]."""
-    image, label = (np.asarray(array[:count]) for array in train)
-    index = np.arange(len(label), dtype=np.int32)
-    coin = np.random.default_rng(0).integers(0, 2**32, len(label), dtype=np.uint32)
-    batch = {
-        "image": image,
-        "label": label,
-        "index": index,
-        "epoch": np.zeros_like(index),
-        "coin": coin,
-    }
-    return np.asarray(jax.jit(build_task(config, spec).preview)(batch, jax.random.key(0)))
+def augmented(trained: Trained, train: Examples, count: int) -> Examples:
+    """Returns the first training examples as the first epoch may show them, by field."""
+    examples = take(train, slice(count))
+    index = np.arange(num_examples(examples), dtype=np.int32)
+    coin = np.random.default_rng(0).integers(0, 2**32, len(index), dtype=np.uint32)
+    rows = {"index": index, "epoch": np.zeros_like(index), "coin": coin}
+    preview = jax.jit(trained.task.preview)({**examples, "rows": rows}, jax.random.key(0))
+    return {name: np.asarray(x) for name, x in preview.items() if name != "rows"}
 
 
 def embed(features: np.ndarray) -> np.ndarray:

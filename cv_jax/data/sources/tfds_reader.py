@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import tensorflow_datasets as tfds
 from tqdm import trange
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.dataset import Split, Stored, histogram
-from cv_jax.data.tfrecord import read_records
+from cv_jax.data.dataset import Stored
+from cv_jax.data.fields import Examples, image_field, label_field
+from cv_jax.data.sources.tfrecord import read_records
+from cv_jax.data.statistics import histogram
 
 # Records that array_record reads at a time: many times faster than one by one.
 _BATCH = 256
@@ -19,7 +22,8 @@ _BATCH = 256
 def read_prepared(directory: Path) -> Stored:
     """Decodes a data set; TFDS does that with OpenCV where it is installed, else with Pillow.
 
-    test is the split "test", or "validation" where TFDS has no test.
+    test is the split "test", or "validation" where TFDS has no test; "validation" beside a test is
+    the official val.
 
     Args:
         directory: .../NAME[/CONFIG]/VERSION, its files in the format array_record or tfrecord.
@@ -43,12 +47,17 @@ def read_prepared(directory: Path) -> Stored:
                 f"{builder.info.full_name} has no examples in a split {split!r}, only in "
                 f"{', '.join(sorted(names))}: it needs train, and test or validation."
             )
-    train = _read_split(builder, "train", image_key, label_key)
+    read = partial(_read_split, builder, image_key=image_key, label_key=label_key)
+    train = read("train")
     return Stored(
-        class_names=tuple(builder.info.features[label_key].names),
+        fields={
+            "image": image_field(train["image"].shape[1:]),
+            "label": label_field(builder.info.features[label_key].names),
+        },
         train=train,
-        test=_read_split(builder, test, image_key, label_key),
-        histogram=histogram(train.image),
+        test=read(test),
+        val=read("validation") if test == "test" and "validation" in names else None,
+        histograms={"image": histogram(train["image"])},
     )
 
 
@@ -78,7 +87,7 @@ def _supervised(info: tfds.core.DatasetInfo) -> tuple[str, str]:
 
 def _read_split(
     builder: tfds.core.DatasetBuilder, split: str, image_key: str, label_key: str
-) -> Split:
+) -> Examples:
     info = builder.info
     where = f"{info.full_name}, split {split}"
     # Only these two are decoded, whatever else a record holds.
@@ -114,7 +123,7 @@ def _read_split(
                 f"{num_classes} classes: a split without labels, or a damaged record."
             )
         image[i] = pixels
-    return Split(image, label)
+    return {"image": image, "label": label}
 
 
 def _file_of(info: tfds.core.DatasetInfo, split: str, record: int) -> str:

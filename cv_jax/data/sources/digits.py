@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.dataset import Split, Stored, stratified
+from cv_jax.data.dataset import Stored
+from cv_jax.data.fields import image_field, label_field
+from cv_jax.data.splits import stratified
 
 NUM_TEST = 360
 
@@ -31,7 +33,7 @@ def load_digits() -> Stored:
     is_test = np.zeros(len(label), bool)
     is_test[stratified(label, NUM_TEST)] = True
     return Stored(
-        class_names=tuple("0123456789"),
-        train=Split(image[~is_test], label[~is_test]),
-        test=Split(image[is_test], label[is_test]),
+        fields={"image": image_field((8, 8, 1)), "label": label_field("0123456789")},
+        train={"image": image[~is_test], "label": label[~is_test]},
+        test={"image": image[is_test], "label": label[is_test]},
     )

@@ -26,7 +26,7 @@ from tensorflow_datasets.core.download import download_manager, downloader, util
 from tensorflow_datasets.image_classification import cifar
 
 from cv_jax.config.errors import UserError, nearest
-from cv_jax.data.location import find_prepared
+from cv_jax.data.sources.location import find_prepared
 
 _WITHOUT_TENSORFLOW = ("cifar10", "cifar100")
 
@@ -85,7 +85,7 @@ def _check_can_prepare(name: str, data_dir: Path) -> None:
             f"Unknown data set {name!r}.{nearest(_family(name), [*known, 'digits'])} "
             "config.data.name is 'digits', which needs no download, or the TFDS name of an "
             "image-classification data set; for data of your own, write a function that returns "
-            "cv_jax.data.dataset.Stored and add its name to OWN in cv_jax/data/load.py."
+            "cv_jax.data.Stored and name it as --config.data.name=MODULE:FUNCTION."
         )
     if _family(name) in _WITHOUT_TENSORFLOW or importlib.util.find_spec("tensorflow"):
         return

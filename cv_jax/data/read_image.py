@@ -5,6 +5,7 @@ import warnings
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -24,12 +25,11 @@ KINDS = [kind for kind in Image.ID if kind != "EPS"]  # which Ghostscript would 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of so many channels
 
 
-def read_file(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads an image file, see `read_image`.
+def read_bytes(path: Path) -> bytes:
+    """Reads a file that a user names.
 
     Raises:
-        UserError: the path is not that of a plain file of at most 500 MB that can be read, or the
-            file is not an image.
+        UserError: the path is not that of a plain file of at most 500 MB that can be read.
     """
     try:
         about = path.stat()
@@ -37,33 +37,49 @@ def read_file(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
             raise UserError("it is a pipe, a socket or a device and not a file")  # may never end
         if about.st_size > MAX_BYTES:
             raise UserError(f"it has more than {MAX_BYTES // 10**6} MB")
-        data = path.read_bytes()
+        return path.read_bytes()
     except IsADirectoryError as error:
         raise UserError("it is a directory that is not looked into: name it as --dir") from error
     except OSError as error:
         raise UserError(error.strerror or str(error)) from error
-    return read_image(data, image_shape)
+
+
+class Back(NamedTuple):
+    """The way from the pixels of a network's input back to those of the file.
+
+    Attributes:
+        size: (height, width) of the image in the file, turned as its EXIF data say.
+        matrix: (3, 3) float64; (x, y, 1) of the input to (x, y, 1) of the file.
+    """
+
+    size: tuple[int, int]
+    matrix: np.ndarray
 
 
 def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Decodes an image file and brings it to (h, w, c) uint8: see `fit_image`."""
+    return fit_image(data, image_shape)[0]
+
+
+def fit_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.ndarray, Back]:
     """Decodes an image file and brings it to the shape of the images of a data set.
 
     Evaluation takes images as they are, so one of that size keeps each of its pixels. Any other is
-    resized (bicubic, smoothed where it shrinks) until it covers h x w, and its middle is cut out.
-    Before that it is turned as its EXIF data say, unless they are damaged; grey becomes RGB, or
-    colours the grey of ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B); 16 bits become 8. Where there is
-    no channel for transparency, what is transparent becomes white. Of several frames the first one
-    counts.
+    resized (bicubic, antialiased where it shrinks) until it covers h x w, and its middle is cut
+    out. Before that it is turned as its EXIF data say, unless they are damaged; grey becomes RGB,
+    or colours the grey of ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B); 16 bits become 8. Where there
+    is no channel for transparency, transparent pixels become white. Of several frames the first is
+    read.
 
     Args:
         data: the content of a file of a kind that Pillow or OpenCV opens.
         image_shape: (h, w, c), c is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGBA.
 
     Returns:
-        (h, w, c) uint8.
+        (h, w, c) uint8, and the way back to the file's own pixels.
 
     Raises:
-        UserError: it is no image, damaged, or has more than 50 million pixels.
+        UserError: the file is not an image, damaged, or has more than 50 million pixels.
     """
     h, w, c = image_shape
     try:
@@ -75,13 +91,22 @@ def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert(MODES[c])
+        back = _way_back(image.size, (w, h))
         if image.size != (w, h):
             image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file does to a decoder
         raise UserError(f"it is damaged ({first_line(error)})") from error
-    return np.asarray(image).reshape(h, w, c)
+    return np.asarray(image).reshape(h, w, c), back
+
+
+def _way_back(size: tuple[int, int], fitted: tuple[int, int]) -> Back:
+    """Returns the way back from an image that covers `fitted` (w, h), cut out of its middle."""
+    scale = min(size[0] / fitted[0], size[1] / fitted[1])
+    left, top = ((side - scale * small) / 2 for side, small in zip(size, fitted, strict=True))
+    matrix = np.array([[scale, 0, left], [0, scale, top], [0, 0, 1]])
+    return Back((size[1], size[0]), matrix)
 
 
 def _open(data: bytes) -> Image.Image:

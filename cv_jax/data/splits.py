@@ -1,0 +1,220 @@
+"""Chooses which examples are val, which stay, and which keep their labels; the same for a seed."""
+
+import zlib
+
+import numpy as np
+
+from cv_jax.config.errors import UserError
+from cv_jax.data.dataset import SAMPLE_SIZE, Dataset, DataSpec, Stored, counts
+from cv_jax.data.fields import Examples, Field, num_examples, take
+from cv_jax.data.statistics import histogram, mean_and_std
+
+OFFICIAL = -1  # config.data.num_val of the val split that the source has
+
+
+def hold_out(name: str, stored: Stored, num_val: int) -> Dataset:
+    """Moves `num_val` examples from train to val, see `choose_val`; -1 takes the official val.
+
+    Both keep the order that train had.
+
+    Raises:
+        UserError: `num_val` leaves nothing to train on, or there is no official val.
+    """
+    train = stored.train
+    count = num_examples(train)
+    if num_val == OFFICIAL and stored.val is None:
+        raise UserError(
+            f"config.data.num_val={OFFICIAL} asks for the official val split, and {name} has none: "
+            "give the number of training examples to hold out."
+        )
+    if num_val != OFFICIAL and not 0 <= num_val < count:
+        raise UserError(
+            f"config.data.num_val={num_val} must be between 0 and {count - 1}: "
+            f"{name} has {count} training examples, and some must remain."
+        )
+    held = choose_val(train, stored.fields, num_val) if num_val != OFFICIAL else np.arange(0)
+    val = take(train, held)
+    if len(held):
+        train = take(train, np.delete(np.arange(count), held))
+    fields = {name: _with_statistics(name, f, stored, val) for name, f in stored.fields.items()}
+    val = stored.val if num_val == OFFICIAL else val
+    spec = DataSpec(
+        name=name,
+        fields=fields,
+        **counts(train, val, stored.test),
+        sample=take(train, slice(SAMPLE_SIZE)),
+    )
+    return Dataset(spec, train, val, stored.test)
+
+
+def _with_statistics(name: str, field: Field, stored: Stored, held: Examples) -> Field:
+    """Adds mean and std of the images that remain in train."""
+    if field.kind != "image":
+        return field
+    mean, std = mean_and_std(stored.histograms[name] - histogram(held[name]))
+    return field._replace(mean=mean, std=std)
+
+
+def choose_val(train: Examples, fields: dict[str, Field], count: int) -> np.ndarray:
+    """Chooses `count` examples for val; returns their positions, ascending.
+
+    With a field `group`, whole groups are chosen at random until at least `count` examples are
+    held out. Else the choice is stratified: by `label`; by the rarest class present in an example
+    with `box_label`; without either, at random.
+    """
+    if "group" in fields:
+        return _choose_groups(train["group"], count)
+    return stratified(_strata(train, fields), count)
+
+
+def _strata(examples: Examples, fields: dict[str, Field]) -> np.ndarray:
+    """A whole number for each example, by which choices are stratified."""
+    if "label" in fields:
+        return examples["label"]
+    if "box_label" not in fields:
+        return np.zeros(num_examples(examples), np.int64)
+    label = examples["box_label"]
+    known = label >= 0
+    sizes = np.bincount(label[known], minlength=1)
+    frequency = np.where(known, sizes[np.where(known, label, 0)], np.iinfo(np.int64).max)
+    rarest = np.take_along_axis(label, frequency.argmin(1)[:, None], 1)[:, 0]
+    return np.where(known.any(1), rarest + 1, 0)
+
+
+def _choose_groups(group: np.ndarray, count: int) -> np.ndarray:
+    names, sizes = np.unique(group, return_counts=True)
+    order = np.random.default_rng(0).permutation(len(names))
+    needed = int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1 if count else 0
+    if needed >= len(names) and count:
+        raise UserError(
+            f"config.data.num_val={count} would hold out all {len(names)} groups of the training "
+            "examples: choose a smaller number."
+        )
+    return np.flatnonzero(np.isin(group, names[order[:needed]]))
+
+
+def limit_examples(data: Dataset, count: int) -> Dataset:
+    """Cuts every split down to `count` examples; mean and std remain those of all.
+
+    The choice is stratified like val's, and keeps the order. A split whose examples are sorted by
+    class or by scene keeps all of its classes or scenes in this way.
+    """
+
+    def cut(split):
+        if num_examples(split) <= count:
+            return split
+        return take(split, stratified(_strata(split, data.spec.fields), count))
+
+    train, val, test = (cut(split) for split in (data.train, data.val, data.test))
+    sample = take(train, slice(SAMPLE_SIZE))
+    spec = data.spec._replace(**counts(train, val, test), sample=sample)
+    return data._replace(spec=spec, train=train, val=val, test=test)
+
+
+def limit_labels(
+    data: Dataset, per_class: int, fraction: float, seed: int, keep_unlabelled: bool
+) -> Dataset:
+    """Removes the labels of all training examples but a few, which are stratified.
+
+    Args:
+        data: val and test stay as they are; so do mean and std.
+        per_class: examples of each class that keep their labels, when above zero.
+        fraction: else the share of all examples that keep them; 0: all.
+        seed: of the choice.
+        keep_unlabelled: whether the others stay in train. Then every split has a field `labelled`,
+            and their label is that of padding, -1.
+
+    Raises:
+        UserError: a class has too few examples, none keeps its label, or there are no labels.
+    """
+    if not per_class and not fraction:
+        return data
+    if "label" not in data.spec.fields:
+        key = "labels_per_class" if per_class else "label_fraction"
+        raise UserError(f"config.data.{key} must be 0: {data.spec.name} has no field 'label'.")
+    chosen = _choose_labelled(data, per_class, fraction, seed)
+    if keep_unlabelled:
+        return _with_labelled(data, chosen)
+    train = take(data.train, chosen)
+    spec = data.spec._replace(num_train=len(chosen), sample=take(train, slice(SAMPLE_SIZE)))
+    return data._replace(spec=spec, train=train)
+
+
+def _choose_labelled(data: Dataset, per_class: int, fraction: float, seed: int) -> np.ndarray:
+    label = data.train["label"]
+    if per_class:
+        sizes = np.bincount(label, minlength=data.spec.num_classes)
+        if sizes.min() < per_class:
+            raise UserError(
+                f"config.data.labels_per_class={per_class}: the class "
+                f"{data.spec.class_names[sizes.argmin()]!r} has only {sizes.min()} training "
+                "examples."
+            )
+        return _choose(label, np.full(len(sizes), per_class), seed)
+    chosen = stratified(label, round(fraction * len(label)), seed)
+    if not len(chosen):
+        raise UserError(
+            f"config.data.label_fraction={fraction} leaves none of {len(label)} labels."
+        )
+    return chosen
+
+
+def _with_labelled(data: Dataset, chosen: np.ndarray) -> Dataset:
+    field = data.spec.fields["label"]
+    labelled = np.isin(np.arange(data.spec.num_train), chosen)
+    label = np.where(labelled, data.train["label"], field.fill).astype(field.dtype)
+    train = {**data.train, "label": label, "labelled": labelled}
+    val, test = (
+        {**split, "labelled": np.ones(num_examples(split), bool)} for split in (data.val, data.test)
+    )
+    spec = data.spec._replace(
+        fields={**data.spec.fields, "labelled": Field((), "bool", "flag")},
+        sample=take(train, slice(SAMPLE_SIZE)),
+        num_unlabelled=len(label) - len(chosen),
+    )
+    return data._replace(spec=spec, train=train, val=val, test=test)
+
+
+def stratified(label: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Chooses `count` examples at random, every class in proportion; the same ones for a seed.
+
+    Class i with m_i of the m examples gets floor(m_i count / m) of them, and the classes with the
+    largest remainders one more each, until there are `count`.
+
+    Args:
+        label: (m,) int, 0 or more.
+        count: between 0 and m.
+        seed: of the choice.
+
+    Returns:
+        (count,) int64, the positions, ascending.
+    """
+    sizes = np.bincount(label)
+    quota, remainder = np.divmod(sizes * count, len(label))
+    quota[np.argsort(-remainder, kind="stable")[: count - quota.sum()]] += 1
+    return _choose(label, quota, seed)
+
+
+def _choose(label: np.ndarray, quota: np.ndarray, seed: int) -> np.ndarray:
+    """Chooses quota[i] examples of each class i at random; returns their positions, ascending."""
+    rng = np.random.default_rng(seed)
+    chosen = [rng.permutation(np.flatnonzero(label == i))[:size] for i, size in enumerate(quota)]
+    return np.sort(np.concatenate(chosen))
+
+
+def count_equal(data: Dataset) -> list[str]:
+    """Returns a note for each two splits that share equal images."""
+    names = [name for name, field in data.spec.fields.items() if field.kind == "image"]
+    if not names:
+        return []
+    seen = {
+        split: {zlib.crc32(x): x for x in np.ascontiguousarray(getattr(data, split)[names[0]])}
+        for split in ("train", "val", "test")
+    }
+    notes = []
+    for first, second in (("val", "train"), ("test", "train"), ("test", "val")):
+        both = seen[first].keys() & seen[second].keys()
+        equal = sum(np.array_equal(seen[first][key], seen[second][key]) for key in both)
+        if equal:
+            notes.append(f"data    {equal:,} images of {first} are in {second}, too")
+    return notes

@@ -1,0 +1,37 @@
+"""What tasks on images share: reading a file into an example, and drawing one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cv_jax.data import DataSpec
+from cv_jax.data.read_image import Back, fit_image
+
+
+def make_read(spec: DataSpec) -> Callable[[bytes], list[tuple[dict[str, np.ndarray], Back]]]:
+    """Returns a function from an image file to its only example, with the way back.
+
+    The image covers the network's size, and its middle is cut out: see `data.read_image`.
+    """
+
+    def read(data: bytes) -> list[tuple[dict[str, np.ndarray], Back]]:
+        image, back = fit_image(data, spec.image_shape)
+        return [({"image": image}, back)]
+
+    return read
+
+
+def draw_image(example: dict[str, Any], prediction: Any = None, back: Any = None) -> np.ndarray:
+    """Returns the image of an example as a picture (h, w, 3) uint8.
+
+    Args:
+        example: its `image` is uint8, or float32 in [0, 1].
+        prediction, back: not drawn.
+    """
+    del prediction, back
+    image = np.asarray(example["image"])
+    if image.dtype != np.uint8:
+        image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    colours = image[..., :3] if image.shape[-1] >= 3 else image[..., :1]
+    return np.broadcast_to(colours, (*image.shape[:2], 3))

@@ -1,0 +1,190 @@
+"""The training step: how a batch becomes a change of the parameters."""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from cv_jax.augment.resizing import make_stages, size_at
+from cv_jax.config import durations
+from cv_jax.data import DataSpec
+from cv_jax.learn.losses import Loss
+from cv_jax.models.layers import frozen_statistics
+from cv_jax.optim.optimizers import Optimizer, make_optimizer
+from cv_jax.optim.selection import Select
+from cv_jax.optim.state import TrainState
+
+# (state, batch, key) -> (state, {metric: (sum, count)})
+Step = Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]
+
+
+class Stage(NamedTuple):
+    """A part of the training within which every step does the same work.
+
+    Attributes:
+        start: its first step.
+        size: pixels a side of the images; None: as they are.
+    """
+
+    start: int
+    size: int | None
+
+
+class Training(NamedTuple):
+    """How a task trains.
+
+    Attributes:
+        tx: the optimizer.
+        train_step, stages: see `tasks.Task`.
+        notes: lines that the log shows at the start.
+    """
+
+    tx: optax.GradientTransformation
+    train_step: Step
+    stages: tuple[int, ...]
+    notes: list[str]
+
+
+def make_training(
+    config: ml_collections.ConfigDict,
+    spec: DataSpec,
+    params: Any,
+    loss: Callable[..., tuple[Loss, tuple[Any, dict]]] | None = None,
+    select: Select | None = None,
+    finish: Callable[[TrainState], TrainState] = lambda state: state,
+    update: Callable[[Optimizer, Stage], Step] | None = None,
+) -> Training:
+    """Builds the step that `config.optim` and `config.progressive_resizing` describe.
+
+    Args:
+        config: of the run.
+        spec: of the data.
+        params: the parameters as ShapeDtypeStructs.
+        loss: (params, model_state, batch, key, size) -> (Loss, (model_state, metrics)), with
+            images of `size` pixels a side (None: as they are). See `gradient_step`.
+        select: chooses the examples of a batch to train on; None: all.
+        finish: changes the new state at the end of each step.
+        update: instead of `loss`, for a task with an update of its own, such as one of two
+            networks: (optimizer, stage) -> step. `apply_gradients` is its building block.
+    """
+    total_steps = durations.total_steps(config, spec.num_train)
+    sizes = make_stages(config.progressive_resizing, total_steps)
+    to_steps = partial(durations.steps, batch_size=config.batch_size, num_train=spec.num_train)
+    optimizer = make_optimizer(config.optim, params, total_steps, config.batch_size, to_steps)
+    starts = tuple(sorted({*(stage.start for stage in sizes), *optimizer.ends}))
+    stages = [Stage(start, size_at(sizes, start)) for start in starts]
+    update = update or partial(gradient_step, loss, select)
+    steps = [_then(finish, update(optimizer, stage)) for stage in stages]
+
+    def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+        new, metrics = step_of_stage(starts, steps, state, batch, key)
+        if config.optim.skip_nonfinite:
+            new, metrics = keep_if_finite(state, new, metrics)
+        rates = {name: (rate, jnp.float32(1)) for name, rate in optimizer.lr(state.step).items()}
+        return new, {**metrics, **rates}
+
+    notes = [f"model   {config.model}: {_num_values(params):,} parameters", optimizer.report]
+    if len(sizes) > 1:
+        shown = [f"{s.size or 'all'} from step {s.start}" for s in sizes]
+        notes.append(f"pixels  a side: {', '.join(shown)}")
+    notes += _long_warmups(config.optim, to_steps, total_steps)
+    return Training(optimizer.tx, train_step, starts, notes)
+
+
+def gradient_step(
+    loss: Callable, select: Select | None, optimizer: Optimizer, stage: Stage
+) -> Step:
+    """Builds the step that follows the gradient of a loss over the whole batch, sum / count."""
+
+    def step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+        if select:
+            batch = select(batch, state.last_loss)
+
+        def mean_loss(params):
+            params = optimizer.stop_gradients(params, stage.start)
+            with frozen_statistics(optimizer.frozen):
+                found, aux = loss(params, state.model_state, batch, key, stage.size)
+            return found.mean(), (found, aux)
+
+        grads, (found, aux) = jax.grad(mean_loss, has_aux=True)(state.params)
+        model_state, metrics = aux
+        params, opt_state = apply_gradients(optimizer.tx, grads, state)
+        last_loss = None
+        if select:
+            last_loss = state.last_loss.at[batch["rows"]["index"]].set(found.each)
+        return TrainState(state.step + 1, params, model_state, opt_state, last_loss), metrics
+
+    return step
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation, grads: Any, state: TrainState
+) -> tuple[Any, Any]:
+    """Returns new parameters and optimizer state; learning rates are those of `state.step`."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state
+
+
+def step_of_stage(
+    starts: tuple[int, ...], steps: list[Step], state: TrainState, batch: dict, key: jax.Array
+) -> tuple[TrainState, dict]:
+    """Makes the step of the stage that `state.step` is in.
+
+    All stages are compiled into one program. Where `state.step` is a Python int, only the step of
+    its stage is traced.
+    """
+    if isinstance(state.step, int):
+        return steps[bisect_right(starts, state.step) - 1](state, batch, key)
+    stage = jnp.searchsorted(jnp.array(starts), state.step, side="right") - 1
+    return jax.lax.switch(stage, steps, state, batch, key)
+
+
+def _then(finish: Callable[[TrainState], TrainState], step: Step) -> Step:
+    def whole(state, batch, key):
+        new, metrics = step(state, batch, key)
+        return finish(new), metrics
+
+    return whole
+
+
+def keep_if_finite(state: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:
+    """Returns the new state, or the old one where a loss or the new state is not finite.
+
+    A skipped step counts: `step` goes up, and with it the batches and the learning rate. Its
+    metrics are (0, 0); the metric "skipped" is (1, 1) for it, and (0, 1) for all others. A gradient
+    that is not finite makes the new parameters non-finite, so checking them is enough.
+    `last_loss`, which starts at infinity, follows from the losses and is not checked.
+    """
+    losses = [value for name, value in metrics.items() if name.partition("/")[0] == "loss"]
+    checked = (losses, new.params, new.model_state, new.opt_state)
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(checked)]).all()
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    kept = kept.replace(step=new.step)  # the same in all runs
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics)
+    skipped = jnp.where(finite, jnp.float32(0), jnp.float32(1))
+    return kept, {**metrics, "skipped": (skipped, jnp.float32(1))}
+
+
+def _num_values(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _long_warmups(
+    optim: ml_collections.ConfigDict, to_steps: Callable[[str], int], total_steps: int
+) -> list[str]:
+    """Returns a note for each warm-up that does not end before the training does."""
+    warmups = {"optim.warmup": optim.warmup}
+    for group, settings in optim.groups.items():
+        if "warmup" in settings:
+            warmups[f"optim.groups.{group}.warmup"] = settings["warmup"]
+    return [
+        f"warmup  config.{key} is {to_steps(warmup):,} steps and the training {total_steps:,}: "
+        "the learning rate never reaches its peak"
+        for key, warmup in warmups.items()
+        if to_steps(warmup) >= total_steps
+    ]
