@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.worker import LR, MEAN, MOMENTUM, NUM_TRAIN, STD, WEIGHT_DECAY, Steps, random_images
 from cv_jax.config.base import base_config
 from cv_jax.config.plan import Intervals, plan_chunks
-from cv_jax.data import DataSpec, Split
+from cv_jax.data import DataSpec
 from cv_jax.data.batches import Batches, make_batches
 from cv_jax.models.ops import plain_lax
 from cv_jax.runtime.keys import Keys, derive_keys
@@ -40,7 +40,7 @@ def build(config: ml_collections.ConfigDict, num_train: int) -> tuple[Task, Batc
     names = tuple(f"class {i}" for i in range(10))
     spec = DataSpec("random", (32, 32, 3), names, mean, std, num_train, 0, 0, image[:5000])
     keys = derive_keys(config.seed)
-    batches = make_batches(config, Split(image, label), keys.order, make_mesh())
+    batches = make_batches(config, {"image": image, "label": label}, keys.order, make_mesh())
     return build_task(config, spec), batches, keys
 
 

@@ -37,7 +37,7 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 def write_images(split: Split, folder: Path) -> None:
     """Each image as a PNG file whose name ends with its label."""
-    for i, (image, label) in enumerate(zip(split.image, split.label, strict=True)):
+    for i, (image, label) in enumerate(zip(split["image"], split["label"], strict=True)):
         Image.fromarray(image.squeeze()).save(folder / f"{i:06d}-{label}.png")
 
 

@@ -18,7 +18,7 @@ import train
 from configs import digits
 from cv_jax.config.base import base_config
 from cv_jax.config.paths import expand
-from cv_jax.data import Dataset, DataSpec, Split
+from cv_jax.data import Dataset, DataSpec, Examples, image_field, label_field
 from cv_jax.models.ops import plain_lax
 from cv_jax.runtime.startup import cache_dir
 
@@ -63,27 +63,25 @@ def cifar10_dir() -> Path:
     return directory
 
 
-def random_split(count: int, image_shape: tuple[int, int, int], num_classes: int) -> Split:
+def random_split(count: int, image_shape: tuple[int, int, int], num_classes: int) -> Examples:
     """Random images and labels, the same for the same arguments."""
     rng = np.random.default_rng(count)
     image = rng.integers(0, 256, (count, *image_shape), dtype=np.uint8)
-    return Split(image, rng.integers(0, num_classes, count).astype(np.int32))
+    return {"image": image, "label": rng.integers(0, num_classes, count).astype(np.int32)}
 
 
 def random_dataset(image_shape: tuple[int, int, int] = (8, 8, 1), num_classes: int = 10) -> Dataset:
     """70 training, 23 validation and 37 test images, none a multiple of a usual batch size."""
     train, val, test = (random_split(m, image_shape, num_classes) for m in (70, 23, 37))
-    channels = image_shape[-1]
+    mean, std = (np.full(image_shape[-1], x, np.float32) for x in (0.5, 0.3))
+    image = image_field(image_shape)._replace(mean=mean, std=std)
     spec = DataSpec(
         name="random",
-        image_shape=image_shape,
-        class_names=tuple(f"class {i}" for i in range(num_classes)),
-        mean=np.full(channels, 0.5, np.float32),
-        std=np.full(channels, 0.3, np.float32),
+        fields={"image": image, "label": label_field([f"class {i}" for i in range(num_classes)])},
         num_train=70,
         num_val=23,
         num_test=37,
-        sample=train.image,
+        sample=train,
     )
     return Dataset(spec, train, val, test)
 

@@ -180,8 +180,8 @@ def test_images_of_a_wrong_shape_are_named(images):
 def test_a_data_set_of_shapes_takes_no_memory():
     """192 GB of images, which a stream's shapes and the task are made of."""
     data = aot.blank_dataset("1281167x224x224x3", 1000)
-    assert data.train.image.nbytes == 1281167 * 224 * 224 * 3
-    assert data.train.image.base.nbytes == 1
+    assert data.train["image"].nbytes == 1281167 * 224 * 224 * 3
+    assert data.train["image"].base.nbytes == 1
     assert data.spec.num_classes == 1000
     assert data.spec.image_shape == (224, 224, 3)
 

@@ -273,11 +273,13 @@ def test_flip_happens_with_probability_p():
 
 def test_alternating_flip_shows_both_versions_in_successive_epochs():
     batch = make_batch(50, 3, 4, 1)
-    batch["coin"] = batch["coin"].at[:2].set(jnp.array([2**32 - 1, 2**32 - 2], jnp.uint32))
+    batch["rows"]["coin"] = (
+        batch["rows"]["coin"].at[:2].set(jnp.array([2**32 - 1, 2**32 - 2], jnp.uint32))
+    )
     plain = np.asarray(batch["image"])
     for epoch in range(4):
         out = images("alternating_flip", {**batch, "epoch": jnp.full(50, epoch, jnp.int32)})
-        odd = (np.asarray(batch["coin"]).astype(np.int64) + epoch) % 2 == 1
+        odd = (np.asarray(batch["rows"]["coin"]).astype(np.int64) + epoch) % 2 == 1
         assert 0 < odd.sum() < 50
         np.testing.assert_array_equal(out[odd], plain[odd][:, :, ::-1])
         np.testing.assert_array_equal(out[~odd], plain[~odd])

@@ -132,7 +132,7 @@ def test_the_loss_falls_and_what_is_drawn_comes_close():
             state, metrics = step(state, batches.feed(i, 1))
             assert metrics["loss"][1] == 50
             losses.append(metrics["loss"][0] / 50)
-        images = data.test.image
+        images = data.test["image"]
         drawn = jit_once(task.features)(state, images)["reconstruction"]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
     assert drawn.shape == images.shape

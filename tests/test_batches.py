@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from cv_jax.config.errors import UserError
+from cv_jax.data import Field
 from cv_jax.data.batches import (
     STREAM_STEPS,
     SplitStream,
+    padded_batches,
     resident_batches,
     stream_batches,
 )
@@ -37,23 +39,23 @@ def two_epochs(resident):
 
 def test_an_epoch_shows_each_example_at_most_once(two_epochs):
     for epoch in (two_epochs[:4], two_epochs[4:]):
-        index = np.concatenate([batch["index"] for batch in epoch])
+        index = np.concatenate([batch["rows"]["index"] for batch in epoch])
         assert len(set(index.tolist())) == 64
         assert index.min() >= 0
         assert index.max() < 70
-    assert (two_epochs[0]["index"] != two_epochs[4]["index"]).any()
+    assert (two_epochs[0]["rows"]["index"] != two_epochs[4]["rows"]["index"]).any()
 
 
 def test_images_and_labels_are_those_of_the_index(two_epochs):
     for step, batch in enumerate(two_epochs):
-        np.testing.assert_array_equal(batch["image"], SPLIT.image[batch["index"]])
-        np.testing.assert_array_equal(batch["label"], SPLIT.label[batch["index"]])
-        assert batch["epoch"].tolist() == [step // 4] * BATCH_SIZE
+        np.testing.assert_array_equal(batch["image"], SPLIT["image"][batch["rows"]["index"]])
+        np.testing.assert_array_equal(batch["label"], SPLIT["label"][batch["rows"]["index"]])
+        assert batch["rows"]["epoch"].tolist() == [step // 4] * BATCH_SIZE
 
 
 def test_the_coin_stays_with_the_example_and_differs_between_seeds(two_epochs):
     def coins(batches):
-        pairs = [(b["index"].tolist(), b["coin"].tolist()) for b in batches]
+        pairs = [(b["rows"]["index"].tolist(), b["rows"]["coin"].tolist()) for b in batches]
         return {i: c for index, coin in pairs for i, c in zip(index, coin, strict=True)}
 
     first, second = coins(two_epochs[:4]), coins(two_epochs[4:])
@@ -111,3 +113,33 @@ def test_shapes_are_those_of_the_batches(resident, two_epochs):
 def test_a_batch_of_nothing_or_larger_than_the_data_is_refused(batch_size):
     with pytest.raises(UserError, match=rf"config\.batch_size={batch_size} .* the 70 training"):
         resident_batches(SPLIT, batch_size, KEY, make_mesh())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_runs_may_have_examples_of_their_own(stream):
+    keys = jax.numpy.stack([jax.random.key(3), jax.random.key(3)])
+    positions = np.int32([np.arange(0, 64, 2), np.arange(1, 64, 2)])
+    source = SplitStream(SPLIT) if stream else SPLIT
+    make = stream_batches if stream else resident_batches
+    batches = make(source, BATCH_SIZE, keys, make_mesh(2), positions)
+    assert batches.limit(0) == 2  # steps of 16 out of 32 examples
+    together = jax.jit(jax.vmap(batches.pick, (batches.axes, None)))
+    seen = [jax.device_get(together(batches.feed(i, 1), np.int32(i))) for i in range(2)]
+    index = np.concatenate([batch["rows"]["index"] for batch in seen], axis=1)
+    np.testing.assert_array_equal(np.sort(index, axis=1), positions)
+    np.testing.assert_array_equal(index[0] + 1, index[1])  # the same order of other examples
+    np.testing.assert_array_equal(seen[0]["label"], SPLIT["label"][seen[0]["rows"]["index"]])
+
+
+def test_padding_has_the_fill_value_of_its_field_and_no_weight():
+    fields = {
+        "label": Field((), "int32", "label", fill=-1, names=("a",)),
+        "mask": Field((2,), "uint8", "mask", fill=255),
+    }
+    split = {"label": np.zeros(3, np.int32), "mask": np.ones((3, 2), np.uint8)}
+    first, last = padded_batches(split, fields, 2)
+    assert first["rows"]["weight"].tolist() == [1, 1]
+    assert last["rows"]["weight"].tolist() == [1, 0]
+    assert last["label"].tolist() == [0, -1]
+    assert last["mask"].tolist() == [[1, 1], [255, 255]]
+    assert last["label"].dtype == np.int32

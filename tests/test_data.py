@@ -16,22 +16,16 @@ from PIL import Image
 
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
-from cv_jax.data import load_dataset
+from cv_jax.data import Field, Stored, image_field, label_field, load_dataset
 from cv_jax.data.cache import cached
-from cv_jax.data.dataset import (
-    Split,
-    Stored,
-    histogram,
-    hold_out,
-    limit_labels,
-    mean_and_std,
-    spec_from_json,
-    spec_to_json,
-    stratified,
-)
+from cv_jax.data.checks import check_stored
+from cv_jax.data.dataset import spec_from_json, spec_to_json
+from cv_jax.data.fields import take
 from cv_jax.data.load import OWN
 from cv_jax.data.sources.location import find_prepared, tfds_data_dir
 from cv_jax.data.sources.tfrecord import crc32c, read_records
+from cv_jax.data.splits import count_equal, hold_out, limit_examples, limit_labels, stratified
+from cv_jax.data.statistics import histogram, mean_and_std
 from cv_jax.data.typical import Typical, measure, score
 from tests.conftest import random_dataset, random_split
 
@@ -172,8 +166,8 @@ def test_digits_are_all_of_scikit_learns():
         return table[np.lexsort(table.T)]
 
     original = load_digits()
-    image = np.concatenate([split.image for split in data[1:]])
-    label = np.concatenate([split.label for split in data[1:]])
+    image = np.concatenate([split["image"] for split in (data.train, data.val, data.test)])
+    label = np.concatenate([split["label"] for split in (data.train, data.val, data.test)])
     expected = np.array(
         [0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255]
     )
@@ -186,9 +180,9 @@ def test_digits_are_all_of_scikit_learns():
 
 def test_digits_have_every_class_in_every_split():
     data = load_dataset(config_of("digits", num_val=200))
-    np.testing.assert_array_equal(np.bincount(data.val.label), [20] * 10)
+    np.testing.assert_array_equal(np.bincount(data.val["label"]), [20] * 10)
     np.testing.assert_array_equal(
-        np.bincount(data.test.label), [36, 37, 35, 37, 36, 36, 36, 36, 35, 36]
+        np.bincount(data.test["label"]), [36, 37, 35, 37, 36, 36, 36, 36, 35, 36]
     )
 
 
@@ -219,33 +213,35 @@ def test_stratified_always_picks_the_same():
 def _stored(num_train=200):
     image = random_images(num_train, (4, 3, 2))
     label = (np.arange(num_train) % 5).astype(np.int32)
-    train = Split(image, label)
-    return Stored(tuple("abcde"), train, Split(image[:9], label[:9]), histogram(image))
+    train = {"image": image, "label": label}
+    fields = {"image": image_field((4, 3, 2)), "label": label_field("abcde")}
+    test = {"image": image[:9], "label": label[:9]}
+    return Stored(fields, train, test, histograms={"image": histogram(image)})
 
 
 def test_val_comes_out_of_train_and_both_keep_its_order():
     stored = _stored()
     data = hold_out("x", stored, 20)
     assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (180, 20, 9)
-    np.testing.assert_array_equal(np.bincount(data.val.label), [4] * 5)
-    position = {image.tobytes(): i for i, image in enumerate(stored.train.image)}
-    train, val = ([position[i.tobytes()] for i in s.image] for s in (data.train, data.val))
+    np.testing.assert_array_equal(np.bincount(data.val["label"]), [4] * 5)
+    position = {image.tobytes(): i for i, image in enumerate(stored.train["image"])}
+    train, val = ([position[i.tobytes()] for i in s["image"]] for s in (data.train, data.val))
     assert train == sorted(train)
     assert val == sorted(val)
     assert sorted(train + val) == list(range(200))
-    np.testing.assert_array_equal(data.train.label, stored.train.label[train])
-    np.testing.assert_array_equal(data.val.label, stored.train.label[val])
+    np.testing.assert_array_equal(data.train["label"], stored.train["label"][train])
+    np.testing.assert_array_equal(data.val["label"], stored.train["label"][val])
 
 
 def test_without_val_train_is_untouched():
     stored = _stored()
     data = hold_out("x", stored, 0)
-    assert data.train.image is stored.train.image
-    assert data.val.image.shape == (0, 4, 3, 2)
-    assert data.val.label.shape == (0,)
+    assert data.train["image"] is stored.train["image"]
+    assert data.val["image"].shape == (0, 4, 3, 2)
+    assert data.val["label"].shape == (0,)
 
 
-@pytest.mark.parametrize("num_val", [-1, 200, 10_000])
+@pytest.mark.parametrize("num_val", [-2, 200, 10_000])
 def test_num_val_must_leave_something_to_train_on(num_val):
     with pytest.raises(UserError, match=rf"config.data.num_val={num_val} .* between 0 and 199"):
         hold_out("x", _stored(), num_val)
@@ -254,10 +250,10 @@ def test_num_val_must_leave_something_to_train_on(num_val):
 def test_mean_and_std_are_those_of_what_remains_of_train():
     stored = _stored(1100)  # more than one chunk
     data = hold_out("x", stored, 100)
-    pixels = data.train.image.astype(np.float64).reshape(-1, 2) / 255
-    np.testing.assert_allclose(data.spec.mean, pixels.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(data.spec.std, pixels.std(0), rtol=1e-6)
-    chex.assert_type([data.spec.mean, data.spec.std], np.float32)
+    pixels = data.train["image"].astype(np.float64).reshape(-1, 2) / 255
+    np.testing.assert_allclose(data.spec.fields["image"].mean, pixels.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(data.spec.fields["image"].std, pixels.std(0), rtol=1e-6)
+    chex.assert_type([data.spec.fields["image"].mean, data.spec.fields["image"].std], np.float32)
 
 
 def test_mean_and_std_by_hand():
@@ -269,19 +265,110 @@ def test_mean_and_std_by_hand():
 
 def test_sample_is_the_first_of_train():
     data = hold_out("x", _stored(6000), 500)
-    np.testing.assert_array_equal(data.spec.sample, data.train.image[:5000])
+    np.testing.assert_array_equal(data.spec.sample["image"], data.train["image"][:5000])
     assert data.spec.num_classes == 5
 
 
-def test_limit_keeps_the_first_of_every_split():
+def test_limit_takes_some_of_every_class_in_their_order():
     everything = load_dataset(config_of("digits", num_val=200))
     data = load_dataset(config_of("digits", num_val=200, limit=250))
     assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (250, 200, 250)
-    np.testing.assert_array_equal(data.spec.sample, everything.train.image[:250])
-    np.testing.assert_array_equal(data.spec.mean, everything.spec.mean)
-    for ours, whole in zip(data[1:], everything[1:], strict=True):
-        np.testing.assert_array_equal(ours.image, whole.image[:250])
-        np.testing.assert_array_equal(ours.label, whole.label[:250])
+    chex.assert_trees_all_equal(data.spec.sample, data.train)
+    chex.assert_trees_all_equal(data.spec.fields, everything.spec.fields)
+    chex.assert_trees_all_equal(data.val, everything.val)
+    assert np.ptp(np.bincount(data.train["label"])) <= 2
+    place = {image.tobytes(): i for i, image in enumerate(everything.train["image"])}
+    places = [place[image.tobytes()] for image in data.train["image"]]
+    assert places == sorted(places)
+    np.testing.assert_array_equal(data.train["label"], everything.train["label"][places])
+
+
+def test_a_limit_of_sorted_examples_has_all_classes():
+    image, label = random_images(60, (2, 2, 1)), np.repeat([0, 1, 2], 20)
+    fields = {"image": image_field((2, 2, 1)), "label": label_field("abc")}
+    train = {"image": image, "label": label}
+    data = hold_out("x", check_stored("x", Stored(fields, train, train)), 0)
+    limited = limit_examples(data, 9)
+    assert np.bincount(limited.train["label"]).tolist() == [3, 3, 3]
+    assert np.bincount(limited.test["label"]).tolist() == [3, 3, 3]
+
+
+# ---- other fields than image and label
+
+
+def _boxes():
+    """12 images of up to two boxes: class 1 is in three of them, 4 have none."""
+    box_label = np.full((12, 2), -1, np.int32)
+    box_label[:8, 0] = 0
+    box_label[:3, 1] = 1
+    train = {
+        "image": random_images(12, (4, 4, 1)),
+        "boxes": np.zeros((12, 2, 4), np.float32),
+        "box_label": box_label,
+    }
+    fields = {
+        "image": image_field((4, 4, 1)),
+        "boxes": BOXES,
+        "box_label": Field((2,), "int32", "box_label", fill=-1, names=("cell", "plate")),
+    }
+    return Stored(fields, train, take(train, slice(3)))
+
+
+def test_val_of_boxes_is_stratified_by_the_rarest_class_present():
+    data = hold_out("boxes", check_stored("boxes", _boxes()), 4)
+    label = data.val["box_label"]  # of 4, 5 and 3 images without boxes, with cells, with a plate
+    assert [(label == -1).all(1).sum(), (label == 1).any(1).sum()] == [1, 1]
+    assert data.spec.fields["image"].mean.shape == (1,)
+    assert data.spec.fields["boxes"].mean is None
+    assert data.spec.class_names == ()
+
+
+def test_a_class_of_a_box_is_checked_and_padding_is_none():
+    stored = _boxes()
+    stored.train["box_label"][5, 1] = 2
+    with pytest.raises(UserError, match=r"train\['box_label'\]\[5, 1\] is 2, and its 2 names"):
+        check_stored("boxes", stored)
+
+
+def test_groups_are_not_divided():
+    stored = _stored(40)
+    group = np.repeat(np.arange(8), 5).astype(np.int32)
+    fields = {**stored.fields, "group": Field((), "int32", "group")}
+    train = {**stored.train, "group": group}
+    stored = stored._replace(fields=fields, train=train, test=take(train, slice(9)))
+    data = hold_out("x", stored, 7)
+    assert data.spec.num_val == 10  # two whole groups
+    assert not set(data.val["group"]) & set(data.train["group"])
+    with pytest.raises(UserError, match="num_val=39 would hold out all 8 groups"):
+        hold_out("x", stored, 39)
+
+
+def test_the_official_val_is_used_where_it_is_asked_for():
+    stored = _stored()
+    official = take(stored.train, slice(30, 40))
+    data = hold_out("x", stored._replace(val=official), -1)
+    chex.assert_trees_all_equal(data.val, official)
+    assert (data.spec.num_train, data.spec.num_val) == (200, 10)
+    with pytest.raises(UserError, match=r"num_val=-1 asks for the official val split, and x has"):
+        hold_out("x", stored, -1)
+
+
+def test_equal_images_in_two_splits_are_counted():
+    data = hold_out("x", _stored(), 20)
+    assert count_equal(data._replace(test=data.test, val=data.val)) != []
+    test = take(data.train, [0, 1, 1, 5])
+    test["image"] = np.concatenate([test["image"][:2], test["image"][:2] ^ 1])
+    notes = count_equal(data._replace(test=test))
+    assert notes == ["data    2 images of test are in train, too"]
+
+
+def test_a_data_set_may_be_a_function_of_ones_own():
+    data = load_dataset(config_of("tests.test_data:_stored"))
+    assert data.spec.num_train == 200
+    with pytest.raises(UserError, match=r"config\.data\.name='tests\.nothing:load': the module"):
+        load_dataset(config_of("tests.nothing:load"))
+    with pytest.raises(UserError, match=r"the module 'tests\.test_data' has no function 'nothing'"):
+        load_dataset(config_of("tests.test_data:nothing"))
 
 
 # ---- few labels
@@ -289,10 +376,13 @@ def test_limit_keeps_the_first_of_every_split():
 
 def _lopsided():
     """100, 60 and 20 training images of three classes in an order of chance, and 20 of val."""
-    label = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [111, 67, 22]))
+    label = np.repeat([0, 1, 2], [111, 67, 22]).astype(np.int32)
+    label = np.random.default_rng(0).permutation(label)
     image = random_images(200, (4, 3, 1))
-    stored = Stored(("ant", "bee", "cat"), Split(image, label), Split(image[:9], label[:9]))
-    return hold_out("x", stored._replace(histogram=histogram(image)), 20)
+    fields = {"image": image_field((4, 3, 1)), "label": label_field(("ant", "bee", "cat"))}
+    train = {"image": image, "label": label}
+    stored = Stored(fields, train, take(train, slice(9)), histograms={"image": histogram(image)})
+    return hold_out("x", stored, 20)
 
 
 def _limited(per_class=0, fraction=0.0, seed=0, keep=False):
@@ -301,8 +391,8 @@ def _limited(per_class=0, fraction=0.0, seed=0, keep=False):
 
 def _places(data):
     """Where in the train of `_lopsided` each image of train stood."""
-    place = {image.tobytes(): i for i, image in enumerate(_lopsided().train.image)}
-    return [place[image.tobytes()] for image in data.train.image]
+    place = {image.tobytes(): i for i, image in enumerate(_lopsided().train["image"])}
+    return [place[image.tobytes()] for image in data.train["image"]]
 
 
 @pytest.mark.parametrize(
@@ -318,25 +408,28 @@ def _places(data):
 @pytest.mark.parametrize("keep", [False, True])
 def test_so_many_labels_of_each_class_are_left(amount, expected, keep):
     whole, data = _lopsided(), _limited(**amount, keep=keep)
-    label = data.train.label
+    label = data.train["label"]
     assert np.bincount(label[label >= 0]).tolist() == expected
     num_unlabelled = 180 - sum(expected) if keep else 0
     assert (label == -1).sum() == data.spec.num_unlabelled == num_unlabelled
-    assert data.spec.num_train == len(label) == len(data.train.image)
+    if keep:
+        np.testing.assert_array_equal(data.train["labelled"], label >= 0)
+        assert data.test["labelled"].all()
+    assert data.spec.num_train == len(label) == len(data.train["image"])
     places = _places(data)
     assert places == (list(range(180)) if keep else sorted(places))
     known = label >= 0
-    np.testing.assert_array_equal(label[known], whole.train.label[places][known])
-    np.testing.assert_array_equal(data.spec.sample, data.train.image)
-    assert data.train.label.dtype == whole.train.label.dtype
+    np.testing.assert_array_equal(label[known], whole.train["label"][places][known])
+    np.testing.assert_array_equal(data.spec.sample["image"], data.train["image"])
+    assert data.train["label"].dtype == whole.train["label"].dtype
 
 
 def test_all_but_train_is_as_with_all_labels():
     whole, data = _lopsided(), _limited(per_class=2)
-    chex.assert_trees_all_equal(data[2:], whole[2:])
+    chex.assert_trees_all_equal(data[2:4], whole[2:4])
     assert (data.spec.num_val, data.spec.num_test) == (20, 9)
-    np.testing.assert_array_equal(data.spec.mean, whole.spec.mean)
-    np.testing.assert_array_equal(data.spec.std, whole.spec.std)
+    np.testing.assert_array_equal(data.spec.fields["image"].mean, whole.spec.fields["image"].mean)
+    np.testing.assert_array_equal(data.spec.fields["image"].std, whole.spec.fields["image"].std)
     whole, data = _lopsided(), _limited()
     chex.assert_trees_all_equal(data.train, whole.train)
 
@@ -345,7 +438,7 @@ def test_all_but_train_is_as_with_all_labels():
 def test_the_seed_says_which_labels_are_left(amount):
     first = _places(_limited(**amount))
     assert _places(_limited(**amount)) == first
-    known = np.flatnonzero(_limited(**amount, keep=True).train.label >= 0)
+    known = np.flatnonzero(_limited(**amount, keep=True).train["label"] >= 0)
     assert known.tolist() == first
     others = [_places(_limited(**amount, seed=seed)) for seed in (1, 2)]
     assert first != others[0] != others[1] != first
@@ -372,26 +465,35 @@ def test_labels_that_there_are_not_are_named_by_their_key(amount, message):
 def test_digits_with_few_labels():
     amount = {"num_val": 200, "label_fraction": 0.5, "labels_per_class": 3, "label_seed": 1}
     data = load_dataset(config_of("digits", **amount))
-    assert np.bincount(data.train.label).tolist() == [3] * 10
+    assert np.bincount(data.train["label"]).tolist() == [3] * 10
     assert (data.spec.num_train, data.spec.num_val, data.spec.num_test) == (30, 200, 360)
     kept = load_dataset(config_of("digits", **amount, keep_unlabelled=True))
     assert (kept.spec.num_train, kept.spec.num_unlabelled) == (1237, 1207)
-    known = kept.train.label >= 0
-    np.testing.assert_array_equal(kept.train.image[known], data.train.image)
-    np.testing.assert_array_equal(kept.train.label[known], data.train.label)
+    known = kept.train["label"] >= 0
+    np.testing.assert_array_equal(kept.train["image"][known], data.train["image"])
+    np.testing.assert_array_equal(kept.train["label"][known], data.train["label"])
     limited = load_dataset(config_of("digits", limit=100, label_fraction=0.5))
     assert limited.spec.num_train == 50
 
 
-def test_facts_about_data_go_through_json_also_those_of_older_runs():
+def test_facts_about_data_go_through_json():
     spec = _limited(per_class=2, keep=True).spec
-    values = json.loads(json.dumps(spec_to_json(spec)))
-    back = spec_from_json(values)
+    back = spec_from_json(json.loads(json.dumps(spec_to_json(spec))))
     chex.assert_trees_all_equal(back._replace(sample=0), spec._replace(sample=0))
-    assert (back.num_unlabelled, back.num_classes) == (174, 3)
-    del values["num_unlabelled"]  # which runs before there was such a thing lack
-    older = spec_from_json(values)
-    chex.assert_trees_all_equal(older, back._replace(num_unlabelled=0))
+    assert (back.num_unlabelled, back.num_classes, back.summary) == (174, 3, "4x3x1, 3 classes")
+    assert back.sample["label"].tolist() == [-1]
+
+
+def test_facts_that_older_runs_have_written_are_understood():
+    older = {
+        **{"name": "x", "image_shape": [4, 3, 1], "class_names": ["ant", "bee"], "sample": None},
+        **{"mean": [0.5], "std": [0.25], "num_train": 8, "num_val": 0, "num_test": 2},
+    }
+    spec = spec_from_json(older)
+    assert spec.image_shape == (4, 3, 1)
+    assert spec.class_names == ("ant", "bee")
+    assert spec.fields["image"].std.tolist() == [0.25]
+    assert (spec.num_unlabelled, spec.typical) == (0, None)
 
 
 # ---- What is unlike
@@ -406,7 +508,7 @@ def test_the_score_of_stripes_is_that_computed_by_hand():
 
 
 def test_one_of_a_hundred_images_of_val_is_above_the_threshold():
-    train, val = (random_split(count, (8, 8, 3), 10).image for count in (300, 200))
+    train, val = (random_split(count, (8, 8, 3), 10)["image"] for count in (300, 200))
     typical = measure(train, val)
     assert (score(val, typical) > typical.threshold).sum() == 2
     assert (score(train, measure(train, val[:0])) > measure(train, val[:0]).threshold).sum() == 3
@@ -416,7 +518,7 @@ def test_one_of_a_hundred_images_of_val_is_above_the_threshold():
 
 def test_what_is_typical_goes_through_json():
     data = random_dataset((8, 8, 2))
-    spec = data.spec._replace(typical=measure(data.train.image, data.val.image))
+    spec = data.spec._replace(typical=measure(data.train["image"], data.val["image"]))
     values = json.loads(json.dumps(spec_to_json(spec)))
     chex.assert_trees_all_equal(spec_from_json(values).typical, spec.typical)
     values["typical"]["mean"].pop()
@@ -486,11 +588,11 @@ def test_prepared_data_is_read_exactly(tmp_path, file_format, channels):
     if file_format == "tfrecord":
         to_tfrecord(directory)
     data = load_dataset(config_of("tiny", tmp_path))
-    np.testing.assert_array_equal(data.train.image, random_images(7, shape))
-    np.testing.assert_array_equal(data.test.image, random_images(3, shape))
-    np.testing.assert_array_equal(data.train.label, [0, 1, 2, 0, 1, 2, 0])
-    np.testing.assert_array_equal(data.test.label, [2, 1, 0])
-    chex.assert_type([data.train.image, data.train.label], [np.uint8, np.int32])
+    np.testing.assert_array_equal(data.train["image"], random_images(7, shape))
+    np.testing.assert_array_equal(data.test["image"], random_images(3, shape))
+    np.testing.assert_array_equal(data.train["label"], [0, 1, 2, 0, 1, 2, 0])
+    np.testing.assert_array_equal(data.test["label"], [2, 1, 0])
+    chex.assert_type([data.train["image"], data.train["label"]], [np.uint8, np.int32])
     assert data.spec.class_names == ("ant", "bee", "cat")
     assert data.spec.image_shape == shape
     assert data.spec.name == "tiny"
@@ -504,8 +606,8 @@ def test_more_records_than_are_read_at_a_time(tmp_path):
     }
     prepare_tiny(tmp_path, features_of((2, 2, 1)), splits)
     data = load_dataset(config_of("tiny", tmp_path))
-    np.testing.assert_array_equal(data.train.image, images)
-    np.testing.assert_array_equal(data.train.label, np.arange(600) % 3)
+    np.testing.assert_array_equal(data.train["image"], images)
+    np.testing.assert_array_equal(data.train["label"], np.arange(600) % 3)
 
 
 def test_the_supervised_label_is_taken_among_several(tmp_path):
@@ -516,7 +618,7 @@ def test_the_supervised_label_is_taken_among_several(tmp_path):
     for keys in (("image", "label"), None):
         prepare_tiny(tmp_path / str(keys), features, splits, keys)
     data = load_dataset(config_of("tiny", tmp_path / str(("image", "label"))))
-    np.testing.assert_array_equal(data.test.label, [2, 1, 0])
+    np.testing.assert_array_equal(data.test["label"], [2, 1, 0])
     assert "not an image-classification data set" in _error(tmp_path / "None")
 
 
@@ -524,7 +626,8 @@ def test_validation_stands_in_for_test(tmp_path):
     splits = tiny_splits()
     splits["validation"] = splits.pop("test")
     prepare_tiny(tmp_path, features_of(), splits)
-    np.testing.assert_array_equal(load_dataset(config_of("tiny", tmp_path)).test.label, [2, 1, 0])
+    data = load_dataset(config_of("tiny", tmp_path))
+    np.testing.assert_array_equal(data.test["label"], [2, 1, 0])
 
 
 def test_tfds_data_dir_comes_after_the_config(tmp_path, monkeypatch):
@@ -690,7 +793,7 @@ def test_another_shape_in_test_is_refused(tmp_path):
     splits = tiny_splits()
     splits["test"] = examples_of(random_images(2, (4, 5, 3)), [0, 1])
     prepare_tiny(tmp_path, features_of((None, None, 3)), splits)
-    assert "the images of train are (6, 5, 3) and those of test (4, 5, 3)" in _error(tmp_path)
+    assert "test['image'] has the shape (2, 4, 5, 3) and not (m, 6, 5, 3)" in _error(tmp_path)
 
 
 # ---- what a function of OWN may do wrong
@@ -698,41 +801,65 @@ def test_another_shape_in_test_is_refused(tmp_path):
 
 def _own(**changes):
     """A sound data set with these changes; train__label replaces the labels of train."""
-    parts = {"class_names": ("ant", "bee", "cat")}
+    parts = {"fields": {"image": image_field((4, 4, 1)), "label": label_field("abc")}}
     parts |= {split: random_split(m, (4, 4, 1), 3) for split, m in (("train", 6), ("test", 3))}
     for key, value in changes.items():
         name, _, field = key.partition("__")
-        parts[name] = parts[name]._replace(**{field: value}) if field else value
+        parts[name] = {**parts[name], field: value} if field else value
     return Stored(**parts)
 
 
-IMAGE, LABEL = random_split(6, (4, 4, 1), num_classes=3)
+def _named(*names):
+    return _own(fields__label=Field((), "int32", "label", names=names))
+
+
+IMAGE, LABEL = random_split(6, (4, 4, 1), num_classes=3).values()
+BOXES = Field((2, 4), "float32", "boxes")
 
 
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (None, "its function returns NoneType and not cv_jax.data.dataset.Stored"),
-        (_own(class_names=()), "class_names=() must be a tuple of names"),
-        (_own(class_names="abc"), "class_names='abc' must be a tuple of names"),
-        (_own(class_names=("a", "b", "a")), "class_names[2]='a' must be a text that no other"),
-        (_own(class_names=("a", "b", "")), "class_names[2]='' must be a text"),
-        (_own(class_names=(0, 1, 2)), "class_names[0]=0 must be a text"),
-        (_own(test=(IMAGE, LABEL)), "test must be a Split(image, label) of NumPy arrays"),
-        (_own(train__label=[0] * 6), "train must be a Split(image, label) of NumPy arrays"),
-        (_own(train=Split(IMAGE[:0], LABEL[:0])), "train has no examples"),
-        (_own(test=Split(IMAGE[:0], LABEL[:0])), "test has no examples"),
-        (_own(train__image=IMAGE / 255), "train.image is float64 and not uint8: scale it to 0"),
-        (_own(test__image=IMAGE[:3, ..., 0]), "test.image has the shape (3, 4, 4) and not (m, h,"),
-        (_own(train__image=np.tile(IMAGE, 5)), "(6, 4, 4, 5) and not (m, h, w, c) with 1 to 4"),
-        (_own(train__label=LABEL[:5]), "train has 6 images and 5 labels"),
-        (_own(train__label=LABEL / 2), "train.label is float64 of shape (6,) and not whole"),
-        (_own(train__label=np.eye(6, 3, dtype=int)), "train.label is int64 of shape (6, 3) and"),
-        (_own(train__label=np.arange(1, 7) % 4), "train.label[2] is 3, and its 3 class_names"),
-        (_own(test__label=np.array([0, -1, -1])), "test.label[1] is -1, and its 3 class_names"),
-        (_own(test__image=IMAGE[:3, :3]), "train are (4, 4, 1) and those of test (3, 4, 1)"),
-        (_own(histogram=histogram(IMAGE)[:, 0]), "its histogram, of shape (256,), does not"),
-        (_own(histogram=histogram(IMAGE[:5])), "its histogram, of shape (256, 1), does not"),
+        (None, "its function returns NoneType and not cv_jax.data.Stored"),
+        (_own(fields=()), "fields must be a dict such as"),
+        (_own(fields__rows=BOXES), "a field cannot have the name 'rows'"),
+        (_own(fields__label=("a", "b")), "fields['label'] must be a cv_jax.data.fields.Field"),
+        (_own(fields__a=BOXES._replace(kind="box")), "fields['a'] has the unknown kind 'box'"),
+        (_own(fields__label=BOXES), "fields['label'] must be of the kind 'label', not 'boxes'"),
+        (_named(), "fields['label'] needs names of its classes"),
+        (_own(fields__label=label_field("")._replace(names="abc")), "names='abc' must be a tuple"),
+        (_named("a", "b", "a"), "fields['label'].names[2]='a' must be a text that no other"),
+        (_named("a", "b", ""), "fields['label'].names[2]='' must be a text"),
+        (_named(0, 1, 2), "fields['label'].names[0]=0 must be a text"),
+        (
+            _own(fields__image=image_field((4, 4))),
+            "'image' have the shape (4, 4) and not (h, w, c)",
+        ),
+        (_own(fields__image=image_field((4, 4, 5))), "(4, 4, 5) and not (h, w, c) with 1 to 4"),
+        (_own(test=(IMAGE, LABEL)), "test must be a dict of NumPy arrays by the names of its"),
+        (_own(train__label=[0] * 6), "train must be a dict of NumPy arrays"),
+        (
+            _own(train={"image": IMAGE}),
+            "train has the arrays image, and its fields are image, label",
+        ),
+        (_own(train={"image": IMAGE[:0], "label": LABEL[:0]}), "train has no examples"),
+        (_own(val={"image": IMAGE[:0], "label": LABEL[:0]}), "val has no examples"),
+        (_own(train__image=IMAGE / 255), "train['image'] is float64 and not uint8: scale it to 0"),
+        (
+            _own(test__image=IMAGE[:3, ..., 0]),
+            "test['image'] has the shape (3, 4, 4) and not (m, 4",
+        ),
+        (
+            _own(test__image=IMAGE[:3, :3]),
+            "test['image'] has the shape (3, 3, 4, 1) and not (m, 4, 4",
+        ),
+        (_own(train__label=LABEL[:5]), "train has 6 of image, 5 of label; each example takes one"),
+        (_own(train__label=LABEL / 2), "train['label'] is float64 and not whole numbers"),
+        (_own(train__label=np.eye(6, 3, dtype=int)), "train['label'] has the shape (6, 3) and not"),
+        (_own(train__label=np.arange(1, 7) % 4), "train['label'][2] is 3, and its 3 names are"),
+        (_own(test__label=np.array([0, -1, -1])), "test['label'][1] is -1, and its 3 names are"),
+        (_own(histograms={"image": histogram(IMAGE)[:, 0]}), "of shape (256,), does not count"),
+        (_own(histograms={"image": histogram(IMAGE[:5])}), "of shape (256, 1), does not count"),
     ],
 )
 def test_a_mistake_in_a_data_set_of_ones_own_is_explained(stored, message, monkeypatch):
@@ -746,9 +873,9 @@ def test_a_mistake_in_a_data_set_of_ones_own_is_explained(stored, message, monke
 def test_a_data_set_of_ones_own_needs_no_histogram_and_any_whole_labels(monkeypatch):
     monkeypatch.setitem(OWN, "own", lambda: _own(train__label=LABEL.astype(np.uint8)))
     data = load_dataset(config_of("own"))
-    assert data.train.label.dtype == np.int32
-    np.testing.assert_array_equal(data.train.label, LABEL)
-    assert data.spec.mean == pytest.approx(IMAGE.mean() / 255)
+    assert data.train["label"].dtype == np.int32
+    np.testing.assert_array_equal(data.train["label"], LABEL)
+    assert data.spec.fields["image"].mean == pytest.approx(IMAGE.mean() / 255)
 
 
 # ---- the cache
@@ -761,6 +888,10 @@ def prepared(tmp_path):
     directory.mkdir(parents=True)
     (directory / "dataset_info.json").write_text("{}")
     return directory, _stored()
+
+
+def _renamed(stored):
+    return stored._replace(fields={**stored.fields, "label": label_field("vwxyz")})
 
 
 def _never(directory):
@@ -776,10 +907,10 @@ def test_the_second_time_comes_from_the_cache(tmp_path, prepared, capsys):
     directory, stored = prepared
     cached(directory, lambda _: stored)
     again = cached(directory, _never)
-    chex.assert_trees_all_equal(again._replace(class_names=()), stored._replace(class_names=()))
-    assert again.class_names == stored.class_names
-    assert isinstance(again.train.image.base, np.memmap)
-    assert not again.train.image.flags.writeable
+    chex.assert_trees_all_equal(again[1:], stored[1:])
+    assert again.fields == stored.fields
+    assert isinstance(again.train["image"].base, np.memmap)
+    assert not again.train["image"].flags.writeable
     assert _entry(tmp_path).name.startswith("name-1.0.0-")
     assert not list(_entry(tmp_path).glob("*.tmp"))
     assert capsys.readouterr().err == ""
@@ -796,7 +927,7 @@ def _flip(path):
     [
         ("train.image.npy", _flip),
         ("test.label.npy", _flip),
-        ("histogram.npy", _flip),
+        ("histogram.image.npy", _flip),
         ("train.image.npy", lambda path: path.write_bytes(path.read_bytes()[:-1])),
         ("train.label.npy", lambda path: path.write_bytes(b"")),
         ("test.image.npy", lambda path: path.unlink()),
@@ -810,7 +941,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, prepared, capsys, file, damage)
     cached(directory, lambda _: stored)
     damage(_entry(tmp_path) / file)
     again = cached(directory, lambda _: stored)
-    chex.assert_trees_all_equal(again._replace(class_names=()), stored._replace(class_names=()))
+    chex.assert_trees_all_equal(again[1:], stored[1:])
     message = capsys.readouterr().err
     assert f"the cache {_entry(tmp_path)} is damaged" in message
     assert message.count("\n") == 1
@@ -847,9 +978,9 @@ def test_data_prepared_anew_is_read_anew(prepared, capsys, content):
     info.write_text(content)
     if content == "{ }":
         os.utime(info, (0, 0))
-    other = stored._replace(class_names=tuple("vwxyz"))
+    other = _renamed(stored)
     assert cached(directory, lambda _: other) is other
-    assert cached(directory, _never).class_names == other.class_names
+    assert cached(directory, _never).fields == other.fields
     assert capsys.readouterr().err == ""
 
 
@@ -861,7 +992,7 @@ def test_a_file_below_a_folder_is_part_of_the_data(prepared):
     image.write_bytes(b"1")
     os.utime(image, (0, 0))
     cached(directory, lambda _: stored)
-    assert cached(directory, _never).class_names == stored.class_names
+    assert cached(directory, _never).fields == stored.fields
     os.utime(image, (1, 1))
     assert cached(directory, lambda _: stored) is stored  # as new contents of the same size
     image.rename(image.parent.parent / "1.png")
@@ -872,10 +1003,10 @@ def test_a_file_below_a_folder_is_part_of_the_data(prepared):
 def test_settings_of_the_decoding_have_entries_of_their_own(prepared):
     directory, stored = prepared
     cached(directory, lambda _: stored)
-    other = stored._replace(class_names=tuple("vwxyz"))
+    other = _renamed(stored)
     assert cached(directory, lambda _: other, settings="size=64") is other
-    assert cached(directory, _never).class_names == stored.class_names
-    assert cached(directory, _never, settings="size=64").class_names == other.class_names
+    assert cached(directory, _never).fields == stored.fields
+    assert cached(directory, _never, settings="size=64").fields == other.fields
 
 
 def test_two_directories_of_one_version_do_not_share(tmp_path, prepared):
@@ -883,10 +1014,10 @@ def test_two_directories_of_one_version_do_not_share(tmp_path, prepared):
     copy = tmp_path / "copy" / "name" / "1.0.0"
     shutil.copytree(directory, copy)  # with the same sizes and times
     cached(directory, lambda _: stored)
-    other = stored._replace(class_names=tuple("vwxyz"))
+    other = _renamed(stored)
     assert cached(copy, lambda _: other) is other
-    assert cached(directory, _never).class_names == stored.class_names
-    assert cached(copy, _never).class_names == other.class_names
+    assert cached(directory, _never).fields == stored.fields
+    assert cached(copy, _never).fields == other.fields
 
 
 def test_an_unwritable_cache_is_no_cache(tmp_path, prepared, capsys):
@@ -904,11 +1035,12 @@ def test_an_unwritable_cache_is_no_cache(tmp_path, prepared, capsys):
 @pytest.mark.slow
 def test_real_cifar10_has_its_published_statistics(cifar10_dir):
     data = load_dataset(config_of("cifar10", cifar10_dir))
-    np.testing.assert_allclose(data.spec.mean, [0.4914, 0.4822, 0.4465], atol=5e-5)
-    np.testing.assert_allclose(data.spec.std, [0.2470, 0.2435, 0.2616], atol=5e-5)
-    np.testing.assert_array_equal(np.bincount(data.train.label), [5000] * 10)
-    np.testing.assert_array_equal(np.bincount(data.test.label), [1000] * 10)
+    np.testing.assert_allclose(data.spec.fields["image"].mean, [0.4914, 0.4822, 0.4465], atol=5e-5)
+    np.testing.assert_allclose(data.spec.fields["image"].std, [0.2470, 0.2435, 0.2616], atol=5e-5)
+    np.testing.assert_array_equal(np.bincount(data.train["label"]), [5000] * 10)
+    np.testing.assert_array_equal(np.bincount(data.test["label"]), [1000] * 10)
     assert data.spec.class_names[6] == "frog"
-    assert isinstance(load_dataset(config_of("cifar10", cifar10_dir)).train.image.base, np.memmap)
+    again = load_dataset(config_of("cifar10", cifar10_dir))
+    assert isinstance(again.train["image"].base, np.memmap)
     val = load_dataset(config_of("cifar10", cifar10_dir, num_val=5000)).val
-    np.testing.assert_array_equal(np.bincount(val.label), [500] * 10)
+    np.testing.assert_array_equal(np.bincount(val["label"]), [500] * 10)

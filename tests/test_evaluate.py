@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
-from cv_jax.data import Dataset, Split
+from cv_jax.data import Dataset, DataSpec, image_field, label_field
 from cv_jax.data.batches import padded_batches
+from cv_jax.data.fields import take
+from cv_jax.learn.evaluations import Collected
 from cv_jax.learn.metrics import classification_metrics
+from cv_jax.optim.state import TrainState
 from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.mesh import make_mesh
 from cv_jax.tasks.classification.views import find_tta
@@ -20,34 +24,35 @@ from cv_jax.workdir.numbers import means
 from tests.conftest import random_split
 
 SPLIT = random_split(37, (2, 2, 1), 7)
+FIELDS = {"image": image_field((2, 2, 1)), "label": label_field("abcdefg")}
 WEIGHT = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
 
 
 def _eval_fn(state, batch):
     image = batch["image"].astype(jnp.float32).reshape(-1, 4) / 255
-    return classification_metrics(image @ state, batch["label"], batch["mask"])
+    return classification_metrics(image @ state, batch["label"], batch["rows"]["weight"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 36, 37, 38, 100])
 def test_any_batch_size_gives_the_same_numbers(batch_size):
-    batches = padded_batches(SPLIT, batch_size)
+    batches = list(padded_batches(SPLIT, FIELDS, batch_size))
     assert {len(batch["label"]) for batch in batches} == {batch_size}
     sums = sum_batches(partial(jax.jit(_eval_fn), WEIGHT), batches)
 
-    logits = (SPLIT.image.reshape(37, 4).astype(np.float64) / 255) @ WEIGHT.astype(np.float64)
+    logits = (SPLIT["image"].reshape(37, 4).astype(np.float64) / 255) @ WEIGHT.astype(np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     answer = logits.argmax(1)
-    right = answer == SPLIT.label
-    top5 = (np.argsort(-logits)[:, :5] == SPLIT.label[:, None]).any(1)
+    right = answer == SPLIT["label"]
+    top5 = (np.argsort(-logits)[:, :5] == SPLIT["label"][:, None]).any(1)
     confusion = np.zeros((7, 7))
-    np.add.at(confusion, (SPLIT.label, answer), 1)
+    np.add.at(confusion, (SPLIT["label"], answer), 1)
 
     chex.assert_trees_all_equal(sums["accuracy"], (np.float32(right.sum()), np.float32(37)))
     chex.assert_trees_all_equal(sums["top5"], (np.float32(top5.sum()), np.float32(37)))
     np.testing.assert_array_equal(sums["confusion"][0], confusion)
     np.testing.assert_array_equal(sums["per_class_accuracy"][0], np.diagonal(confusion))
-    np.testing.assert_array_equal(sums["per_class_accuracy"][1], np.bincount(SPLIT.label))
-    loss = -log_probs[np.arange(37), SPLIT.label].sum()
+    np.testing.assert_array_equal(sums["per_class_accuracy"][1], np.bincount(SPLIT["label"]))
+    loss = -log_probs[np.arange(37), SPLIT["label"]].sum()
     np.testing.assert_allclose(sums["loss"][0], loss, rtol=1e-5)
     confidence = np.exp(log_probs.max(1))
     counts, _ = np.histogram(confidence, 15, (0, 1))
@@ -58,18 +63,50 @@ def test_any_batch_size_gives_the_same_numbers(batch_size):
 
 def test_splits_of_other_image_sizes_have_programs_of_their_own():
     def split(side, dtype):
-        return Split(np.ones((4, side, side, 1), dtype), np.zeros(4, np.int32))
+        return {"image": np.ones((4, side, side, 1), dtype), "label": np.zeros(4, np.int32)}
 
-    data = Dataset(None, None, split(2, np.uint8), split(3, np.uint8))
+    data = Dataset(DataSpec("x", FIELDS, 0, 4, 4, {}), {}, split(2, np.uint8), split(3, np.uint8))
 
     def pixels(own, state, batch):
         return {"pixels": (batch["image"].sum(axis=(1, 2, 3)).sum(), state)}
 
     state = jnp.float32(1)
-    evaluate = Evaluator({"final": pixels}, None, data, 4, make_mesh(), Clock())
+    evaluate = Evaluator({"final": pixels}, None, data, base_config(), make_mesh(), Clock())
     assert evaluate("final", state, "val")["pixels"][0] == 4 * 2 * 2
     assert evaluate("final", state, "test")["pixels"][0] == 4 * 3 * 3
     assert evaluate("final", jnp.int32(1), "test")["pixels"][1] == 1  # another type
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("batch_size", [5, 37, 100])
+def test_collected_predictions_come_once_each_in_order_without_padding(stream, batch_size):
+    """Two runs, whose predictions are the sums of their images' pixels times 1 and times 2."""
+    nothing = take(SPLIT, slice(0))
+    data = Dataset(DataSpec("x", FIELDS, 0, 37, 0, {}), nothing, SPLIT, nothing)
+    seen = []
+
+    def predict(own, state, batch):
+        return {"sum": state.params[:, None] * batch["image"].astype(jnp.float32).sum((1, 2, 3))}
+
+    def add(fold, predictions, examples):
+        seen.append((len(fold), predictions["sum"].shape))
+        error = predictions["sum"] - examples["image"].astype(np.float32).sum((1, 2, 3))
+        return [*fold, *error]
+
+    def finish(fold):
+        return {"largest": np.max(np.abs(fold)), "count": len(fold)}
+
+    config = base_config()
+    config.eval_batch_size, config.data.stream = batch_size, stream
+    state = TrainState(jnp.int32(0), jnp.float32([1, 2]), {}, ())
+    evals = {"final": Collected(predict, list, add, finish)}
+    evaluate = Evaluator(evals, None, data, config, make_mesh(), Clock())
+    found = means(evaluate("final", state, "val"))
+    assert found["count"].tolist() == [37, 37]
+    largest = SPLIT["image"].astype(np.float32).sum((1, 2, 3)).max()
+    assert found["largest"].tolist() == [0, largest]
+    assert seen[-1] == ((35, (2,)) if batch_size == 5 else (0, (37,)))  # no padding
+    assert evaluate("final", state, "test") == {}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

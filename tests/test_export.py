@@ -63,7 +63,7 @@ def files(digits_run, trained, tmp_path_factory):
 def own(trained):
     """The test split, and the network's own logits of it."""
     test = load_dataset(trained.config.data).test
-    return test, np.asarray(tool.own_predict(trained, "mirror")(test.image))
+    return test, np.asarray(tool.own_predict(trained, "mirror")(test["image"]))
 
 
 def _card(name, path):
@@ -89,9 +89,9 @@ def test_a_file_predicts_what_the_network_does(files, own, name):
     report = tool.compare(lambda image: logits, predict, test, batch_size=360)
     assert report["equal"] == report["of"] == 360
     assert report["largest_difference"] < 1e-4
-    assert report["accuracy"] == (logits.argmax(-1) == test.label).mean() > 0.5
+    assert report["accuracy"] == (logits.argmax(-1) == test["label"]).mean() > 0.5
     for b in (1, 7):
-        some = np.asarray(predict(test.image[:b]))
+        some = np.asarray(predict(test["image"][:b]))
         assert some.dtype == np.float32
         np.testing.assert_allclose(some, logits[:b], atol=1e-4)
 
@@ -304,11 +304,11 @@ def test_the_tool_compares_what_it_wrote(digits_run, tmp_path, capsys, monkeypat
 
 def test_a_logit_that_is_not_finite_is_never_equal():
     split = random_dataset(num_classes=2).test
-    good = np.eye(2, dtype=np.float32)[split.label]
+    good = np.eye(2, dtype=np.float32)[split["label"]]
     bad = good.copy()
     bad[0] = np.nan  # class 0 by its argmax
     for label in (0, 1):  # of the first image
-        some = split._replace(label=np.concatenate([[label], split.label[1:]]))
+        some = split._replace(label=np.concatenate([[label], split["label"][1:]]))
         report = tool.compare(lambda image: good, lambda image: bad, some, batch_size=37)
         assert (report["equal"], report["of"], report["accuracy"]) == (36, 37, 36 / 37)
         assert np.isnan(report["largest_difference"])

@@ -24,7 +24,7 @@ def digits_files(digits_run, tmp_path_factory):
     """The test set as PNG files; the label is the first letter of the name."""
     test = load_dataset(read_config(Path(digits_run)).data).test
     folder = tmp_path_factory.mktemp("images")
-    for i, (image, label) in enumerate(zip(test.image, test.label, strict=True)):
+    for i, (image, label) in enumerate(zip(test["image"], test["label"], strict=True)):
         (folder / f"{label}-{i}.png").write_bytes(encode(image[..., 0]))
     return folder
 

@@ -186,8 +186,8 @@ def test_cifar10_is_what_tfds_reads_as_its_own(tmp_path, server):
             assert example["label"] == labels[i, 0]
             np.testing.assert_array_equal(example["image"], planes[i].transpose(1, 2, 0))
         ours = getattr(data, split)
-        np.testing.assert_array_equal(ours.image, [e["image"] for e in examples])
-        np.testing.assert_array_equal(ours.label, [e["label"] for e in examples])
+        np.testing.assert_array_equal(ours["image"], [e["image"] for e in examples])
+        np.testing.assert_array_equal(ours["label"], [e["label"] for e in examples])
 
     assert _tree(tmp_path / "tfds") == [
         "cifar10",
@@ -221,7 +221,7 @@ def test_cifar100_has_its_fine_labels(tmp_path, server):
     fine = {
         image.transpose(1, 2, 0).tobytes(): n for image, (_, n) in zip(planes, labels, strict=True)
     }
-    assert [fine[image.tobytes()] for image in data.train.image] == list(data.train.label)
+    assert [fine[image.tobytes()] for image in data.train["image"]] == list(data.train["label"])
     builder = tfds.builder("cifar100", data_dir=tmp_path / "tfds")
     assert builder.info.features["coarse_label"].names == COARSE_NAMES
 

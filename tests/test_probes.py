@@ -10,7 +10,6 @@ import pytest
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
 from cv_jax.config.sweep import make_sweep
-from cv_jax.data import Split
 from cv_jax.data.batches import make_batches
 from cv_jax.learn.inputs import to_unit
 from cv_jax.learn.probes import (
@@ -146,9 +145,9 @@ class Counted:
 
     def __init__(self, eval_batch_size=1000, limit=WATCHED):
         data = random_dataset()
-        label = data.train.label.copy()
+        label = data.train["label"].copy()
         label[::3] = -1
-        self.data = data._replace(train=Split(data.train.image, label))
+        self.data = data._replace(train={"image": data.train["image"], "label": label})
         self.embedded = 0  # batches, of all runs
         probes = make_probes(self._measure, data.spec)
         probes["watch"] = probes["watch"]._replace(limit=limit)
@@ -187,7 +186,10 @@ class Counted:
             def embed(image, w=w):
                 return (image / 255).reshape(len(image), -1) @ w
 
-            features, known = embed(self.data.train.image[learned]), self.data.train.label[learned]
+            features, known = (
+                embed(self.data.train["image"][learned]),
+                self.data.train["label"][learned],
+            )
             votes = slow_votes(_unit(embed(image)), _unit(features), known, 10)
             weights, bias = slow_ridge(features, known, 10)
             linear = embed(image) @ weights + bias
@@ -219,7 +221,7 @@ def _same(got, expected):
 @pytest.mark.parametrize("eval_batch_size", [5, 23, 1000])
 def test_a_probe_learns_from_all_labelled_images_whatever_the_batch_size(eval_batch_size):
     network = Counted(eval_batch_size)
-    labelled = np.flatnonzero(network.data.train.label >= 0)
+    labelled = np.flatnonzero(network.data.train["label"] >= 0)
     assert len(labelled) == 46
     for split in ("val", "test"):
         _same(network("final", split), network.expected(split, labelled))
@@ -245,7 +247,7 @@ def test_a_run_that_has_diverged_has_no_accuracy_and_the_others_have(scale):
 
 def test_a_probe_learns_from_so_many_at_most():
     network = Counted(limit=20)
-    labelled = np.flatnonzero(network.data.train.label >= 0)
+    labelled = np.flatnonzero(network.data.train["label"] >= 0)
     _same(network("watch", "val"), network.expected("val", labelled[:20]))
     _same(network("final", "val"), network.expected("val", labelled))
 
@@ -268,6 +270,6 @@ def test_images_that_are_learned_from_are_embedded_once_a_step_and_nothing_is_ch
     network.embedded = 0
     _same(
         network("final", "val"),
-        network.expected("val", np.flatnonzero(network.data.train.label >= 0)),
+        network.expected("val", np.flatnonzero(network.data.train["label"] >= 0)),
     )
     assert network.embedded // 2 == 3 + 2  # they are others in another step

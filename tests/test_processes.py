@@ -11,6 +11,7 @@ import train
 from benchmarks import processes as two
 from configs.digits import get_config
 from cv_jax.config.errors import UserError
+from cv_jax.data.dataset import data_fingerprint
 from cv_jax.runtime.processes import (
     LOST,
     Largest,
@@ -53,15 +54,15 @@ def test_a_process_alone_agrees_with_itself():
 
 def test_facts_name_what_differs(tmp_path):
     config, data = get_config(), random_dataset()
-    program, read = of_program(config, tmp_path), of_data(data)
+    program, read = of_program(config, tmp_path), data_fingerprint(data)
     config.optim.lr *= 2
-    data.val.label[0] += 1
+    data.val["label"][0] += 1
 
     def changed(facts, others):
         return [name for name in facts if facts[name] != others[name]]
 
     assert changed(program, of_program(config, tmp_path)) == ["config.optim.lr"]
-    assert changed(read, of_data(data)) == ["data set (val, CRC-32 of the labels)"]
+    assert changed(read, data_fingerprint(data)) == ["data set (val, CRC-32 of the field label)"]
 
 
 @pytest.mark.parametrize(("index", "waits"), [(0, [1]), (1, [])])

@@ -137,7 +137,7 @@ def odd(digits_run, tmp_path_factory):
 
     def load(config):
         data = load_dataset(config)
-        wrong = (data.test.label + 1) % 10
+        wrong = (data.test["label"] + 1) % 10
         spec = data.spec._replace(class_names=NAMES)
         return data._replace(spec=spec, test=data.test._replace(label=wrong))
 

@@ -70,7 +70,7 @@ def test_a_step_trains_on_the_hardest_and_remembers_their_losses(training):
     assert np.isinf(state.last_loss).all()
     assert state.last_loss.shape == (70,)
     batch = batches.pick(batches.feed(0, 1), jnp.int32(0))
-    index = np.asarray(batch["index"]).reshape(4, 4)
+    index = np.asarray(batch["rows"]["index"]).reshape(4, 4)
     hard = index[[0, 1, 2, 3], [3, 1, 0, 2]]
     known = np.full(70, 2.0, np.float32)
     known[hard] = 3.0

@@ -41,9 +41,9 @@ def trained(digits_run):
 def known(trained):
     """A test image that the network knows, as an array and a file, and its class."""
     test = load_dataset(trained.config.data).test
-    logits, _ = jax.jit(partial(trained.predict, tta="mirror"))(trained.state, test.image[:20])
-    i = int(np.argmax(np.asarray(logits).argmax(-1) == test.label[:20]))
-    return test.image[i], encode(test.image[i, ..., 0]), str(test.label[i])
+    logits, _ = jax.jit(partial(trained.predict, tta="mirror"))(trained.state, test["image"][:20])
+    i = int(np.argmax(np.asarray(logits).argmax(-1) == test["label"][:20]))
+    return test["image"][i], encode(test["image"][i, ..., 0]), str(test["label"][i])
 
 
 @pytest.fixture(scope="module")

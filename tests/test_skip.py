@@ -161,7 +161,7 @@ def poisoned(monkeypatch, tiny_config):
 
     def poison():
         def op(key, batch):
-            bad = jnp.where(batch["index"] == 8, 3e38, 0)[:, None, None, None]
+            bad = jnp.where(batch["rows"]["index"] == 8, 3e38, 0)[:, None, None, None]
             return {**batch, "image": batch["image"] + bad}
 
         return op

@@ -78,16 +78,16 @@ class Training:
     def accuracy(self, data):
         """Of the nearest neighbours, on test."""
         probe = self.task.evals["final"]
-        test = {"image": data.test.image, "label": data.test.label}
-        test["mask"] = np.ones(len(data.test.label), np.float32)
+        test = {"image": data.test["image"], "label": data.test["label"]}
+        test["mask"] = np.ones(len(data.test["label"]), np.float32)
 
         def evaluate(state, image, label):
             learned = probe.fit(probe.embed(state, {"image": image}), label)
             return probe.score(state, learned, test)
 
         with plain_lax():
-            metrics = jit_once(evaluate)(self.state, data.train.image, data.train.label)
-        assert metrics["accuracy"][1] == len(data.test.label)
+            metrics = jit_once(evaluate)(self.state, data.train["image"], data.train["label"])
+        assert metrics["accuracy"][1] == len(data.test["label"])
         return means(metrics)["accuracy"]
 
 

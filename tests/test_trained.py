@@ -27,8 +27,10 @@ def test_it_is_as_accurate_as_its_result_says(digits_run, run, position):
     network = load_trained(Path(digits_run), run)
     assert network.name == f"seed={position}"
     test = load_dataset(network.config.data).test
-    logits, features = jax.jit(network.predict, static_argnums=2)(network.state, test.image, "none")
-    accuracy = (np.asarray(logits).argmax(-1) == test.label).mean()
+    logits, features = jax.jit(network.predict, static_argnums=2)(
+        network.state, test["image"], "none"
+    )
+    accuracy = (np.asarray(logits).argmax(-1) == test["label"]).mean()
     assert accuracy == pytest.approx(network.result["test"]["accuracy"]["values"][position])
     assert features["pooled"].shape == (360, 32)
     assert network.spec.class_names == tuple("0123456789")
