@@ -18,7 +18,7 @@ import ml_collections
 
 from cv_jax.config.base import base_config, choose
 
-KEPT = 10 / 16  # of the examples of a batch are trained on
+KEPT = 10 / 16  # share of the examples of a batch that are trained on
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -1,4 +1,4 @@
-"""CIFAR-10 to 96 %: n96 with the recipe of configs/cifar10.py, more epochs and stronger augmentation.
+"""CIFAR-10 to 96 %: n96 with the recipe of configs/cifar10.py, longer and with more augmentation.
 
     python train.py --config=configs/cifar10_96.py
 
