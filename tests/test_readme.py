@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -274,6 +275,7 @@ def test_the_examples_train_to_their_results(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, json.dumps(runs)],
         cwd=tmp_path,
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},  # compiles sooner
         capture_output=True,
         text=True,
         timeout=600,
