@@ -1,9 +1,9 @@
-"""CIFAR-100 with the Wide ResNet 28-10 and the settings of its paper (arXiv 1605.07146).
+"""CIFAR-100 with Wide ResNet 28-10 and the settings of its paper (arXiv 1605.07146).
 
     python train.py --config=configs/cifar100.py
 
-SGD with Nesterov momentum for 200 epochs, the rate times 0.2 after 60, 120 and 160. For a GPU or
-TPU. Not run at full length yet.
+SGD with Nesterov momentum for 200 epochs. The learning rate is multiplied by 0.2 after epochs 60,
+120 and 160. Use a GPU or TPU. Not run at full length yet.
 """
 
 import ml_collections

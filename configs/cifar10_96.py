@@ -1,9 +1,9 @@
-"""CIFAR-10 to 96 %: n96 with the recipe of configs/cifar10.py, more epochs, cutout, larger moves.
+"""CIFAR-10 to 96 %: n96 with the recipe of configs/cifar10.py, longer and with more augmentation.
 
     python train.py --config=configs/cifar10_96.py
 
-The network and its augmentation are those of the public record for 96 % (K. Jordan, arXiv
-2404.00498), which takes 4.9 PFLOP, or 3.1 with data filtering. Not run at full length yet.
+Network and augmentation (cutout, larger shifts) are those of the public record for 96 % (K. Jordan,
+arXiv 2404.00498), which takes 4.9 PFLOP, or 3.1 with data filtering. Not run at full length yet.
 """
 
 import ml_collections

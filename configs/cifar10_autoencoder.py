@@ -1,13 +1,13 @@
-"""CIFAR-10 without labels: a masked autoencoder, which draws what was hidden from it.
+"""CIFAR-10 without labels: a masked autoencoder reconstructs the hidden parts of an image.
 
     python train.py --config=configs/cifar10_autoencoder.py --workdir=runs/autoencoder
     python -m cv_jax.tools.report runs/autoencoder         # reconstructions, a map of the latents
     python train.py --config=configs/cifar10_autoencoder.py --config.method="denoise(0.0, latent=2)"
 
-The last one hides nothing and has two numbers for an image: to reduce dimensions with.
+The last command hides nothing and encodes each image in two numbers: a reduction of dimensions.
 
-Measured on an H100, one seed, 0.110 PFLOP: a squared error of 0.358 on test, and 45.45 % of it by
-the 200 nearest neighbours (results/cifar10_autoencoder.json).
+Measured on an H100, one seed, 0.110 PFLOP: squared error 0.358 on test. The 200 nearest neighbours
+classify 45.45 % of test correctly (results/cifar10_autoencoder.json).
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""CIFAR-10 with few labels and nothing else: what configs/cifar10_finetune.py is held against.
+"""CIFAR-10 from scratch with few labels: the baseline of configs/cifar10_finetune.py.
 
     python train.py --config=configs/cifar10_few_labels.py
     python train.py --config=configs/cifar10_few_labels.py --config.data.label_fraction=0.01

@@ -1,13 +1,13 @@
-"""The classic tutorial's program: a LeNet on CIFAR-10, four images a step, two epochs.
+"""The program of a classic tutorial: a LeNet on CIFAR-10, four images a step, two epochs.
 
     python train.py --config=configs/cifar10_lenet.py
 
-Batch 4, SGD with rate 0.001 and momentum 0.9, inputs in [0, 1], no augmentation, all 50,000
-images, a line of loss every 2,000 steps.
+Batch size 4, SGD with learning rate 0.001 and momentum 0.9, inputs in [0, 1], no augmentation, all
+50,000 images. The loss is printed every 2,000 steps.
 
-Measured: test accuracy 50.10 % ± 0.80 (n = 8), 6.3 s of training a seed where the eight share two
-CPU cores (results/cifar10_lenet.json), 25 s alone. The same program in PyTorch gave 49.5 % in one
-run.
+Measured: test accuracy 50.10 % ± 0.80 (n = 8). Training takes 6.3 s a seed if the eight seeds share
+two CPU cores (results/cifar10_lenet.json), and 25 s for one seed alone. The same program in PyTorch
+reached 49.5 % in one run.
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
-"""CIFAR-10 with the ResNet-18 that most papers compare with: 200 epochs of SGD, for a GPU or TPU.
+"""CIFAR-10 with the ResNet-18 that most papers compare with: 200 epochs of SGD.
 
     python train.py --config=configs/cifar10_resnet18.py
 
-Not run at full length yet.
+Use a GPU or TPU. Not run at full length yet.
 """
 
 import ml_collections
