@@ -15,7 +15,7 @@ import pytest
 import train
 from cv_jax.config.base import flatten
 from cv_jax.data.batches import make_batches
-from cv_jax.data.dataset import first_examples
+from cv_jax.data.splits import limit_examples
 from cv_jax.models import build_model
 from cv_jax.models.layers import conv, dense
 from cv_jax.models.ops import plain_lax
@@ -69,7 +69,7 @@ def _smoke(path):
     # A Wide ResNet takes images of any size.
     image_shape = {"digits": (8, 8, 1), "cifar100": (8, 8, 3)}.get(config.data.name, (32, 32, 3))
     num_classes = 100 if config.data.name == "cifar100" else 10
-    return config, first_examples(random_dataset(image_shape, num_classes), config.data.limit)
+    return config, limit_examples(random_dataset(image_shape, num_classes), config.data.limit)
 
 
 @pytest.mark.slow

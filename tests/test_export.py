@@ -8,6 +8,7 @@ import re
 import sys
 import zipfile
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,15 @@ from jax import export, lax
 from PIL import Image
 
 from cv_jax.config.errors import UserError
-from cv_jax.config.sweep import with_values
 from cv_jax.data import load_dataset
 from cv_jax.data.read_image import read_image
 from cv_jax.models.ops import plain_lax
-from cv_jax.tasks import build_task
+from cv_jax.tasks.classification import describe
 from cv_jax.tasks.classification.views import find_tta
 from cv_jax.tools.export import command as tool
 from cv_jax.tools.export.card import make_card, photograph, to_markdown
 from cv_jax.tools.export.formats import FORMATS, check_packages, read
-from cv_jax.trained.load import as_evaluated, load_trained, variables
+from cv_jax.trained.load import load_trained, variables
 from tests.conftest import random_dataset
 from tests.test_images import encode
 
@@ -41,7 +41,7 @@ def _need(name):
 
 @pytest.fixture(scope="module")
 def trained(digits_run):
-    return load_trained(Path(digits_run), "seed=1")
+    return load_trained(Path(digits_run), "seed=1", "mirror")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def files(digits_run, trained, tmp_path_factory):
         _need(name)
         if name not in made:
             made[name] = Path(tmp_path_factory.mktemp(name)) / f"model.{name}"
-            tool.write(Path(digits_run), trained, name, "mirror", made[name])
+            tool.write(Path(digits_run), trained, name, made[name])
         return made[name]
 
     return file
@@ -63,7 +63,7 @@ def files(digits_run, trained, tmp_path_factory):
 def own(trained):
     """The test split, and the network's own logits of it."""
     test = load_dataset(trained.config.data).test
-    return test, np.asarray(tool.own_predict(trained, "mirror")(test["image"]))
+    return test, np.asarray(tool.own_predict(trained)({"image": test["image"]})["logits"])
 
 
 def _card(name, path):
@@ -83,15 +83,15 @@ def _card(name, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_predicts_what_the_network_does(files, own, name):
+def test_a_file_predicts_what_the_network_does(files, own, trained, name):
     test, logits = own
     predict = read(name, files(name))
-    report = tool.compare(lambda image: logits, predict, test, batch_size=360)
+    report = tool.compare(lambda _: {"logits": logits}, predict, test, trained, batch_size=360)
     assert report["equal"] == report["of"] == 360
     assert report["largest_difference"] < 1e-4
     assert report["accuracy"] == (logits.argmax(-1) == test["label"]).mean() > 0.5
     for b in (1, 7):
-        some = np.asarray(predict(test["image"][:b]))
+        some = np.asarray(predict({"image": test["image"][:b]})["logits"])
         assert some.dtype == np.float32
         np.testing.assert_allclose(some, logits[:b], atol=1e-4)
 
@@ -101,7 +101,9 @@ def test_a_file_predicts_what_the_network_does(files, own, name):
 def test_a_card_says_what_it_is_and_how_to_use_it(files, trained, name, monkeypatch):
     path = files(name)
     card = _card(name, path)
-    assert card["data"]["class_names"] == list("0123456789")
+    assert card["data"]["fields"]["label"]["names"] == list("0123456789")
+    assert card["input"] == "image: (b, 8, 8, 1) uint8, 0 to 255, b >= 1"
+    assert card["output"].startswith("logits: (b, 10) float32, in the order of the class names")
     assert card["data"]["num_test"] == 360
     accuracy = trained.result["test"]["accuracy"]
     assert card["test"]["accuracy"] == accuracy["values"][1]
@@ -123,8 +125,6 @@ def test_a_card_says_what_it_is_and_how_to_use_it(files, trained, name, monkeypa
     space = {}
     exec(snippet, space)
     assert space["logits"].shape == (7, 10)
-    assert len(space["names"]) == 7
-    assert set(space["names"]) <= set("0123456789")
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (32, 32, 3), (20, 30, 3)])
@@ -149,7 +149,7 @@ def test_the_code_of_the_card_reads_photographs_as_predict_does(shape):
 def test_stablehlo_takes_one_image_or_more_as_its_card_says(files):
     predict = read("stablehlo", files("stablehlo"))
     with pytest.raises(ValueError, match=r">= 1\b"):
-        predict(np.zeros((0, 8, 8, 1), np.uint8))
+        predict({"image": np.zeros((0, 8, 8, 1), np.uint8)})
     assert "uint8, 0 to 255, b >= 1" in _card("stablehlo", files("stablehlo"))["input"]
 
 
@@ -159,7 +159,7 @@ def test_stablehlo_is_for_three_platforms_and_any_number_of_images(files):
         assert {info.compress_type for info in file.infolist()} == {zipfile.ZIP_STORED}
         exported = export.deserialize(bytearray(file.read("network.bin")))
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    (image,) = exported.in_avals
+    (image,) = exported.in_avals  # of the dict {"image": ...}
     assert (str(image.shape), image.dtype) == ("(b, 8, 8, 1)", np.uint8)
 
 
@@ -205,38 +205,19 @@ def test_safetensors_of_another_network_get_a_sentence(files, tmp_path):
         return str(error.value)
 
     some = {name: x for name, x in arrays.items() if "head" not in name}
-    assert "its arrays are not those of 'n94(widths=(16, 32))'" in message(some)
+    assert "its arrays are not those of the network of its config (params/head/" in message(some)
     assert "config.model" in message(arrays, config={**card["config"], "model": "n95"})
     assert "no key 'modle'" in message(arrays, config={**card["config"], "modle": "n94"})
-    huge = {**card["data"], "image_shape": [2**20, 2**20, 3]}
-    assert "images of the shape" in message(arrays, data=huge)
+    huge = json.loads(json.dumps(card["data"]))
+    huge["fields"]["image"]["shape"] = [2**20, 2**20, 3]
+    assert "fields of the shapes" in message(arrays, data=huge)
+    own = {**card["config"], "task": "tests.point_task:build"}
+    assert "config.task='tests.point_task:build' names code" in message(arrays, config=own)
     path.write_bytes(save(arrays))
     with pytest.raises(UserError, match="no file of"):
         load_trained(path)
     with pytest.raises(UserError, match="is not there"):
         load_trained(path.with_name("other.safetensors"))
-
-
-def test_averaged_parameters_are_what_a_file_has(tiny_config):
-    config = with_values(tiny_config, {"dtype": "bfloat16"})
-    spec = random_dataset().spec
-    task = build_task(config, spec)
-    state = jax.eval_shape(task.init, jax.random.key(0))
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
-    average = jax.tree.map(jnp.ones_like, state.params)
-    state = state.replace(opt_state=_with_average(state.opt_state, average))
-    network = as_evaluated(
-        tool.Trained(config, spec, "seed=0", state, task.features, task.predict, None)
-    )
-    assert network.config.optim.ema == 0
-    assert network.config.dtype == "float32"
-    jax.tree.map(np.testing.assert_array_equal, network.state.params, average)
-
-
-def _with_average(opt_state, average):
-    import optax
-
-    return optax.tree.set(opt_state, ema_params=average)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -264,16 +245,22 @@ def test_padded_pools_and_strides_become_onnx():
         y0 = lax.index_in_dim(y, 0, 3, keepdims=False)
         return y0.reshape(y.shape[0], -1) * lax.rsqrt(y.max((1, 2, 3)) ** 2 + 1)[:, None]
 
-    function = partial(find_tta("mirror_translate"), network)
+    def function(batch):
+        averaged = find_tta("mirror_translate")(network, batch["image"])
+        return {"sum": averaged * batch["b"][:, None], "averaged": averaged}
+
     image = jax.ShapeDtypeStruct(export.symbolic_shape("b, 9, 8, 2"), jnp.float32)
+    factor = jax.ShapeDtypeStruct(image.shape[:1], jnp.float32)
     with plain_lax():
-        model = to_onnx(function, image)
+        model = to_onnx(function, {"image": image, "b": factor})
     x = np.random.default_rng(1).normal(size=(3, 9, 8, 2)).astype(np.float32)
+    batch = {"image": x, "b": np.float32([1, 2, 3])}
     session = onnxruntime.InferenceSession(model.SerializeToString())
-    (got,) = session.run(None, {"image": x})
-    np.testing.assert_allclose(got, function(x), rtol=1e-4, atol=1e-6)
+    got = dict(zip(("averaged", "sum"), session.run(["averaged", "sum"], batch), strict=True))
+    for name, want in function(batch).items():
+        np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="does not know the operation 'sin'"):
-        to_onnx(jnp.sin, image)
+        to_onnx(lambda batch: {"sin": jnp.sin(batch["image"])}, {"image": image})
 
 
 def _arguments(**values):
@@ -294,7 +281,7 @@ def test_the_tool_compares_what_it_wrote(digits_run, tmp_path, capsys, monkeypat
     assert (entry["equal"], entry["of"], entry["bytes"]) == (360, 360, out.stat().st_size)
 
     def opposite(name, path):
-        return lambda image: -np.asarray(read(name, path)(image))
+        return lambda batch: {"logits": -np.asarray(read(name, path)(batch)["logits"])}
 
     monkeypatch.setattr(tool, "read", opposite)
     assert tool.run(arguments) == 1
@@ -303,26 +290,30 @@ def test_the_tool_compares_what_it_wrote(digits_run, tmp_path, capsys, monkeypat
 
 
 def test_a_logit_that_is_not_finite_is_never_equal():
-    split = random_dataset(num_classes=2).test
+    data = random_dataset(num_classes=2)
+    split = data.test
+    task = SimpleNamespace(inputs=("image",), describe=partial(describe, data.spec.class_names))
+    network = SimpleNamespace(spec=data.spec, task=task)
     good = np.eye(2, dtype=np.float32)[split["label"]]
     bad = good.copy()
     bad[0] = np.nan  # class 0 by its argmax
     for label in (0, 1):  # of the first image
-        some = split._replace(label=np.concatenate([[label], split["label"][1:]]))
-        report = tool.compare(lambda image: good, lambda image: bad, some, batch_size=37)
+        some = {**split, "label": np.concatenate([[label], split["label"][1:]])}
+        a, b = (lambda _, x=x: {"logits": x} for x in (good, bad))
+        report = tool.compare(a, b, some, network, batch_size=37)
         assert (report["equal"], report["of"], report["accuracy"]) == (36, 37, 36 / 37)
         assert np.isnan(report["largest_difference"])
-        with pytest.raises(UserError, match="answers with numbers that are not finite"):
-            tool.compare(lambda image: bad, lambda image: good, some, batch_size=37)
+        with pytest.raises(UserError, match="predicts logits that are not finite"):
+            tool.compare(b, a, some, network, batch_size=37)
 
 
 @pytest.mark.slow
 def test_a_network_whose_answers_are_not_finite_is_not_exported(digits_run, tmp_path, monkeypatch):
-    nothing = np.full((1, 10), np.nan)
-    monkeypatch.setattr(tool, "own_predict", lambda trained, tta: lambda image: nothing)
+    nothing = {"logits": np.full((1, 10), np.nan)}
+    monkeypatch.setattr(tool, "own_predict", lambda trained: lambda batch: nothing)
     out = tmp_path / "b.stablehlo"
     arguments = _arguments(workdir=str(digits_run), out=str(out))
-    with pytest.raises(UserError, match="answers with numbers that are not finite"):
+    with pytest.raises(UserError, match="predicts logits that are not finite"):
         tool.run(arguments)
     assert not out.exists()
 
@@ -335,10 +326,10 @@ def test_a_card_of_a_sweep_is_of_its_best_setting(digits_run, trained):
     sweep = [{"setting": {"optim.lr": lr}} for lr in (0.02, 0.05)]
     result = {**trained.result, "best": best, "sweep": sweep}
     network = trained._replace(config=config, result=result, name="optim.lr=0.05 seed=1")
-    card = make_card(Path(digits_run), network, "none")
+    card = make_card(Path(digits_run), network)
     assert card["test"]["accuracy"] == trained.result["test"]["accuracy"]["values"][1]
     network = network._replace(name="optim.lr=0.02 seed=1")
-    assert make_card(Path(digits_run), network, "none")["test"] is None
+    assert make_card(Path(digits_run), network)["test"] is None
     card["test"] |= {"mean": None, "std": None, "ci95": None}
     assert "; other seeds have diverged |" in to_markdown(card, "")
 
@@ -346,7 +337,7 @@ def test_a_card_of_a_sweep_is_of_its_best_setting(digits_run, trained):
 @pytest.mark.slow
 def test_a_card_of_a_run_that_goes_on_has_no_accuracy(digits_run, trained):
     for result in (None, {**trained.result, "steps": trained.result["steps"] - 1}):
-        card = make_card(Path(digits_run), trained._replace(result=result), "none")
+        card = make_card(Path(digits_run), trained._replace(result=result))
         assert card["test"] is card["result"] is card["flops"]["training"] is None
         assert "not measured" in to_markdown(card, "")
     card["data"]["name"] = "a`<script>|"

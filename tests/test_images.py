@@ -12,7 +12,7 @@ from cv_jax.config.errors import UserError
 from cv_jax.data.read_image import (
     MAX_BYTES,
     MAX_PIXELS,
-    read_file,
+    read_bytes,
     read_image,
 )
 
@@ -146,4 +146,4 @@ def test_only_plain_files_of_a_size_that_can_be_held_are_read(tmp_path):
         (tmp_path / "huge.png", "more than 500 MB"),
     ):
         with pytest.raises(UserError, match=message):
-            read_file(path, (8, 8, 3))
+            read_bytes(path)

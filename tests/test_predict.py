@@ -4,6 +4,8 @@ import json
 import os
 import re
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 
 from cv_jax.data import load_dataset
 from cv_jax.learn.stored import read_config
+from cv_jax.tasks.classification import describe
 from cv_jax.tools import predict
 from tests.conftest import random_dataset
 from tests.test_images import encode
@@ -51,7 +54,7 @@ def test_the_test_set_as_files_has_the_accuracy_of_the_result(
     answers = [json.loads(line) for line in lines]
     assert (code, len(answers)) == (0, 360)
     assert re.fullmatch(
-        r"predict: n94\(widths=\(16, 32\)\) trained on digits, 8 x 8 x 1, 10 classes: 0, 1, .*, 9; "
+        r"predict: n94\(widths=\(16, 32\)\) trained on digits, 8x8x1, 10 classes: 0, 1, .*, 9; "
         r"seed=1, step 152; unlike: a score above \d\.\d\d, as 1 % of val have\n",
         err,
     )
@@ -109,7 +112,9 @@ def test_what_the_network_was_given_is_written_and_what_is_unlike_is_marked(
     assert sorted(written) == ["000002-grey.png", f"000003-{good.stem}.png"]
     np.testing.assert_array_equal(written["000002-grey.png"], np.full((8, 8), 128))
     np.testing.assert_array_equal(written[f"000003-{good.stem}.png"], Image.open(good))
-    _, lines, _ = run_predict(*files[1:], "--json")
+    _, lines, _ = run_predict(*files[1:], "--json", f"--pictures={tmp_path}/out")
+    drawn = np.asarray(Image.open(tmp_path / "out" / "000001-grey.png"))
+    np.testing.assert_array_equal(drawn, np.full((8, 8, 3), 128))
     grey, good = map(json.loads, lines)
     assert (grey["unlike"], good["unlike"]) == (True, False)
     assert grey["score"] > 2 * good["score"]
@@ -121,10 +126,12 @@ def test_what_the_network_was_given_is_written_and_what_is_unlike_is_marked(
 
 def test_a_run_that_measured_no_images_marks_none():
     spec = random_dataset().spec
-    answer = predict.Answer(np.zeros((8, 8, 1), np.uint8), np.eye(10, dtype=np.float32)[2], None)
-    assert predict.describe(Path("a.png"), answer, spec, 1, False) == "a.png: class 2 100.0 %"
+    task = SimpleNamespace(describe=partial(describe, spec.class_names))
+    network = SimpleNamespace(spec=spec, task=task)
+    one = predict.Predicted({}, {"logits": 100 * np.eye(10, dtype=np.float32)[2]}, None, None)
+    assert predict.describe(Path("a.png"), one, network, 1, False) == "a.png: class 2 100.0 %"
     line = '{"file": "a.png", "class": "class 2", "probabilities": {"class 2": 1.0}}'
-    assert predict.describe(Path("a.png"), answer, spec, 1, True) == line
+    assert predict.describe(Path("a.png"), one, network, 1, True) == line
 
 
 def test_a_directory_that_cannot_be_listed_is_said(monkeypatch, tmp_path):
@@ -161,19 +168,19 @@ def test_photos_of_any_kind_are_brought_to_the_network(run_predict, tmp_path):
 
 
 def test_answers_that_are_not_finite_are_refused(run_predict, digits_files, monkeypatch):
-    answers = np.array([[0.5, 0.5], [np.nan, 0.5]])
-    monkeypatch.setattr(predict, "make_classify", lambda *args: lambda images: answers)
+    logits = {"logits": np.array([[0.5, 0.5], [np.nan, 0.5]])}
+    monkeypatch.setattr(predict, "make_predict", lambda *args: lambda examples: logits)
     files = sorted(digits_files.glob("*"))[:2]
     code, lines, err = run_predict(*files, "--json")
     assert (code, lines) == (2, [])
     said = err.splitlines()[-1]  # after what it was trained on
-    assert said.startswith("predict: The network answers with numbers that are not finite")
+    assert said.startswith("predict: The network predicts logits that are not finite")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "There are no images"),
+        ([], "There are no files"),
         (["--dir=nowhere"], "--dir=nowhere is not a directory"),
         (["x.png", "--run=seed=9"], "There are: seed=0, seed=1"),
         (["x.png", "--tta=miror"], "Did you mean 'mirror'?"),

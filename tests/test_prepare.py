@@ -15,7 +15,8 @@ from tensorflow_datasets.core.download import checksums, downloader
 from tensorflow_datasets.image_classification import cifar
 
 from cv_jax.config.errors import UserError
-from cv_jax.data import load_dataset, prepare
+from cv_jax.data import load_dataset
+from cv_jax.data.sources import prepare
 
 from .test_data import TinyBuilder, config_of, features_of, png, tiny_splits
 
@@ -360,7 +361,7 @@ def test_tensorflow_is_asked_for_where_it_is_needed(tmp_path, monkeypatch):
 def test_an_unknown_name_gets_the_nearest(tmp_path, name, guess):
     message = _error(name, tmp_path)
     assert f"Unknown data set {name!r}.{guess} config.data.name is 'digits', which" in message
-    assert "returns cv_jax.data.dataset.Stored and add its name to OWN in cv_jax/data/load.py" in (
+    assert "returns cv_jax.data.Stored and name it as --config.data.name=MODULE:FUNCTION" in (
         message
     )
 

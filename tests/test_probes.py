@@ -10,11 +10,11 @@ import pytest
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
 from cv_jax.config.sweep import make_sweep
+from cv_jax.data import Field
 from cv_jax.data.batches import make_batches
 from cv_jax.learn.inputs import to_unit
 from cv_jax.learn.probes import (
     WATCHED,
-    check_unsupervised,
     make_probes,
     neighbour_votes,
     ridge,
@@ -22,7 +22,7 @@ from cv_jax.learn.probes import (
 )
 from cv_jax.optim.state import init_state
 from cv_jax.runtime.clock import Clock
-from cv_jax.tasks import Task
+from cv_jax.tasks import Task, build_task
 from cv_jax.train.evaluator import Evaluator
 from cv_jax.train.programs import make_programs
 from cv_jax.train.runs import make_runs
@@ -122,19 +122,22 @@ def test_spread_and_rank_of_what_is_known():
     [
         ("select", "hardest(4, of=5)", "''"),
         ("label_smoothing", 0.1, "0.0"),
-        ("tta", "mirror", "'n"),
+        ("tta", "mirror", "'none'"),
     ],
 )
 def test_settings_that_need_labels_are_refused_by_name(key, value, default):
-    config = base_config()
-    config.task = "ssl"
-    check_unsupervised(config)
+    config = _config(1000)
+    config.task, config.method = "ssl", "simclr(projector=(4,))"
+    config.model = "n94(widths=(2, 2))"
+    spec = random_dataset().spec
+    build_task(config, spec)
     config[key] = value
     with pytest.raises(UserError) as refused:
-        check_unsupervised(config)
+        build_task(config, spec)
     message = str(refused.value)
-    assert message.startswith(f"config.{key}={value!r} is for tasks with labels, and config.task=")
-    assert f"set it to {default}" in message
+    assert message == (
+        f"config.{key}={value!r} has no effect on config.task='ssl': set it to {default}."
+    )
 
 
 # --- Through the Evaluator ---
@@ -147,18 +150,24 @@ class Counted:
         data = random_dataset()
         label = data.train["label"].copy()
         label[::3] = -1
-        self.data = data._replace(train={"image": data.train["image"], "label": label})
+        train = {**data.train, "label": label, "labelled": label >= 0}
+        labelled = Field((), "bool", "flag")
+        spec = data.spec._replace(fields={**data.spec.fields, "labelled": labelled})
+        val, test = (
+            {**x, "labelled": np.ones(len(x["label"]), bool)} for x in (data.val, data.test)
+        )
+        self.data = data._replace(spec=spec, train=train, val=val, test=test)
         self.embedded = 0  # batches, of all runs
         probes = make_probes(self._measure, data.spec)
         probes["watch"] = probes["watch"]._replace(limit=limit)
-        task = Task(self._init, None, probes, None, [], None)
+        task = Task(self._init, None, probes, {}, "", None, [])
         config = _config(eval_batch_size)
         runs = make_runs(config, make_sweep(config))
         batches = make_batches(config, self.data.train, runs.own.keys.order, runs.mesh)
         programs = make_programs(config, data.spec, task, make_sweep(config), batches, runs)
         self.state = jax.jit(programs.init)(runs.own)
         self._evaluate = Evaluator(
-            programs.evals, runs.own, self.data, eval_batch_size, runs.mesh, Clock()
+            programs.evals, runs.own, self.data, config, runs.mesh, Clock()
         )
 
     def _init(self, key):
@@ -179,7 +188,7 @@ class Counted:
 
     def expected(self, split, learned):
         """The metrics of both runs, where only the training images at `learned` are."""
-        image, label = getattr(self.data, split)
+        image, label, _ = getattr(self.data, split).values()
         metrics = []
         for w in np.float64(self.state.params["w"]):
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
+from cv_jax.tasks.classification import panels
 from cv_jax.tools.report import command as report
 from cv_jax.tools.report import examples, page
 from cv_jax.tools.report.run import (
@@ -129,7 +130,8 @@ def odd(digits_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     workdir = shutil.copytree(digits_run, folder / "run <b>")
     spec = json.loads((workdir / "data.json").read_text())
-    (workdir / "data.json").write_text(json.dumps({**spec, "class_names": NAMES}))
+    spec["fields"]["label"]["names"] = NAMES
+    (workdir / "data.json").write_text(json.dumps(spec))
     result = json.loads((workdir / "result.json").read_text())
     per_class = result["test"]["per_class_accuracy"].values()
     result["test"]["per_class_accuracy"] = dict(zip(NAMES, per_class, strict=True))
@@ -138,13 +140,14 @@ def odd(digits_run, tmp_path_factory):
     def load(config):
         data = load_dataset(config)
         wrong = (data.test["label"] + 1) % 10
-        spec = data.spec._replace(class_names=NAMES)
-        return data._replace(spec=spec, test=data.test._replace(label=wrong))
+        label = data.spec.fields["label"]._replace(names=tuple(NAMES))
+        spec = data.spec._replace(fields={**data.spec.fields, "label": label})
+        return data._replace(spec=spec, test={**data.test, "label": wrong})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(examples, "load_dataset", load)
         patch.setattr(examples, "ON_MAP", 60)
-        patch.setattr(examples, "MISTAKES", 360)  # of every class
+        patch.setattr(panels, "MISTAKES", 360)  # of every class
         report.report([str(workdir)], folder / "report.html", png=folder / "png")
     return folder
 
@@ -219,14 +222,14 @@ def test_an_unfinished_run_whose_data_are_gone(digits_run, tmp_path):
     html = (tmp_path / "report.html").read_text()
     assert "This run is not complete" in html
     assert "Its log ends after step 152, epoch 8.00." in html
-    assert "data set cannot be loaded, so that no images are here: config.data.num_val" in html
+    assert "data set cannot be loaded, so that no examples are here: config.data.num_val" in html
     assert "whiten/kernel</code>: 8 filters of 2 x 2 pixels" in html
     assert "Calibration" not in html
 
 
 @pytest.mark.slow
 def test_several_runs_stand_side_by_side(digits_run, tmp_path, monkeypatch):
-    def load(path, classifies):
+    def load(path, **_):
         raise UserError(f"{path} & others have no network.")
 
     monkeypatch.setattr(examples, "load_trained", load)
@@ -244,4 +247,4 @@ def test_several_runs_stand_side_by_side(digits_run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seen", [{}, {"pooled": np.full((20, 3), np.nan)}])
 def test_a_network_without_features_has_no_map(seen):
-    assert examples._map(seen, np.zeros(20, int), ["a"], None) == ""
+    assert examples._map(seen, {"label": np.zeros(20, int)}, ["a"], None) == ""

@@ -20,13 +20,13 @@ from tests.conftest import on_devices, random_dataset
 def test_the_hardest_of_each_group_remain_in_their_order():
     last_loss = jnp.array([0.1, 0.9, 0.5, 0.7, jnp.inf, 0.3, 0.2, 0.4])
     index = jnp.array([0, 1, 2, 7, 6, 5, 4, 3])
-    batch = {"index": index, "image": 10 * jnp.stack([index, index], axis=1)}
+    batch = {"rows": {"index": index}, "image": 10 * jnp.stack([index, index], axis=1)}
     got = jax.jit(make_select("hardest(2, of=4)"))(batch, last_loss)
-    np.testing.assert_array_equal(got["index"], [1, 2, 4, 3])
+    np.testing.assert_array_equal(got["rows"]["index"], [1, 2, 4, 3])
     np.testing.assert_array_equal(got["image"], [[10, 10], [20, 20], [40, 40], [30, 30]])
     # Of examples that were never seen, and so of any that are equal, the first ones.
     fresh = make_select("hardest(3, of=8)")(batch, jnp.full(8, jnp.inf))
-    np.testing.assert_array_equal(fresh["index"], [0, 1, 2])
+    np.testing.assert_array_equal(fresh["rows"]["index"], [0, 1, 2])
 
 
 def test_what_is_selected_stays_divided_over_the_devices():
@@ -35,10 +35,11 @@ def test_what_is_selected_stays_divided_over_the_devices():
 
 def check_divided():
     mesh = make_mesh()
-    batch = {"index": jnp.arange(64)[::-1], "image": jnp.ones((64, 8, 8, 3))}
+    batch = {"rows": {"index": jnp.arange(64)[::-1]}, "image": jnp.ones((64, 8, 8, 3))}
     batch = jax.device_put(batch, batch_sharding(mesh))
     last_loss = jax.device_put(jnp.arange(64.0) % 7, replicated(mesh))
-    for name, values in jax.jit(make_select("hardest(5, of=8)"))(batch, last_loss).items():
+    chosen = jax.jit(make_select("hardest(5, of=8)"))(batch, last_loss)
+    for name, values in {"image": chosen["image"], **chosen["rows"]}.items():
         for shard in values.addressable_shards:
             chex.assert_shape(shard.data, (len(values) // 4, *values.shape[1:]))
         print(name)
@@ -48,7 +49,7 @@ def test_no_selection_and_wrong_ones():
     assert make_select("") is None
     with pytest.raises(UserError, match=r"5 of 4 cannot be kept.*hardest\(keep: int, \*, of: int"):
         make_select("hardest(5, of=4)")
-    batch = {"index": jnp.arange(6)}
+    batch = {"rows": {"index": jnp.arange(6)}}
     with pytest.raises(UserError, match=r"config\.batch_size that is a multiple of 4, not 6"):
         make_select("hardest(2, of=4)")(batch, jnp.zeros(6))
 
@@ -78,7 +79,7 @@ def test_a_step_trains_on_the_hardest_and_remembers_their_losses(training):
     after, metrics = jax.jit(task.train_step)(state, batch, keys.step)
 
     # The same step on these four alone.
-    four = {name: values[np.isin(index.ravel(), hard)] for name, values in batch.items()}
+    four = jax.tree.map(lambda x: x[np.isin(index.ravel(), hard)], batch)
     alone, of_four = jax.jit(whole.train_step)(state.replace(last_loss=None), four, keys.step)
     chosen = jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-6), after.params, alone.params)
     assert all(jax.tree.leaves(chosen))

@@ -12,7 +12,6 @@ import threading
 import time
 import urllib.request
 from contextlib import suppress
-from functools import partial
 
 import jax
 import numpy as np
@@ -23,7 +22,6 @@ from playwright.sync_api import expect
 from benchmarks import serve as benchmark
 from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
-from cv_jax.tasks.classification.saliency import explain
 from cv_jax.tools import serve
 from cv_jax.trained.load import load_trained
 from tests.conftest import ROOT
@@ -34,21 +32,21 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trained(digits_run):
-    return load_trained(Path(digits_run), "seed=1")
+    return load_trained(Path(digits_run), "seed=1", "mirror")
 
 
 @pytest.fixture(scope="module")
 def known(trained):
     """A test image that the network knows, as an array and a file, and its class."""
     test = load_dataset(trained.config.data).test
-    logits, _ = jax.jit(partial(trained.predict, tta="mirror"))(trained.state, test["image"][:20])
+    logits = trained.task.predict(trained.state, {"image": test["image"][:20]})["logits"]
     i = int(np.argmax(np.asarray(logits).argmax(-1) == test["label"][:20]))
     return test["image"][i], encode(test["image"][i, ..., 0]), str(test["label"][i])
 
 
 @pytest.fixture(scope="module")
 def server(trained):
-    answer, about = serve.make_answer(trained, "mirror"), serve.about(trained, "mirror")
+    answer, about = serve.make_answer(trained), serve.about(trained)
     with serve.Server("127.0.0.1", 0, answer, about) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -83,7 +81,8 @@ def test_the_answer_is_that_of_evaluation(server, trained, known):
     image, file, label = known
     status, _, body = _ask(server, _file(file))
     answer = json.loads(body)
-    logits, features = jax.jit(partial(trained.predict, tta="mirror"))(trained.state, image[None])
+    logits = trained.task.predict(trained.state, {"image": image[None]})["logits"]
+    explained = jax.jit(trained.task.explain)(trained.state, {"image": image[None]})
     assert status == 200
     assert answer["classes"][0]["name"] == label
     got = {row["name"]: row["probability"] for row in answer["classes"]}
@@ -96,18 +95,17 @@ def test_the_answer_is_that_of_evaluation(server, trained, known):
 
     assert [layer["name"] for layer in answer["features"]] == ["stem", "group1", "group2", "pooled"]
     for layer in answer["features"]:
-        x = np.asarray(features[layer["name"]][0])
+        x = np.asarray(explained["features"][layer["name"]][0])
         assert layer["shape"] == list(x.shape)
         assert (layer["low"], layer["high"]) == pytest.approx((x.min(), x.max()), rel=1e-4)
         maps = np.moveaxis(x, -1, 0).ravel()
         scaled = layer["low"] + _pixels(layer) / 255 * (layer["high"] - layer["low"])
         half_a_grey = (x.max() - x.min()) / 255 * 0.51
         np.testing.assert_allclose(scaled, maps, rtol=0, atol=half_a_grey)
-    program = jax.jit(partial(explain, trained.predict, tta="mirror"))
-    want = program(trained.state, image.astype(np.float32) / 255)
-    brightest = np.argmax(want.saliency)
+    want = explained["saliency"]
+    brightest = np.argmax(want)
     assert _pixels(answer["saliency"])[brightest] == 255
-    assert answer["saliency"]["high"] == pytest.approx(float(want.saliency.max()), rel=1e-4)
+    assert answer["saliency"]["high"] == pytest.approx(float(want.max()), rel=1e-4)
 
 
 def test_a_layer_of_one_value_is_black():
@@ -275,8 +273,8 @@ def test_mistakes_are_named(digits_run, monkeypatch, capsys):
 def test_a_network_of_no_numbers_is_refused(trained):
     nothing = jax.tree.map(lambda x: x * np.nan, trained.state.params)
     state = trained.state.replace(params=nothing)
-    with pytest.raises(UserError, match="numbers that are not finite"):
-        serve.make_answer(trained._replace(state=state), "mirror")
+    with pytest.raises(UserError, match="logits that are not finite"):
+        serve.make_answer(trained._replace(state=state))
 
 
 # It says every address that the program looks up or connects to.

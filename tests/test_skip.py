@@ -14,7 +14,9 @@ import train
 from cv_jax.augment.chain import AUGMENTATIONS
 from cv_jax.config.errors import UserError
 from cv_jax.config.plan import Chunk
-from cv_jax.learn import update
+from cv_jax.data.dataset import example_shapes
+from cv_jax.learn.losses import of_examples
+from cv_jax.learn.train_step import gradient_step, keep_if_finite
 from cv_jax.models import MODELS
 from cv_jax.optim.optimizers import average_params
 from cv_jax.optim.state import RUN_AXES, init_state
@@ -27,16 +29,19 @@ from tests.test_resume import _StopAfter, assert_same_run
 # ---- the step
 
 
-def _forward(params, model_state, batch, key):
+def _loss(params, model_state, batch, key):
     losses = jnp.square(batch["x"] * params["w"][None]).sum(axis=1)
     count = jnp.float32(len(losses))
     model_state = {"mean": batch["statistic"].mean()}
-    return losses, (model_state, {"loss": (losses.sum(), count), "zero": (losses[0] * 0, count)})
+    return of_examples(losses), (
+        model_state,
+        {"loss": (losses.sum(), count), "zero": (losses[0] * 0, count)},
+    )
 
 
 def _batch(**changes):
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    return {"x": x, "statistic": x[0], "index": np.arange(4), **changes}
+    return {"x": x, "statistic": x[0], "rows": {"index": np.arange(4)}, **changes}
 
 
 # What is not finite in a step with each: all; the optimizer's state alone; statistics alone.
@@ -51,10 +56,14 @@ BAD = {
 def steps():
     """(train_step, the one that skips, a state): of Adam with averaged parameters."""
     tx = optax.chain(optax.adam(0.1), average_params(0.9))
-    step = update.make_train_step(_forward, tx, select=lambda batch, last_loss: batch)
+    step = gradient_step(_loss, tx, select=lambda batch, last_loss: batch)
+
+    def skipping(state, batch, key):
+        return keep_if_finite(state, *step(state, batch, key))
+
     state = init_state({"w": jnp.ones(3)}, {"mean": jnp.float32(0)}, tx, last_loss_of=4)
     with jax.numpy_dtype_promotion("standard"):  # of optax's bias correction
-        yield step, jax.jit(update.skip_nonfinite(step)), state
+        yield step, jax.jit(skipping), state
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -212,9 +221,8 @@ def test_skipping_costs_no_flops(poisoned):
     flops = []
     for poisoned.optim.skip_nonfinite in (True, False):
         task = build_task(poisoned, random_dataset().spec)
-        batch = {"image": jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.uint8)}
-        for name in ("label", "index"):
-            batch[name] = jax.ShapeDtypeStruct((8,), jnp.int32)
+        batch = example_shapes(random_dataset().spec.fields, 8)
+        batch["rows"] = {"index": jax.ShapeDtypeStruct((8,), jnp.int32)}
         flops.append(step_flops(task, batch, step=3))
     assert flops[0] == flops[1] > 0
 

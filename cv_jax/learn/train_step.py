@@ -78,7 +78,16 @@ def make_training(
     optimizer = make_optimizer(config.optim, params, total_steps, config.batch_size, to_steps)
     starts = tuple(sorted({*(stage.start for stage in sizes), *optimizer.ends}))
     stages = [Stage(start, size_at(sizes, start)) for start in starts]
-    update = update or partial(gradient_step, loss, select)
+
+    def follow_gradient(optimizer, stage):
+        def loss_of_stage(params, model_state, batch, key):
+            params = optimizer.stop_gradients(params, stage.start)
+            with frozen_statistics(optimizer.frozen):
+                return loss(params, model_state, batch, key, stage.size)
+
+        return gradient_step(loss_of_stage, optimizer.tx, select)
+
+    update = update or follow_gradient
     steps = [_then(finish, update(optimizer, stage)) for stage in stages]
 
     def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
@@ -97,23 +106,29 @@ def make_training(
 
 
 def gradient_step(
-    loss: Callable, select: Select | None, optimizer: Optimizer, stage: Stage
+    loss: Callable[..., tuple[Loss, tuple[Any, dict]]],
+    tx: optax.GradientTransformation,
+    select: Select | None = None,
 ) -> Step:
-    """Builds the step that follows the gradient of a loss over the whole batch, sum / count."""
+    """Builds the step that follows the gradient of the loss over the whole batch, sum / count.
+
+    Args:
+        loss: (params, model_state, batch, key) -> (Loss, (model_state, {metric: (sum, count)})).
+        tx: the optimizer.
+        select: chooses the examples of a batch to train on; None: all.
+    """
 
     def step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
         if select:
             batch = select(batch, state.last_loss)
 
         def mean_loss(params):
-            params = optimizer.stop_gradients(params, stage.start)
-            with frozen_statistics(optimizer.frozen):
-                found, aux = loss(params, state.model_state, batch, key, stage.size)
+            found, aux = loss(params, state.model_state, batch, key)
             return found.mean(), (found, aux)
 
         grads, (found, aux) = jax.grad(mean_loss, has_aux=True)(state.params)
         model_state, metrics = aux
-        params, opt_state = apply_gradients(optimizer.tx, grads, state)
+        params, opt_state = apply_gradients(tx, grads, state)
         last_loss = None
         if select:
             last_loss = state.last_loss.at[batch["rows"]["index"]].set(found.each)
