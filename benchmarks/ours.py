@@ -10,8 +10,9 @@ import numpy as np
 from benchmarks.worker import LR, MEAN, MOMENTUM, NUM_TRAIN, STD, WEIGHT_DECAY, Steps, random_images
 from cv_jax.config.base import base_config
 from cv_jax.config.plan import Intervals, plan_chunks
-from cv_jax.data import DataSpec
+from cv_jax.data import DataSpec, image_field, label_field
 from cv_jax.data.batches import Batches, make_batches
+from cv_jax.data.fields import take
 from cv_jax.models.ops import plain_lax
 from cv_jax.runtime.keys import Keys, derive_keys
 from cv_jax.runtime.mesh import make_mesh
@@ -37,10 +38,14 @@ def build(config: ml_collections.ConfigDict, num_train: int) -> tuple[Task, Batc
     """The task and the resident batches of random images."""
     image, label = random_images(num_train)
     mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
-    names = tuple(f"class {i}" for i in range(10))
-    spec = DataSpec("random", (32, 32, 3), names, mean, std, num_train, 0, 0, image[:5000])
+    train = {"image": image, "label": label}
+    fields = {
+        "image": image_field((32, 32, 3))._replace(mean=mean, std=std),
+        "label": label_field([f"class {i}" for i in range(10)]),
+    }
+    spec = DataSpec("random", fields, num_train, 0, 0, take(train, slice(5000)))
     keys = derive_keys(config.seed)
-    batches = make_batches(config, {"image": image, "label": label}, keys.order, make_mesh())
+    batches = make_batches(config, train, keys.order, make_mesh())
     return build_task(config, spec), batches, keys
 
 

@@ -24,10 +24,9 @@ from etils import epath
 from PIL import Image
 
 from benchmarks.machine import ROOT, make_parser, paired_ratio, save
-from cv_jax.data import Split, load_dataset
+from cv_jax.data import Examples, load_dataset
 from cv_jax.data.batches import padded_batches
 from cv_jax.runtime.startup import prepare_jax
-from cv_jax.tasks import build_task
 from cv_jax.tasks.classification.views import TTA
 from cv_jax.train.evaluator import sum_batches
 from cv_jax.trained.load import load_trained
@@ -35,19 +34,18 @@ from cv_jax.trained.load import load_trained
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def write_images(split: Split, folder: Path) -> None:
+def write_images(split: Examples, folder: Path) -> None:
     """Each image as a PNG file whose name ends with its label."""
     for i, (image, label) in enumerate(zip(split["image"], split["label"], strict=True)):
         Image.fromarray(image.squeeze()).save(folder / f"{i:06d}-{label}.png")
 
 
-def count_right(workdir: str, tta: str, test: Split) -> int:
+def count_right(workdir: str, tta: str, test: Examples) -> int:
     """How many test images the evaluation of train.py answers right."""
-    trained = load_trained(epath.Path(workdir))
-    config = trained.config.copy_and_resolve_references()
-    config.tta = tta
-    evaluate = partial(jax.jit(build_task(config, trained.spec).evals["final"]), trained.state)
-    return int(sum_batches(evaluate, padded_batches(test, config.eval_batch_size))["accuracy"][0])
+    trained = load_trained(epath.Path(workdir), tta=tta)
+    evaluate = partial(jax.jit(trained.task.evals["final"]), trained.state)
+    batches = padded_batches(test, trained.spec.fields, trained.config.eval_batch_size)
+    return int(sum_batches(evaluate, batches)["accuracy"][0])
 
 
 def run(tool: str, *arguments: str, **environment: str) -> tuple[float, str]:

@@ -19,7 +19,9 @@ from configs import digits
 from cv_jax.config.base import base_config
 from cv_jax.config.paths import expand
 from cv_jax.data import Dataset, DataSpec, Examples, image_field, label_field
+from cv_jax.data.batches import resident_batches
 from cv_jax.models.ops import plain_lax
+from cv_jax.runtime.mesh import make_mesh
 from cv_jax.runtime.startup import cache_dir
 
 if TYPE_CHECKING:
@@ -84,6 +86,12 @@ def random_dataset(image_shape: tuple[int, int, int] = (8, 8, 1), num_classes: i
         sample=train,
     )
     return Dataset(spec, train, val, test)
+
+
+def batch_shapes(batch_size: int) -> dict:
+    """The shapes of a training batch of `random_dataset`."""
+    key = jax.random.key(0)
+    return resident_batches(random_dataset().train, batch_size, key, make_mesh()).shapes
 
 
 def on_devices(count: int, module: str, function: str) -> str:

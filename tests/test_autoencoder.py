@@ -21,7 +21,7 @@ from cv_jax.runtime.startup import jit_once
 from cv_jax.tasks import build_task
 from cv_jax.tasks.autoencoder import denoise, masked
 from cv_jax.train.programs import try_step
-from tests.conftest import random_dataset
+from tests.conftest import batch_shapes, random_dataset
 
 
 def _config(**changes) -> ml_collections.ConfigDict:
@@ -133,23 +133,17 @@ def test_the_loss_falls_and_what_is_drawn_comes_close():
             assert metrics["loss"][1] == 50
             losses.append(metrics["loss"][0] / 50)
         images = data.test["image"]
-        drawn = jit_once(task.features)(state, images)["reconstruction"]
+        drawn = jit_once(task.features)(state, {"image": images})["reconstruction"]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
     assert drawn.shape == images.shape
     unit = images / np.float32(255)
-    mean_image = data.spec.mean[None, None, None]
+    mean_image = data.spec.fields["image"].mean[None, None, None]
     assert ((drawn - unit) ** 2).mean() < 0.6 * ((mean_image - unit) ** 2).mean()
 
 
 def _refused(config, what):
     spec = random_dataset().spec
-    shapes = {
-        "image": jax.ShapeDtypeStruct((50, 8, 8, 1), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((50,), jnp.int32),
-        "index": jax.ShapeDtypeStruct((50,), jnp.int32),
-        "epoch": jax.ShapeDtypeStruct((50,), jnp.int32),
-        "coin": jax.ShapeDtypeStruct((50,), jnp.uint32),
-    }
+    shapes = batch_shapes(50)
     with pytest.raises(UserError, match=what) as refused, plain_lax():
         try_step(build_task(config, spec), shapes)
     assert "\n" not in str(refused.value)
@@ -165,7 +159,7 @@ def _refused(config, what):
         ),
         (
             {"progressive_resizing": "size(6, until=0.5)"},
-            r"^config\.progressive_resizing must be ''",
+            r"^config\.progressive_resizing='size\(6, until=0\.5\)' has no effect on ''",
         ),
         ({"method": ""}, r"config\.method '': expected one of denoise, masked"),
         ({"method": "mask"}, r"config\.method 'mask'\. Did you mean 'masked'\?"),
@@ -173,7 +167,10 @@ def _refused(config, what):
         ({"method": "masked(patch=0)"}, r"patch=0 must be 1 or more pixels"),
         ({"method": "denoise(std=-0.1)"}, r"std=-0\.1 must be 0 or more"),
         ({"method": "denoise(latent=0)"}, r"each from 1 to"),
-        ({"label_smoothing": 0.1}, r"^config\.label_smoothing=0\.1 is for tasks with labels"),
+        (
+            {"label_smoothing": 0.1},
+            r"^config\.label_smoothing=0\.1 has no effect on config\.task='autoencoder'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(changes, what):

@@ -167,7 +167,7 @@ def test_stablehlo_is_for_three_platforms_and_any_number_of_images(files):
 def test_safetensors_are_a_trained_network(files, trained):
     again = load_trained(files("safetensors"))
     assert again.spec.class_names == trained.spec.class_names
-    assert (again.name, again.config.tta) == ("seed=1", "mirror")
+    assert (again.name, again.tta) == ("seed=1", "mirror")
     assert again.result == json.loads(json.dumps(trained.result))
     jax.tree.map(np.testing.assert_array_equal, variables(again.state), variables(trained.state))
     assert load_trained(files("safetensors"), "seed=1").name == "seed=1"

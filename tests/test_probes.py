@@ -166,9 +166,7 @@ class Counted:
         batches = make_batches(config, self.data.train, runs.own.keys.order, runs.mesh)
         programs = make_programs(config, data.spec, task, make_sweep(config), batches, runs)
         self.state = jax.jit(programs.init)(runs.own)
-        self._evaluate = Evaluator(
-            programs.evals, runs.own, self.data, config, runs.mesh, Clock()
-        )
+        self._evaluate = Evaluator(programs.evals, runs.own, self.data, config, runs.mesh, Clock())
 
     def _init(self, key):
         return init_state({"w": jax.random.normal(key, (64, 6))}, {}, optax.identity())

@@ -81,7 +81,8 @@ def test_an_unknown_name_gets_the_nearest_one_and_the_list():
     with pytest.raises(UserError) as error:
         build("flip|crp(4)", TABLE, "augmentation")
     assert str(error.value) == (
-        "Unknown augmentation 'crp'. Did you mean 'crop'? There are: crop, flip, sizes."
+        "Unknown augmentation 'crp'. Did you mean 'crop'? There are: crop, flip, sizes; or name a "
+        "function of your own as 'module:function'."
     )
 
 

@@ -78,8 +78,7 @@ class Training:
     def accuracy(self, data):
         """Of the nearest neighbours, on test."""
         probe = self.task.evals["final"]
-        test = {"image": data.test["image"], "label": data.test["label"]}
-        test["mask"] = np.ones(len(data.test["label"]), np.float32)
+        test = {**data.test, "rows": {"weight": np.ones(len(data.test["label"]), np.float32)}}
 
         def evaluate(state, image, label):
             learned = probe.fit(probe.embed(state, {"image": image}), label)
@@ -208,13 +207,13 @@ def test_byol_goes_on_to_the_bit(tmp_path):
     [
         ({"method": ""}, "config.method '': expected one of barlow_twins, byol, simclr, vicreg."),
         ({"method": "simclrr"}, "Unknown config.method 'simclrr'. Did you mean 'simclr'?"),
-        ({"method": "denoise"}, "There are: barlow_twins, byol, simclr, vicreg."),
+        ({"method": "denoise"}, "There are: barlow_twins, byol, simclr, vicreg;"),
         ({"method": "simclr(temperature=0.0)"}, "temperature=0.0 must be above 0"),
         ({"method": "byol(momentum=1.5)"}, "momentum=1.5 must lie in [0, 1]"),
         ({"method": "vicreg(projector=())"}, "each from 1 to 65536, not ()"),
-        ({"label_smoothing": 0.1}, "config.label_smoothing=0.1 is for tasks with labels"),
-        ({"select": "hardest(4, of=5)"}, "config.select='hardest(4, of=5)' is for tasks with"),
-        ({"tta": "mirror"}, "config.tta='mirror' is for tasks with labels"),
+        ({"label_smoothing": 0.1}, "config.label_smoothing=0.1 has no effect on config.task='ssl'"),
+        ({"select": "hardest(4, of=5)"}, "config.select='hardest(4, of=5)' has no effect on"),
+        ({"tta": "mirror"}, "config.tta='mirror' has no effect on"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(changes, message, digits):

@@ -99,14 +99,14 @@ def epoch_order(key: jax.Array, epoch: jax.Array, num_train: int, batch_size: in
 
 
 def _shapes(examples: Examples, batch_size: int) -> dict:
-    """Returns the shapes of a batch of such examples."""
+    """Returns the shapes of a training batch of such examples."""
 
-    def of(*shape, dtype):
+    def of(shape, dtype):
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
 
-    fields = {name: of(*x.shape[1:], dtype=x.dtype) for name, x in examples.items()}
-    rows = {name: of(dtype=np.int32) for name in ("index", "epoch")}
-    return {**fields, "rows": {**rows, "coin": of(dtype=np.uint32)}}
+    fields = {name: of(x.shape[1:], x.dtype) for name, x in examples.items()}
+    rows = {name: of((), np.int32) for name in ("index", "epoch")}
+    return {**fields, "rows": {**rows, "coin": of((), np.uint32)}}
 
 
 def _rows(key: jax.Array, index: jax.Array, epoch: jax.Array) -> dict:

@@ -107,8 +107,11 @@ def spec_from_json(values: Mapping[str, Any]) -> DataSpec:
     typical = values.get("typical")
     if typical is not None:
         typical = typical_from_json(typical, fields["image"].shape[-1])
-    spec = DataSpec(**{**values, "fields": fields, "sample": {}, "typical": typical})
-    return spec._replace(sample=padding(fields, 1))
+    sample = {  # takes no memory, whatever the shape
+        name: np.broadcast_to(np.asarray(field.fill, field.dtype), (1, *field.shape))
+        for name, field in fields.items()
+    }
+    return DataSpec(**{**values, "fields": fields, "sample": sample, "typical": typical})
 
 
 def _from_image_and_label(values: dict[str, Any]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def about(trained: Trained) -> dict[str, Any]:
         "data": trained.spec.name,
         "run": trained.name,
         "step": int(trained.state.step),
-        "tta": trained.config.tta,
+        "tta": trained.tta,
         "image_shape": fields["image"].shape if "image" in fields else None,
         "in_words": in_words(trained),
     }

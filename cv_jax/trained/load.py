@@ -46,6 +46,7 @@ class Trained(NamedTuple):
             `init_from`, which may be gone.
         spec: of the data it was trained on, without a sample.
         name: of the run, such as "seed=0".
+        tta: the test-time views of its predictions, such as "mirror".
         state: step, parameters and model state as evaluation uses them. Parameters are the
             averaged ones where the run averages. There is no state of an optimizer.
         task: its functions take `state`.
@@ -55,6 +56,7 @@ class Trained(NamedTuple):
     config: ml_collections.ConfigDict
     spec: DataSpec
     name: str
+    tta: str
     state: TrainState
     task: Task
     result: dict[str, Any] | None
@@ -83,8 +85,9 @@ def load_trained(
     if workdir.suffix == ".safetensors":
         return _load_safetensors(workdir, run, tta, own)
     chosen, spec = choose_run(workdir, run), read_spec(workdir)
-    config = chosen.config if tta is None else with_values(chosen.config, {"tta": tta})
-    task = _build(config, spec)
+    config = chosen.config
+    tta = config.tta if tta is None else tta
+    task = _build(config, spec, tta=tta)
     if predicts and task.predict is None:
         raise UserError(
             f"{workdir}: the task {config.task!r} does not predict anything. Train a network that "
@@ -92,12 +95,12 @@ def load_trained(
         )
     found = read_variables(workdir, run)
     state = _state_of(found, task, workdir)
-    return Trained(config, spec, chosen.name, state, task, chosen.result)
+    return Trained(config, spec, chosen.name, tta, state, task, chosen.result)
 
 
-def _build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
-    """Builds the task for parameters that are averaged already."""
-    return build_task(with_values(config, {"optim.ema": 0.0}), spec)
+def _build(config: ml_collections.ConfigDict, spec: DataSpec, **changes: str) -> Task:
+    """Builds the task for parameters that are averaged already, with some values changed."""
+    return build_task(with_values(config, {"optim.ema": 0.0, **changes}), spec)
 
 
 def _state_of(found: Variables, task: Task, source: epath.Path) -> TrainState:
@@ -132,8 +135,8 @@ def check_finite_predictions(predictions: dict[str, Any]) -> None:
 
 def in_float32(trained: Trained) -> Trained:
     """Returns the same network, computed in float32."""
-    config = with_values(trained.config, {"dtype": "float32"})
-    return trained._replace(task=_build(config, trained.spec))
+    task = _build(trained.config, trained.spec, tta=trained.tta, dtype="float32")
+    return trained._replace(task=task)
 
 
 def _load_safetensors(path: epath.Path, run: str, tta: str | None, own: bool) -> Trained:
@@ -152,13 +155,10 @@ def _load_safetensors(path: epath.Path, run: str, tta: str | None, own: bool) ->
         spec = spec_from_json(card["data"])
         if any(math.prod(field.shape) > _MOST_VALUES for field in spec.fields.values()):
             raise ValueError(f"fields of the shapes {[f.shape for f in spec.fields.values()]}")
-        evaluated = {"optim.ema": 0.0, "dtype": "float32", "tta": tta or card["tta"]}
-        config = with_values(config, evaluated)
-        task = build_task(config, spec)
-        found = Variables(card["run"], card["steps"], arrays)
-        return Trained(
-            config, spec, card["run"], _state_of(found, task, path), task, card["result"]
-        )
+        tta = tta or card["tta"]
+        task = _build(config, spec, tta=tta, dtype="float32")
+        state = _state_of(Variables(card["run"], card["steps"], arrays), task, path)
+        return Trained(config, spec, card["run"], tta, state, task, card["result"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -37,7 +37,7 @@ def make_card(workdir: epath.Path, trained: Trained) -> dict[str, Any]:
     result = trained.result if test else None
     return {
         "run": trained.name,
-        "tta": trained.config.tta,
+        "tta": trained.tta,
         "data": spec_to_json(spec),
         "config": trained.config.to_dict(),
         "test": test,

@@ -187,9 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = compare(ours, theirs, test, trained, trained.config.eval_batch_size)
     print(describe(report))
     if arguments.record:
-        record(
-            arguments.record, name, {**report, "bytes": size, "tta": trained.config.tta}, trained
-        )
+        record(arguments.record, name, {**report, "bytes": size, "tta": trained.tta}, trained)
     if report["equal"] < report["of"]:
         print(
             f"export: {out} does not predict what the network does; the file is kept.",
