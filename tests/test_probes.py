@@ -152,7 +152,7 @@ class Counted:
         self.embedded = 0  # batches, of all runs
         probes = make_probes(self._measure, data.spec)
         probes["watch"] = probes["watch"]._replace(limit=limit)
-        task = Task(self._init, None, probes, None, [], None)
+        task = Task(self._init, None, probes, {}, "", None, [], None)
         config = _config(eval_batch_size)
         runs = make_runs(config, make_sweep(config))
         batches = make_batches(config, self.data.train, runs.own.keys.order, runs.mesh)

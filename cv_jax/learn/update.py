@@ -9,6 +9,7 @@ import optax
 
 from cv_jax.optim.selection import Select
 from cv_jax.optim.state import TrainState
+from cv_jax.workdir.metric import is_loss
 
 
 def make_train_step(
@@ -58,17 +59,20 @@ def in_stages(starts: Sequence[int], train_steps: Sequence[Callable]) -> Callabl
 
 
 def skip_nonfinite(train_step: Callable) -> Callable:
-    """The train_step without those steps whose loss or new state is not finite.
+    """Makes `train_step` skip the steps whose losses or new state are not finite.
 
-    Such a step leaves the state as it was, but counts: `step` goes up, so that the batches and the
-    learning rate go on. Its metrics are (0, 0); the metric "skipped" is (1, 1) for it, and (0, 1)
-    for all others. A gradient that is not finite makes what it trains so. `last_loss`, infinite at
-    the start, follows from the losses.
+    The losses are the metrics "loss" and "loss/...". A skipped step leaves the state as it was,
+    except that `step` goes up, so that batches and learning rate go on. The metrics of a skipped
+    step are (0, 0). The metric "skipped" is (1, 1) for a skipped step and (0, 1) for all others. A
+    step that counts no example has the loss (0, 0) and is not skipped. Gradients need no check of
+    their own, since a gradient that is not finite makes the new state so. `last_loss` is not
+    checked: its values are losses, and infinite at the start.
     """
 
     def guarded(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
         new, metrics = train_step(state, batch, key)
-        looked_at = (metrics["loss"], new.params, new.model_state, new.opt_state)
+        losses = {name: pair for name, pair in metrics.items() if is_loss(name)}
+        looked_at = (losses, new.params, new.model_state, new.opt_state)
         finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(looked_at)]).all()
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         state = state.replace(step=new.step)  # the same in all runs

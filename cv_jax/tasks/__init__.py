@@ -13,6 +13,7 @@ import ml_collections
 
 from cv_jax.config.errors import UserError, nearest
 from cv_jax.learn.evaluations import Probe
+from cv_jax.workdir.metric import Metric
 
 
 class Task(NamedTuple):
@@ -27,6 +28,9 @@ class Task(NamedTuple):
         train_step: (state, batch, key) -> (state, {metric: (sum, count)}).
         evals: name -> ((state, batch) -> {metric: (sum, count)}), or name -> Probe. "watch" is what
             validation during the training uses, "final" what the result is made of.
+        metrics: name -> unit, direction and protocol of what `evals` and `train_step` measure. A
+            metric that is not listed is a plain number without a unit.
+        headline: name of the metric that ranks checkpoints, settings and runs.
         preview: (batch, key) -> (b, h, w, c) float32 in [0, 1], augmented images.
         notes: lines that the log shows at the start.
         features: (state, image) -> what the network sees in images (b, h, w, c), uint8 or float32
@@ -35,16 +39,21 @@ class Task(NamedTuple):
             images (b, h, w, c), uint8 or float32 in [0, 1]; `tta` is a name of `views.TTA`, and
             the features are those of the images as they are. None for a task without classes.
         stages: the steps from which on a train_step costs something else, the first is 0.
+        warn: ({metric: (r,) values of one row}, names of the r runs) -> lines for the log. A value
+            is NaN where a run has none. None: no warnings.
     """
 
     init: Callable
     train_step: Callable
     evals: dict[str, Callable | Probe]
+    metrics: dict[str, Metric]
+    headline: str
     preview: Callable
     notes: list[str]
     features: Callable
     predict: Callable | None = None
     stages: tuple[int, ...] = (0,)
+    warn: Callable | None = None
 
 
 def build_task(config: ml_collections.ConfigDict, spec: NamedTuple) -> Task:

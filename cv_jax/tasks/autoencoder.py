@@ -23,10 +23,13 @@ from cv_jax.learn.inputs import (
 )
 from cv_jax.learn.losses import squared_error
 from cv_jax.learn.probes import (
+    HEADLINE,
+    METRICS,
     NOTE,
     check_unsupervised,
     make_probes,
     step_metrics,
+    warn_of_collapse,
 )
 from cv_jax.learn.steps import make_steps
 from cv_jax.models import build_model, compute_dtype
@@ -158,8 +161,11 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         init=init,
         train_step=steps.train_step,
         evals=make_probes(measure, spec),
+        metrics=METRICS,
+        headline=HEADLINE,
         preview=view,
         notes=[f"method  {config.method}", NOTE, *steps.notes, *initial.notes],
         features=features,
         stages=steps.stages,
+        warn=warn_of_collapse,
     )

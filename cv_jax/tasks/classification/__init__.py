@@ -21,6 +21,7 @@ from cv_jax.optim.selection import make_select
 from cv_jax.optim.state import TrainState, init_state
 from cv_jax.tasks import Task
 from cv_jax.tasks.classification.views import find_tta
+from cv_jax.workdir.metric import Metric
 
 
 def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
@@ -99,6 +100,12 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             "watch": partial(evaluate, tta="none"),
             "final": partial(evaluate, tta=config.tta),
         },
+        metrics={
+            "loss": Metric(better="lower"),
+            "accuracy": Metric("%", protocol=f"top-1, views {config.tta}"),
+            "top5": Metric("%", protocol=f"top-5, views {config.tta}"),
+        },
+        headline="accuracy",
         preview=lambda batch, key: augmented(batch, key)["image"],
         notes=notes,
         predict=predict,
