@@ -2,8 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 
+import train
+from cv_jax.tasks import build_task
+from cv_jax.train import programs, sweeps
+from cv_jax.workdir import result as results
 from cv_jax.workdir.metric import (
     Metric,
     headline_of,
@@ -60,3 +65,29 @@ def test_older_results_are_ranked_by_accuracy():
     shares = [name for name in names if metric_of({}, name).unit == "%"]
     assert shares == ["accuracy", "top5", "linear_accuracy"]
     assert [metric_of({}, name).better for name in names[-2:]] == ["lower", "higher"]
+
+
+@pytest.mark.slow
+def test_a_program_is_ranked_by_its_headline(tiny_config, tmp_path, monkeypatch, capsys):
+    def by_loss(config, spec):
+        task = build_task(config, spec)
+        metrics = {**task.metrics, "loss": Metric("nats", "lower", "cross-entropy")}
+        return task._replace(headline="loss", metrics=metrics)
+
+    for module in (train, programs, sweeps):
+        monkeypatch.setattr(module, "build_task", by_loss)
+    with tiny_config.unlocked():
+        tiny_config.sweep = (("optim.lr", (0.01, 1e-6)),)
+        tiny_config.num_seeds = 2
+        tiny_config.keep_checkpoints = 1
+    result = train.run(tiny_config, tmp_path)
+    results.print_result(result, tmp_path)
+    losses = [point["val"]["loss"]["mean"] for point in result["sweep"]]
+    assert result["best"] == result["sweep"][int(np.argmin(losses))]["setting"]
+    assert result["test"]["accuracy"]["n"] == 2
+    out = capsys.readouterr().out
+    assert f"optim.lr=0.01: val {losses[0]:.4f} nats" in out
+    assert "protocol loss: cross-entropy" in out
+    (head,) = (line for line in out.splitlines() if line.startswith("  epoch"))
+    assert head.split() == ["epoch", "step", "lr", "loss", "val", "loss", "images/s", "elapsed"]
+    assert (tmp_path / "sweep.png").exists()
