@@ -73,6 +73,7 @@ from cv_jax.workdir.adopt import adopt_workdir
 from cv_jax.workdir.bucket import work_directory
 from cv_jax.workdir.checkpoints import Checkpoints
 from cv_jax.workdir.log import Log
+from cv_jax.workdir.metric import Metric
 from cv_jax.workdir.numbers import means
 from cv_jax.workdir.result import (
     finished_result,
@@ -115,6 +116,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         check_same(partial(data_fingerprint, data))
     with clock("init"):
         task = build_task(config, data.spec)
+    metric = task.metrics.get(task.headline, Metric())
     intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)
     batches = make_batches(config, data.train, runs.own.keys.order, runs.mesh)
     try_step(task, batches.shapes)
@@ -126,7 +128,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
 
     with (
         storage_errors(workdir),
-        Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+        Checkpoints(workdir, config.keep_checkpoints, metric) as checkpoints,
         lost_process_ends_this(),  # before the checkpoints wait for it
     ):
         changes = first_does(partial(adopt_workdir, workdir, config))
@@ -146,7 +148,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         )
         evaluate = Evaluator(programs.evals, runs.own, data, config, runs.mesh, clock)
         log = Log(
-            workdir, config, data.spec, runs.names, int(state.step), intervals, progress["window"]
+            workdir,
+            config,
+            data.spec,
+            runs.names,
+            int(state.step),
+            intervals,
+            task.metrics,
+            task.headline,
+            progress["window"],
+            task.warn,
         )
 
         def last_step_flops() -> int:
@@ -180,7 +191,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
                         log.save()
                         progress = {"seconds": clock.read(), "window": log.window()}
                         with clock("save"):
-                            checkpoints.save(state, progress, val.get("accuracy"))
+                            checkpoints.save(state, progress, val.get(task.headline))
                     log.row()
                     if signum:
                         raise Stopped(signum, chunk.end)
@@ -194,7 +205,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
     }
     with storage_errors(workdir):
         return write_result(
-            workdir, config, data.spec, sweep.settings, intervals.total, sums, flops, clock.read()
+            workdir,
+            config,
+            data.spec,
+            sweep.settings,
+            intervals.total,
+            sums,
+            flops,
+            clock.read(),
+            task.metrics,
+            task.headline,
         )
 
 

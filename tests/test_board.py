@@ -13,6 +13,7 @@ from cv_jax.config.plan import Chunk, Intervals
 from cv_jax.runtime.mesh import make_mesh, parameter_sharding, put
 from cv_jax.trained.load import load_trained
 from cv_jax.workdir.log import Log
+from cv_jax.workdir.metric import Metric
 from cv_jax.workdir.tensorboard import NUM_BINS, count_values
 from tests.conftest import on_devices, random_dataset
 from tests.test_log import read_events
@@ -96,7 +97,10 @@ def _write_log(tmp_path, config, num_runs, start_step=0):
         "accuracy": (accuracy, np.ones(num_runs)),
         "confusion": (np.ones((num_runs, 2, 2)), np.ones(num_runs)),
     }
-    with Log(tmp_path, config, random_dataset().spec, names, start_step, intervals) as log:
+    spec, metrics = random_dataset().spec, {"accuracy": Metric("%")}
+    with Log(
+        tmp_path, config, spec, names, start_step, intervals, metrics, headline="accuracy"
+    ) as log:
         log.begin([], [])
         log.histograms(Chunk(0, 1, False, False, False), params, make_mesh())
         log.histograms(Chunk(1, 2, True, False, False, histograms=True), params, make_mesh())

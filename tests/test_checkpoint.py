@@ -6,11 +6,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from cv_jax.config.errors import UserError
 from cv_jax.optim.state import TrainState
 from cv_jax.workdir.checkpoints import Checkpoints
+from cv_jax.workdir.metric import Metric
 from cv_jax.workdir.storage import storage_errors
 
 
@@ -193,3 +195,38 @@ def test_a_directory_that_is_not_the_first_process_s(tmp_path, monkeypatch):
         Checkpoints(tmp_path, 1)
     monkeypatch.undo()
     assert _restore(tmp_path) is None  # and the lock is free
+
+
+def test_a_lower_headline_is_the_best_where_the_metric_says_so(tmp_path):
+    lower = Metric("px", "lower")
+    values = {1: [3.0, 5.0], 2: [1.0, 2.0], 3: [0.1, np.nan], 4: [np.inf, -np.inf], 5: [4.0, 4.0]}
+    with Checkpoints(tmp_path, 1, lower) as checkpoints:
+        for step, of_runs in values.items():
+            checkpoints.save(_state(step), {}, np.array(of_runs))
+    assert _steps(tmp_path) == ["2", "5"]
+    with Checkpoints(tmp_path, 1, lower) as checkpoints:
+        checkpoints.restore_latest(LIKE)
+        checkpoints.save(_state(6), {}, np.array([2.0, 2.0]))
+        checkpoints.save(_state(7), {}, np.array([0.5, 1.0]))
+        checkpoints.save(_state(8), {}, None)
+    assert _steps(tmp_path) == ["7", "8"]
+
+
+def test_the_best_of_older_code_is_restored(tmp_path, monkeypatch):
+    def older(progress):
+        values = progress.pop("val_headline")
+        means = {step: mean for step, (_, mean) in values.items()}
+        return {**progress, "val_accuracies": {**means, 9: np.nan}}
+
+    args = ocp.args.JsonSave
+    monkeypatch.setattr(ocp.args, "JsonSave", lambda progress: args(older(progress)))
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(_state(1), {"train": 1.0}, np.array([0.9]))
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        state, progress = checkpoints.restore_latest(LIKE)
+        assert progress == {"train": 1.0}
+        chex.assert_trees_all_equal(state, _state(1))
+        checkpoints.save(_state(2), {}, np.array([0.5]))
+        checkpoints.save(_state(3), {}, None)
+    assert _steps(tmp_path) == ["1", "3"]

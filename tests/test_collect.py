@@ -94,3 +94,19 @@ def test_the_command_writes_the_record(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         collect.main()
     assert re.match("collect: .*is the run complete", capsys.readouterr().err)
+
+
+def test_a_record_keeps_the_headline_and_every_metric():
+    metrics = {"distance": {"unit": "px", "better": "lower", "protocol": "of three guesses"}}
+    first, second = _result(0, 0.5), _result(1, 0.7)
+    for result in (first, second):
+        distances = [4 * value for value in result["test"]["accuracy"]["values"]]
+        result["test"]["distance"] = {"values": distances}
+        result |= {"headline": "distance", "metrics": metrics}
+    record = collect.collect([first, second])
+    assert record["test"].keys() == {"accuracy", "loss", "distance", "count"}
+    assert (record["headline"], record["metrics"]) == ("distance", metrics)
+    assert collect.row("x", record).startswith("| x | 2.4000 px ± 0.5657 | 2 |")
+    del first["test"]["distance"], second["test"]["distance"]
+    record = collect.collect([first, second])
+    assert collect.row("x", record).startswith("| x | no distance | 2 |")

@@ -100,6 +100,43 @@ def test_only_a_share_has_the_interval_of_a_share():
     assert accuracy["ci95"][1] < 1 < loss["ci95"][1]
 
 
+def _distances(values):
+    numbers = {"distance": {"values": values}}
+    metrics = {"distance": {"unit": "px", "better": "lower", "protocol": "of three guesses"}}
+    return _run(values) | {"test": numbers, "headline": "distance", "metrics": metrics}
+
+
+def test_less_of_a_distance_is_better():
+    runs = {"a": _distances([3.0, 4.0]), "b": _distances([1.0, 1.5]), "c": _distances([9.0, 9.5])}
+    report = compare.compare(runs, "test", "distance")
+    assert report["order"] == ["b", "a", "c"]
+    assert [d["better"] for d in report["differences"]] == [True, False]
+    text = compare.describe(report)
+    assert text.startswith("distance on test, px (of three guesses)")
+    assert re.search(r"^  b  1\.2500 ± .* n = 2  <- best$", text, re.M)
+    assert text.count("<- best") == 1
+    assert "b - a: -2.2500 px, better" in text
+    assert "c - a: +5.7500 px, worse" in text
+
+
+def test_more_accuracy_is_better_in_results_of_older_code():
+    runs = {"a": _run([0.5, 0.6]), "b": _run([0.7, 0.9]), "c": _run([0.5, 0.6])}
+    report = compare.compare(runs, "test", "accuracy")
+    assert report["order"] == ["b", "a", "c"]
+    assert [d["better"] for d in report["differences"]] == [True, None]
+    assert "b - a: +25.00 points, better" in compare.describe(report)
+
+
+def test_the_headline_of_the_first_run_is_compared(tmp_path, monkeypatch, capsys):
+    names = []
+    for name, values in (("a.json", [1.0, 2.0]), ("b.json", [2.0, 2.5])):
+        (tmp_path / name).write_text(json.dumps(_distances(values)))
+        names.append(str(tmp_path / name))
+    monkeypatch.setattr(sys, "argv", ["compare", *names])
+    compare.main()
+    assert "distance on test, px" in capsys.readouterr().out
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "result.json").write_text(json.dumps(_run([0.5, 0.6])))

@@ -47,3 +47,39 @@ def test_a_file_that_is_no_record_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         frontier.main()
     assert re.match(r"frontier: .*x\.json is not a record", capsys.readouterr().err)
+
+
+def _distance(path, mean):
+    numbers = {"mean": mean, "std": 0.5, "n": 3}
+    record = {
+        **{"headline": "distance", "test": {"distance": numbers}, "flops": {"total": 1e15}},
+        "metrics": {"distance": {"unit": "px", "better": "lower", "protocol": ""}},
+    }
+    path.write_text(json.dumps(record))
+    return frontier.read_point(path)
+
+
+def test_a_headline_has_its_own_axis_and_no_public_accuracies(tmp_path):
+    point = _distance(tmp_path / "x.json", 12.0)
+    assert frontier._row(point) == "| x | 1.000 | 12.0000 px ± 0.5000 | 3 |"
+    (axes,) = frontier.draw([point], frontier.PUBLIC).axes
+    assert axes.get_ylabel() == "test distance, px (lower is better)"
+    (line, *_) = axes.get_lines()
+    assert line.get_xydata().tolist() == [[1.0, 12.0]]
+    assert not axes.texts
+
+
+def test_two_headlines_are_not_one_picture(tmp_path, monkeypatch, capsys):
+    _distance(tmp_path / "x.json", 12.0)
+    record = _record(tmp_path / "y.json", 0.9, None, 1e15)
+    names = [str(tmp_path / "x.json"), record]
+    monkeypatch.setattr(sys, "argv", ["frontier", *names, f"--out={tmp_path / 'z.png'}"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        frontier.main()
+    assert "y.json has the headline accuracy" in capsys.readouterr().err
+
+
+def test_a_record_without_its_headline_is_named(tmp_path):
+    (tmp_path / "x.json").write_text('{"test": {"loss": {}}, "flops": {"total": 1}}')
+    with pytest.raises(UserError, match=r"x\.json has no accuracy on test"):
+        frontier.read_point(tmp_path / "x.json")

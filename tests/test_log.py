@@ -17,6 +17,7 @@ from cv_jax.config.plan import Chunk, Intervals
 from cv_jax.runtime.mesh import make_mesh
 from cv_jax.workdir import figures as plot
 from cv_jax.workdir.log import Log, image_grid
+from cv_jax.workdir.metric import Metric
 from tests.conftest import ROOT, random_dataset
 
 
@@ -25,10 +26,21 @@ def make_log(tmp_path):
     config = base_config()
     config.batch_size = 10  # 7 steps an epoch
 
-    def make(start_step=0, names=("seed=0",), window=None):
+    def make(
+        start_step=0,
+        names=("seed=0",),
+        window=None,
+        metrics=None,
+        headline="accuracy",
+        warn=None,
+    ):
         config.num_seeds = len(names)
         intervals = Intervals(total=14, log=2, eval=0, save=0)
-        return Log(tmp_path, config, random_dataset().spec, names, start_step, intervals, window)
+        spec = random_dataset().spec
+        metrics = {"accuracy": Metric("%")} if metrics is None else metrics
+        return Log(
+            tmp_path, config, spec, names, start_step, intervals, metrics, headline, window, warn
+        )
 
     return make
 
@@ -300,7 +312,7 @@ def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError('imported')")
     code = (
         "import sys, pathlib as p, cv_jax.workdir.tensorboard as b; "
-        "b.Board(p.Path(sys.argv[1]), ['a'], 0, 1)"
+        "b.Board(p.Path(sys.argv[1]), ['a'], 0, 1, 'accuracy')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],
@@ -311,3 +323,80 @@ def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run").glob("events.*"))
+
+
+DISTANCE = {"distance": Metric("px", "lower"), "loss": Metric(better="lower")}
+
+
+def test_columns_are_named_after_the_headline_and_in_its_unit(make_log, tmp_path, capsys):
+    with make_log(metrics=DISTANCE, headline="distance") as log:
+        log.begin([], [])
+        log.train(Chunk(0, 1, True, True, False), _metrics([4.0]))
+        log.evals(1, "val", {"loss": np.array([1.5]), "distance": np.array([12.25])})
+        log.row()
+        one = np.ones((1, 1))
+        log.train(Chunk(1, 2, True, False, False), {"loss": (one, one), "distance": (one, one)})
+        log.row()
+    *_, head, row, second = capsys.readouterr().out.splitlines()
+    assert head.replace("val ", "val~").split() == [
+        *("epoch", "step", "lr", "loss", "distance", "val~loss", "val~dis", "images/s", "elapsed")
+    ]
+    # The training step measured no distance in the first row.
+    assert row.split()[3:7] == ["4.0000", "-", "1.5000", "12.2500"]
+    assert second.split()[2:4] == ["1.0000", "1.0000"]
+    assert len(head) == len(row)
+    task = json.loads((tmp_path / "task.json").read_text())
+    assert task["headline"] == "distance"
+    assert task["metrics"]["distance"] == {"unit": "px", "better": "lower", "protocol": ""}
+
+
+def test_classification_has_the_columns_that_it_had(make_log, capsys):
+    with make_log() as log:
+        one = np.ones((1, 1))
+        metrics = {name: (value * one, one) for name, value in (("loss", 1.6161), ("lr", 0.0171))}
+        metrics["accuracy"] = 0.823 * one, one
+        log.train(Chunk(0, 1, True, True, False), metrics)
+        log.evals(1, "val", {"loss": np.array([0.8131]), "accuracy": np.array([0.99])})
+        log.row()
+    head, row = capsys.readouterr().out.splitlines()
+    assert head == (
+        "  epoch     step        lr     loss accuracy  val loss  val acc  images/s  elapsed"
+    )
+    assert row.startswith("   0.14        1    0.0171   1.6161   82.30%    0.8131   99.00% ")
+    assert len(row) == len(head)
+
+
+def test_bands_are_of_the_headline(make_log, tmp_path):
+    with make_log(names=("a", "b"), metrics=DISTANCE, headline="distance") as log:
+        log.evals(1, "val", {"distance": np.array([1.0, 3.0]), "accuracy": np.array([0.5, 0.7])})
+    events = read_events(tmp_path)
+    assert events["band/val/distance/high", 1].simple_value == pytest.approx(2 + math.sqrt(2))
+    assert ("band/val/accuracy/high", 1) not in events
+
+
+def test_every_loss_is_watched(make_log, tmp_path, capsys):
+    def metrics(*pairs):
+        critic, generator = (np.array([of_runs]).T for of_runs in pairs)
+        one = np.ones((2, 1))
+        losses = {"loss/critic": (critic, one), "loss/generator": (generator, one)}
+        return {**losses, "lossless": (np.full((2, 1), np.inf), one)}
+
+    with make_log(names=("a", "b")) as log:
+        log.train(Chunk(0, 1, True, False, False), metrics((1.0, 2.0), (3.0, math.nan)))
+        with pytest.raises(UserError, match=r"The loss/critic is not finite at step 2"):
+            log.train(Chunk(1, 2, True, False, False), metrics((math.inf, 2.0), (3.0, 3.0)))
+    assert "b: the loss/generator is not finite at step 1; others go on" in capsys.readouterr().out
+    (record,) = _records(tmp_path)
+    assert record["runs"]["loss/critic"] == [1.0, None]
+
+
+def test_the_task_warns_about_the_values_of_a_row(make_log, capsys):
+    def warn(values, names):
+        assert values.keys() == {"loss", "lr"}  # one value a run; the speed is of the program
+        return [f"{name}: high" for name, x in zip(names, values["loss"], strict=True) if x > 2]
+
+    losses = {"loss": (np.array([[1.0], [3.0]]), np.ones((2, 1)))}
+    with make_log(names=("a", "b"), warn=warn) as log:
+        log.train(Chunk(0, 1, True, False, False), {**losses, "lr": losses["loss"]})
+    assert "a: high" not in (out := capsys.readouterr().out)
+    assert "b: high" in out

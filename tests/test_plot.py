@@ -10,6 +10,7 @@ from cv_jax.workdir.figures import (
     draw_sweep,
     rasterize,
 )
+from cv_jax.workdir.metric import Metric
 
 
 def test_a_confusion_matrix_is_dark_on_a_perfect_diagonal():
@@ -32,7 +33,7 @@ def test_a_setting_that_has_diverged_is_left_out_of_the_picture_of_a_sweep():
         {"setting": {"lr": lr}, "val": {"accuracy": {"mean": mean, "std": None, "n": 1}}}
         for lr, mean in ((0.1, 0.9), (0.2, 0.8), (9.0, None))
     ]
-    line, *_, best = draw_sweep(points, {"lr": 0.1}).axes[0].lines
+    line, *_, best = draw_sweep(points, {"lr": 0.1}, "accuracy", Metric("%")).axes[0].lines
     np.testing.assert_array_equal(line.get_ydata(), [90.0, 80.0, np.nan])
     np.testing.assert_array_equal(best.get_ydata(), [90.0])
 
@@ -47,6 +48,19 @@ def test_the_legend_of_a_reliability_diagram_covers_no_bar():
 def test_a_sweep_of_which_all_have_diverged_is_drawn_without_points():
     accuracy = {"mean": None, "std": None, "n": 1}
     points = [{"setting": {"lr": lr}, "val": {"accuracy": accuracy}} for lr in (1, 2)]
-    line, *_, best = draw_sweep(points, {"lr": 1}).axes[0].lines
+    line, *_, best = draw_sweep(points, {"lr": 1}, "accuracy", Metric("%")).axes[0].lines
     np.testing.assert_array_equal(line.get_ydata(), [np.nan, np.nan])
     np.testing.assert_array_equal(best.get_ydata(), [np.nan])
+
+
+def test_the_axis_of_a_sweep_says_what_is_better():
+    points = [
+        {"setting": {"lr": lr}, "val": {"distance": {"mean": mean, "std": 1.0, "n": 3}}}
+        for lr, mean in ((0.1, 9.0), (0.2, 8.0))
+    ]
+    points.append({"setting": {"lr": 0.3}, "val": {}})  # no distance was measured
+    (axes,) = draw_sweep(points, {"lr": 0.2}, "distance", Metric("px", "lower")).axes
+    assert axes.get_ylabel() == "distance on val, px (lower is better)"
+    line, *_, best = axes.lines
+    np.testing.assert_array_equal(line.get_ydata(), [9.0, 8.0, np.nan])
+    np.testing.assert_array_equal(best.get_ydata(), [8.0])

@@ -94,6 +94,82 @@ def test_what_has_no_number_has_no_bar():
     assert "diverged" not in page._heading(_swept(0.5))
 
 
+METRICS = {
+    "distance": {"unit": "px", "better": "lower", "protocol": "nearest of <three>"},
+    "hits": {"unit": "%", "better": "higher", "protocol": "within 2 px"},
+}
+
+
+def _distances(mean, **more):
+    """A run of a task without classes, whose headline is a distance in pixels."""
+    statistics = {"mean": mean, "std": 0.25, "ci95": [1.0, 2.0], "n": 2, "values": [mean, mean]}
+    hits = {**statistics, "mean": 0.5, "ci95": [0.4, 0.6]}
+    test = {"distance": statistics, "hits": hits, "count": 7, **more}
+    result = {
+        **{"test": test, "val": None, "seeds": [0, 1], "seconds": {"train": 3.0}},
+        **{"headline": "distance", "metrics": METRICS, "examples_are": "examples"},
+    }
+    values = {"distance": 3.0, "hits": 0.5}
+    records = [
+        {"epoch": 1.0, "split": "train", "values": {"loss/a": 2.0, "loss/b": 4.0, "lr": 0.1}},
+        {"epoch": 1.0, "split": "val", "values": values},
+        {"epoch": 2.0, "split": "val", "values": values},
+    ]
+    return Run(Path("r"), CONFIG, {}, records, result)
+
+
+def test_the_headline_stands_with_its_unit_and_protocol():
+    html = page._numbers(_distances(1.5))
+    assert "<strong>1.5000 px <small>± 0.2500</small></strong>" in html
+    about = "test distance, 7 examples, mean ± standard deviation of 2 seeds"
+    assert f"{about}; nearest of &lt;three&gt;" in html
+    assert "hits: within 2 px." in html
+    assert "<td>1.0000 px to 2.0000 px</td>" in html
+    assert "<td>50.00 %</td><td>25.00 %</td><td>40.00 % to 60.00 %</td>" in html
+    none = _distances(1.5)
+    del none.result["test"]["distance"]
+    assert "test: no distance" in page._numbers(none)
+
+
+def test_runs_are_compared_by_the_headline_of_the_first():
+    def show(figure, name, label):
+        drawn[name] = figure.axes[0]
+        return ""
+
+    drawn = {}
+    other = _distances(2.5)._replace(path=Path("q"))
+    html = page._comparison([_distances(1.5), other, _swept(0.5)], show)
+    assert "test distance" in html
+    assert "<td>1.5000 px</td><td>1.0000 px to 2.0000 px</td>" in html
+    assert "<td>2.5000 px</td>" in html
+    assert "<td>no distance</td>" in html
+    assert drawn["runs_distance"].get_ylabel() == "distance on val, px"
+
+
+def test_every_metric_of_an_evaluation_has_its_curve():
+    def show(figure, name, label):
+        drawn[name] = figure.axes[0]
+        return ""
+
+    drawn = {}
+    page._training(_distances(1.5), show)
+    assert list(drawn) == ["loss_a", "loss_b", "distance", "hits", "learning_rate"]
+    assert drawn["hits"].get_ylabel() == "hits, %"
+    assert drawn["hits"].lines[0].get_ydata().tolist() == [50.0, 50.0]
+    assert drawn["distance"].lines[0].get_ydata().tolist() == [3.0, 3.0]
+
+
+def test_a_run_without_a_result_knows_its_headline(tmp_path):
+    config = {"model": "lenet", "data": {"name": "digits"}, "num_seeds": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_run(tmp_path).headline == "accuracy"  # of older code
+    assert read_run(tmp_path).metric("accuracy").unit == "%"
+    (tmp_path / "task.json").write_text(json.dumps({"headline": "distance", "metrics": METRICS}))
+    run = read_run(tmp_path)
+    assert run.headline == "distance"
+    assert run.metric("distance").better == "lower"
+
+
 def test_half_a_line_of_the_log_is_left_out(tmp_path):
     config = {"model": "lenet", "data": {"name": "digits"}, "num_seeds": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -203,7 +279,8 @@ def test_figures_of_a_page_share_no_ids(odd):
 def test_plots_are_also_files_on_white(odd):
     images = {path.stem: Image.open(path) for path in (odd / "png").glob("*.png")}
     assert set(images) == {
-        *("loss", "accuracy", "learning_rate", "per_class", "confusion", "calibration", "map")
+        *("loss", "accuracy", "top5", "learning_rate", "per_class", "confusion", "calibration"),
+        "map",
     }
     for image in images.values():
         assert image.width == 920  # 4.6 inches
@@ -241,7 +318,7 @@ def test_several_runs_stand_side_by_side(digits_run, tmp_path, monkeypatch):
     row = r'<th scope="row">batch_size</th><td>64</td><td>77</td></tr></tbody>'
     assert re.search(rf"<tbody><tr>{row}", html)  # and no other leaf
     assert html.count(f"{tmp_path}/b &amp; c</th>") == 2
-    assert html.count("<svg ") == 8  # two of them of both runs
+    assert html.count("<svg ") == 9  # two of them of both runs
     assert f"cannot be shown: {digits_run} &amp; others have no network." in html
 
 

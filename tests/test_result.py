@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
 from cv_jax.runtime.startup import num_cores
 from cv_jax.workdir.files import write_json
+from cv_jax.workdir.metric import Metric
 from cv_jax.workdir.result import (
     best_runs,
     environment,
+    examples_word,
     finished_result,
-    is_share,
     percent,
+    print_result,
     summarize,
     write_environment,
     write_result,
@@ -60,14 +63,6 @@ def test_the_interval_of_any_shares_is_finite(values):
         assert (low, high) == pytest.approx((values[0], values[0]), abs=1e-12)
 
 
-def test_only_shares_are_shares():
-    shares = [name for name in METRICS if is_share(name)]
-    assert shares == ["accuracy", "top5", "linear_accuracy"]
-
-
-METRICS = ("accuracy", "top5", "linear_accuracy", "loss", "feature_rank", "feature_spread")
-
-
 def test_a_seed_that_has_diverged_leaves_no_number():
     got = summarize([0.5, math.nan, 0.7], share=True)
     assert math.isnan(got["mean"])
@@ -86,14 +81,19 @@ def _sums(accuracy):
     }
 
 
-def _written(tmp_path, accuracy, num_seeds=1):
+METRICS = {"accuracy": Metric("%", protocol="top-1, views none"), "loss": Metric("", "lower")}
+
+
+def _written(tmp_path, accuracy, num_seeds=1, sums_of=None, metrics=METRICS, headline="accuracy"):
     config = base_config()
     config.num_seeds, config.batch_size = num_seeds, 10
     settings = [{"optim.lr": lr} for lr in (1e30, 0.1, 0.01)][: len(accuracy) // num_seeds]
     config.sweep = (("optim.lr", tuple(s["optim.lr"] for s in settings)),)
     spec = random_dataset(num_classes=2).spec
-    sums = {split: _sums(accuracy) for split in ("val", "test")}
-    result = write_result(Path(tmp_path), config, spec, settings, 5, sums, {"training": 1}, {})
+    sums = {split: (sums_of or _sums)(accuracy) for split in ("val", "test")}
+    result = write_result(
+        Path(tmp_path), config, spec, settings, 5, sums, {"training": 1}, {}, metrics, headline
+    )
     return result, json.loads((tmp_path / "result.json").read_text())
 
 
@@ -113,8 +113,87 @@ def test_a_setting_that_has_diverged_is_never_the_best(tmp_path):
         **{"mean": None, "std": None, "ci95": None},
         **{"n": 2, "values": [pytest.approx(0.9), None]},
     }
-    assert (test["confusion"], test["count"]) == (None, 10)
+    assert (test["confusion"], test["count"]) == (None, 37)
     assert set(test["per_class_accuracy"].values()) == {None}
+
+
+def _distances(values):
+    """What an evaluation over all examples at once gives: the value of each run, and ones."""
+    return {"distance": (np.array(values), np.ones(len(values)))}
+
+
+DISTANCE = {"distance": Metric("px", "lower", "nearest of three guesses")}
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf, -math.inf])
+def test_a_headline_of_which_less_is_better_chooses_the_lowest(tmp_path, capsys, worst):
+    result, written = _written(tmp_path, [worst, 2.0, 0.5], 1, _distances, DISTANCE, "distance")
+    assert result["best"] == {"optim.lr": 0.01}
+    assert written["test"]["distance"]["values"] == [0.5]
+    assert written["test"]["count"] == 37  # examples, not the count of the pair
+    assert (written["headline"], written["metrics"]) == (
+        "distance",
+        {
+            "distance": {
+                **{"unit": "px", "better": "lower"},
+                "protocol": "nearest of three guesses",
+            }
+        },
+    )
+    print_result({**written, "seconds": {}, "flops": {"training": 1, "evaluation": 1}}, tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith("val diverged")
+    assert out[1:3] == ["optim.lr=0.1: val 2.0000 px", f"optim.lr=0.01: val 0.5000 px{CHOSEN}"]
+    assert "protocol distance: nearest of three guesses" in out
+
+
+CHOSEN = "  <- best on val"
+
+
+def test_only_a_metric_in_percent_has_the_interval_of_a_share(tmp_path):
+    _, of_distance = _written(tmp_path, [0.99, 1.0], 2, _distances, DISTANCE, "distance")
+    _, of_share = _written(tmp_path, [0.99, 1.0], 2)
+    assert of_share["test"]["accuracy"]["ci95"][1] < 1 < of_distance["test"]["distance"]["ci95"][1]
+
+
+def test_a_result_without_its_headline_says_so(tmp_path, capsys):
+    def without(values):
+        return {"other": _distances(values)["distance"]}
+
+    result, _ = _written(tmp_path, [0.3, 0.2], 1, without, DISTANCE, "distance")
+    assert result["best"] == {"optim.lr": 1e30}  # nothing ranks: the first
+    print_result({**result, "seconds": {}, "flops": {"training": 1, "evaluation": 1}}, tmp_path)
+    out = capsys.readouterr().out
+    assert "optim.lr=0.1: val no distance" in out
+    assert "test    no distance, other 0.3000  (37 images)" in out
+
+
+def test_a_result_of_older_code_is_printed_as_it_was(tmp_path, capsys):
+    def numbers(mean):
+        return {"mean": mean, "std": 0.01, "ci95": None, "n": 2, "values": [mean, mean]}
+
+    per_class = {"values": 0.5, "b": None}  # a class may have any name
+    split = {"accuracy": numbers(0.9), "loss": numbers(0.3), "per_class_accuracy": per_class}
+    result = {
+        **{"val": None, "test": {**split, "count": 360}, "seeds": [0, 1]},
+        **{"seconds": {"train": 1.0}, "flops": {"training": 1e9, "evaluation": 1e8}},
+        **{"examples": 640, "best": {"lr": 1}},
+        "sweep": [{"setting": {"lr": 1}, "val": {"accuracy": numbers(0.8)}}],
+    }
+    print_result(result, tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"lr=1: val 80.00 % ± 1.00{CHOSEN}"
+    assert out[1] == "test    accuracy 0.9000 ± 0.0100, loss 0.3000 ± 0.0100  (360 images, 2 seeds)"
+    assert not any(line.startswith("protocol") for line in out)
+
+
+def test_examples_are_images_where_a_field_is_one():
+    spec = random_dataset().spec
+    assert examples_word(spec) == "images"
+    fields = {"track": SimpleNamespace(kind="tracks"), "scene": SimpleNamespace(kind="image")}
+    assert examples_word(SimpleNamespace(fields=fields)) == "images"
+    del fields["scene"]
+    assert examples_word(SimpleNamespace(fields=fields)) == "examples"
 
 
 def test_nan_is_written_as_null(tmp_path):

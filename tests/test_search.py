@@ -1,6 +1,7 @@
 """A search makes trials, goes on where it was stopped, and says what it cannot use."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -68,11 +69,67 @@ def test_a_trial_of_which_a_seed_has_diverged_is_not_judged(tmp_path):
         {"step": 4, "split": "val", "values": {}},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
-    assert search._val_accuracies(tmp_path) == [(1, 0.8), (2, 0.4), (3, 0.0), (4, 0.0)]
+    assert search._val_ranks(tmp_path) == [(1, 0.8), (2, 0.4), (3, 0.0), (4, 0.0)]
     study = optuna.create_study(direction="maximize")
     study.optimize(lambda trial: search.run_trial(trial, ["true"], tmp_path), 1)
     (trial,) = study.trials
     assert (trial.state.name, search._judgement(trial)) == ("PRUNED", "diverged")
+
+
+TASK = {
+    "headline": "distance",
+    "metrics": {"distance": {"unit": "px", "better": "lower", "protocol": ""}},
+}
+LOWER = """
+import json, pathlib, sys
+folder, distance = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+task = json.loads(sys.argv[3])
+(folder / "task.json").write_text(json.dumps(task))
+record = {"step": 1, "split": "val", "values": {"distance": distance}}
+(folder / "metrics.jsonl").write_text(json.dumps(record))
+result = {**task, "val": {"distance": {"mean": distance, "std": None}}}
+(folder / "result.json").write_text(json.dumps(result))
+"""
+
+
+def test_less_of_a_distance_wins_the_search(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(direction="maximize", storage=storage)
+    for number, distance in enumerate((3.0, 0.5, 2.0)):
+        workdir = tmp_path / str(number)
+        command = [sys.executable, "-c", LOWER, str(workdir), str(distance), json.dumps(TASK)]
+        study.optimize(lambda trial, c=command, w=workdir: search.run_trial(trial, c, w), 1)
+    assert study.best_trial.number == 1
+    assert [search._judgement(trial) for trial in study.trials] == [
+        *("val 3.0000 px", "val 0.5000 px", "val 2.0000 px")
+    ]
+
+
+def test_a_seed_that_has_diverged_is_the_worst_in_either_direction(tmp_path):
+    (tmp_path / "task.json").write_text(json.dumps(TASK))
+    records = [
+        {"step": 1, "split": "val", "values": {"distance": 3.0}, "runs": {"distance": [2.0, 4.0]}},
+        {"step": 2, "split": "val", "values": {"distance": 1.0}, "runs": {"distance": [1.0, None]}},
+        {"step": 3, "split": "val", "values": {}},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert search._val_ranks(tmp_path) == [(1, -3.0), (2, -math.inf), (3, -math.inf)]
+    task = {"headline": "distance", "metrics": {"distance": {"unit": "%", "better": "lower"}}}
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    assert search._val_ranks(tmp_path) == [(1, -3.0), (2, -1.0), (3, -1.0)]
+    # Optuna keeps such a number, and prunes by it.
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(direction="maximize", storage=storage)
+    trial = study.ask()
+    trial.report(-math.inf, 1)
+    assert study.trials[0].intermediate_values == {1: -math.inf}
+
+
+def test_a_result_without_its_headline_is_named(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({**TASK, "val": {"loss": {}}}))
+    trial = optuna.create_study().ask()
+    with pytest.raises(UserError, match="has no distance on val"):
+        search.run_trial(trial, ["true"], tmp_path)
 
 
 def test_what_train_py_says_is_passed_on(tmp_path):
@@ -99,7 +156,7 @@ def test_a_search_that_is_stopped_goes_on(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert "The same command goes on" in output
+    assert "Repeat the command to resume" in output
     assert "Stopped by SIGTERM after step" in (first / "console.txt").read_text()
 
     step = max(int(path.name) for path in first.glob("checkpoints/[0-9]*"))

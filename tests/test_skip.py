@@ -80,6 +80,27 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(steps, kind):
     assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(numbers))
 
 
+def test_every_loss_is_looked_at_and_a_step_without_examples_is_not_skipped(steps):
+    _, _, state = steps
+
+    def step(state, batch, key):
+        del key
+        new = state.replace(step=state.step + 1)
+        return new, {"loss/a": (batch["a"], batch["n"]), "loss/b": (batch["b"], batch["n"])}
+
+    @jax.jit
+    def skipping(state, batch, key):
+        return keep_if_finite(state, *step(state, batch, key))
+
+    def metrics(a, b, n):
+        batch = {"a": jnp.float32(a), "b": jnp.float32(b), "n": jnp.float32(n)}
+        return skipping(state, batch, jax.random.key(0))[1]
+
+    assert metrics(1, math.inf, 4) == {"loss/a": (0, 0), "loss/b": (0, 0), "skipped": (1, 1)}
+    assert metrics(1, 2, 4) == {"loss/a": (1, 4), "loss/b": (2, 4), "skipped": (0, 1)}
+    assert metrics(0, 0, 0) == {"loss/a": (0, 0), "loss/b": (0, 0), "skipped": (0, 1)}
+
+
 def test_the_step_after_it_goes_on_from_the_state_before_it(steps):
     step, skipping, state = steps
     good = _batch()
@@ -130,6 +151,14 @@ def test_a_row_tells_how_many_were_skipped_and_means_the_others(make_log, tmp_pa
     assert first["values"]["skipped"] == pytest.approx(1 / 6)
     assert second["values"]["skipped"] == 1.0
     assert "loss" not in second["values"]
+
+
+def test_a_step_without_examples_is_neither_skipped_nor_diverged(make_log, capsys):  # noqa: F811
+    nothing = np.zeros((1, 12))
+    with make_log() as log:
+        metrics = {"loss": (nothing, nothing), "skipped": (nothing, nothing + 1)}
+        log.train(Chunk(0, 12, True, False, False), metrics)
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_ten_skipped_steps_in_a_row_stop_the_program(make_log):  # noqa: F811

@@ -3,10 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cv_jax.workdir.metric import Metric
-
-__all__ = ["Collected", "Metric", "Probe"]
-
 
 class Probe(NamedTuple):
     """An evaluation of features, by what can be learned from those of labelled training images.

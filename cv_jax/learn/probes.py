@@ -4,21 +4,35 @@ They see the labels of training images only after the features were learned, and
 network: they take features and not parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cv_jax.data import DataSpec
-from cv_jax.learn.evaluations import Metric, Probe
+from cv_jax.learn.evaluations import Probe
 from cv_jax.learn.losses import unit
 from cv_jax.learn.metrics import answer_metrics, nan_unless
+from cv_jax.workdir.metric import Metric
 
 NEIGHBOURS, TEMPERATURE = 200, 0.1
 RIDGE = 1e-2
 # Training images that are learned from while the training goes on: that takes seconds.
 WATCHED = 5_000
+# The spread of features, see `spread_and_rank`, below which they say nothing of an image.
+COLLAPSED = 0.05
+# What tasks without labels measure.
+METRICS = {
+    "loss": Metric(better="lower"),
+    "accuracy": Metric("%", protocol=f"{NEIGHBOURS} nearest neighbours of the features"),
+    "top5": Metric("%", protocol=f"five most voted of {NEIGHBOURS} nearest neighbours"),
+    "linear_accuracy": Metric("%", protocol="ridge regression on the features"),
+    "feature_spread": Metric(protocol="near 0 where all images look the same to the network"),
+    "feature_rank": Metric(protocol="near 1 where all images look the same to the network"),
+}
+HEADLINE = "accuracy"
 
 
 def step_metrics(losses: jax.Array, features: jax.Array) -> dict:
@@ -30,6 +44,16 @@ def step_metrics(losses: jax.Array, features: jax.Array) -> dict:
         "feature_spread": (spread, one),
         "feature_rank": (rank, one),
     }
+
+
+def warn_of_collapse(values: dict[str, np.ndarray], names: Sequence[str]) -> list[str]:
+    """Returns a line for each run whose features are the same for all images; see `Task.warn`."""
+    spreads = values.get("feature_spread", ())
+    return [
+        f"{name}: its features collapse, all images look alike to it"
+        for name, spread in zip(names, spreads, strict=False)
+        if spread < COLLAPSED
+    ]
 
 
 class Learned(NamedTuple):
@@ -90,14 +114,6 @@ def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
     return {"watch": Probe(embed, fit, score, WATCHED), "final": Probe(embed, fit, score)}
 
 
-METRICS = {
-    "loss": Metric(better="lower"),
-    "accuracy": Metric("%", protocol="nearest neighbours among features of training images"),
-    "linear_accuracy": Metric("%", protocol="ridge regression on features of training images"),
-    "top5": Metric("%", protocol="top-5 of the nearest neighbours"),
-    "feature_spread": Metric(),
-    "feature_rank": Metric(),
-}
 NOTE = "probes  accuracy is that of the nearest neighbours, linear_accuracy of ridge regression"
 
 

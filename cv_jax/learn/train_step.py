@@ -18,6 +18,7 @@ from cv_jax.models.layers import frozen_statistics
 from cv_jax.optim.optimizers import Optimizer, make_optimizer
 from cv_jax.optim.selection import Select
 from cv_jax.optim.state import TrainState
+from cv_jax.workdir.metric import is_loss
 
 # (state, batch, key) -> (state, {metric: (sum, count)})
 Step = Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]
@@ -170,12 +171,13 @@ def _then(finish: Callable[[TrainState], TrainState], step: Step) -> Step:
 def keep_if_finite(state: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:
     """Returns the new state, or the old one where a loss or the new state is not finite.
 
+    Losses are the metrics "loss" and "loss/...".
     A skipped step counts: `step` goes up, and with it the batches and the learning rate. Its
     metrics are (0, 0); the metric "skipped" is (1, 1) for it, and (0, 1) for all others. A gradient
     that is not finite makes the new parameters non-finite, so checking them is enough.
     `last_loss`, which starts at infinity, follows from the losses and is not checked.
     """
-    losses = [value for name, value in metrics.items() if name.partition("/")[0] == "loss"]
+    losses = [pair for name, pair in metrics.items() if is_loss(name)]
     checked = (losses, new.params, new.model_state, new.opt_state)
     finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(checked)]).all()
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)

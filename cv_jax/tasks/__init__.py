@@ -17,7 +17,8 @@ from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError, describe
 from cv_jax.config.names import find
 from cv_jax.data import DataSpec
-from cv_jax.learn.evaluations import Collected, Metric, Probe
+from cv_jax.learn.evaluations import Collected, Probe
+from cv_jax.workdir.metric import Metric
 
 
 class Task(NamedTuple):

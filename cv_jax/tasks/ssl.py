@@ -23,7 +23,14 @@ from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.initial import make_initial
 from cv_jax.learn.inputs import make_normalize, make_view, to_unit
 from cv_jax.learn.losses import of_examples
-from cv_jax.learn.probes import METRICS, NOTE, make_probes, step_metrics
+from cv_jax.learn.probes import (
+    HEADLINE,
+    METRICS,
+    NOTE,
+    make_probes,
+    step_metrics,
+    warn_of_collapse,
+)
 from cv_jax.learn.train_step import make_training
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.models.layers import batch_norm, checked_widths, dense
@@ -195,7 +202,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         train_step=training.train_step,
         evals=make_probes(measure, spec),
         metrics=METRICS,
-        headline="accuracy",
+        headline=HEADLINE,
         preview=lambda batch, key: {"image": view(batch, key)},
         notes=[f"method  {config.method}", NOTE, *training.notes, *initial.notes],
         needs=("image", "label"),
@@ -204,6 +211,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         read=make_read(spec),
         draw=draw_image,
         stages=training.stages,
+        warn=warn_of_collapse,
     )
 
 

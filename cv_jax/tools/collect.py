@@ -1,8 +1,8 @@
-"""Puts runs that differ in their seed alone together into one record.
+"""Joins runs that differ only in their seeds into one record.
 
     python -m cv_jax.tools.collect runs/a runs/b runs/c --out=results/digits.json
 
-Writes the statistics over the runs, with the value of each, and prints README's row for them.
+Writes the value of each seed with the statistics over all seeds, and prints a row for README.
 """
 
 import json
@@ -17,27 +17,26 @@ from cv_jax.config.paths import path_argument
 from cv_jax.tools.command import command, make_parser
 from cv_jax.workdir.bucket import work_directory
 from cv_jax.workdir.files import write_json
+from cv_jax.workdir.metric import headline_text, metric_of
 from cv_jax.workdir.result import (
     check_no_seed_diverged,
-    is_share,
     measured_config,
-    percent,
+    statistics_of,
     summarize,
 )
-
-_METRICS = ("accuracy", "loss", "linear_accuracy", "feature_rank", "feature_spread")
 
 
 def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Joins the contents of result.json files, of one seed or several each.
 
     Returns:
-        Of test and val: _METRICS as `result.summarize` gives them, and count; the seconds of all
-        for each seed; and what all runs have in common, with the best setting of a sweep.
+        For val and test: `result.summarize` of each metric over all seeds, and count. The mean
+        seconds of a seed. What all runs have in common: the headline, what the metrics mean, the
+        config, and the best setting of a sweep.
 
     Raises:
-        UserError: the runs differ in more than their seed, come from different code, or one of them
-            has diverged.
+        UserError: the runs differ in more than their seeds, come from different code, or one of
+            them has diverged.
     """
     first = results[0]
     for other in results[1:]:
@@ -49,15 +48,19 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     record["dirty"] = any(result["dirty"] for result in results)
     record["flops"] = first["flops"]
     record["seeds"] = [seed for result in results for seed in result["seeds"]]
+    record |= {key: first[key] for key in ("headline", "metrics", "examples_are") if key in first}
     for split in ("val", "test"):
         if first[split]:
-            metrics = [name for name in _METRICS if name in first[split]]
+            metrics = list(statistics_of(first[split]))
             for result in results:
                 for name in metrics:
+                    if name not in statistics_of(result[split]):
+                        raise UserError(f"One of the runs has no {name} on {split}.")
                     check_no_seed_diverged("One of the runs", result, split, name)
             record[split] = {
                 name: summarize(
-                    [v for result in results for v in result[split][name]["values"]], is_share(name)
+                    [v for result in results for v in result[split][name]["values"]],
+                    metric_of(first, name).unit == "%",
                 )
                 for name in metrics
             }
@@ -74,17 +77,17 @@ def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def row(name: str, record: dict[str, Any]) -> str:
-    """A row of README's table: config, accuracy, n, seconds, hardware, commit."""
-    accuracy, seconds = record["test"]["accuracy"], record["seconds"]["train"]
+    """Returns a row of README's table: config, headline, n, seconds, hardware, commit."""
+    headline, seconds = headline_text(record, "test"), record["seconds"]["train"]
     return (
-        f"| {name} | {percent(accuracy['mean'], accuracy['std'])} | {accuracy['n']} "
-        f"| {seconds:.{0 if seconds >= 10 else 1}f} | {record['device']} | {record['commit'][:7]} |"
+        f"| {name} | {headline} | {len(record['seeds'])} | {seconds:.{0 if seconds >= 10 else 1}f} "
+        f"| {record['device']} | {record['commit'][:7]} |"
     )
 
 
 @command("collect")
 def main() -> None:
-    """Reads the command line, writes the record, prints the row."""
+    """Reads the command line, writes the record and prints the row."""
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="work directories")
     parser.add_argument("--out", required=True, type=path_argument, help="the JSON file to write")

@@ -1,10 +1,10 @@
-"""Holds runs against each other: is the difference more than chance, and what differs in them?
+"""Compares runs: whether their numbers differ by more than chance, and how their configs differ.
 
     python -m cv_jax.tools.compare runs/a runs/b
     python -m cv_jax.tools.compare results/a.json runs/b runs/c --metric=loss --out=compare.json
 
-A run is a work directory, or a record of `cv_jax.tools.collect`. The others are held against the
-first: by a paired t-test where both have the same seeds, by Welch's otherwise.
+A run is a work directory, or a record of `cv_jax.tools.collect`. Each of the others is compared
+with the first run, by a paired t-test where both have the same seeds, else by Welch's t-test.
 """
 
 import json
@@ -21,15 +21,15 @@ from cv_jax.config.paths import path_argument
 from cv_jax.tools.command import command, make_parser
 from cv_jax.workdir.bucket import work_directory
 from cv_jax.workdir.files import write_json
+from cv_jax.workdir.metric import Metric, headline_of, metric_of
 from cv_jax.workdir.result import (
     check_no_seed_diverged,
-    is_share,
     measured_config,
     setting_text,
     summarize,
 )
 
-ALPHA, POWER = 0.05, 0.8  # of the test that `seeds_to_see` plans
+ALPHA, POWER = 0.05, 0.8  # level and power of the test that `seeds_to_see` plans
 MOST_SEEDS = 100_000
 
 
@@ -39,22 +39,31 @@ def compare(runs: dict[str, dict[str, Any]], split: str, metric: str) -> dict[st
     Args:
         runs: name -> the content of a result.json or a record.
         split: "val" or "test".
-        metric: "accuracy", "loss", ...
+        metric: a metric of the results, such as "accuracy" or "loss".
 
     Returns:
-        runs: name -> `result.summarize` of the metric; settings: name -> the best setting of its
-        sweep, {} without one; differences: one for each run but the first, as `difference` gives
-        them, with the config keys that differ. A swept key has its value in the best setting.
+        split, metric.
+        unit, better, protocol: of the metric, see `Metric`.
+        runs: name -> `result.summarize` of the metric.
+        order: the names, the best mean first.
+        settings: name -> the best setting of its sweep; {} without a sweep.
+        differences: the result of `difference` for each run but the first; "better", whether the
+            mean is better than that of the first run, None for equal means; and "config", the keys
+            that differ. A swept key has its value in the best setting.
 
     Raises:
-        UserError: a run has no such number.
+        UserError: a run has no such metric, or one of its seeds has diverged.
     """
     values = {name: _values(name, run, split, metric) for name, run in runs.items()}
     (first, base), *others = runs.items()
+    meaning = metric_of(base, metric)
+    ranks = {name: meaning.rank(float(np.mean(x))) for name, x in values.items()}
     report = {
         "split": split,
         "metric": metric,
-        "runs": {name: summarize(x, is_share(metric)) for name, x in values.items()},
+        **meaning._asdict(),
+        "runs": {name: summarize(x, meaning.unit == "%") for name, x in values.items()},
+        "order": sorted(ranks, key=ranks.get, reverse=True),
         "settings": {name: run.get("best") or {} for name, run in runs.items()},
         "differences": [],
     }
@@ -66,6 +75,7 @@ def compare(runs: dict[str, dict[str, Any]], split: str, metric: str) -> dict[st
                 "of": name,
                 "from": first,
                 **difference(values[first], values[name], paired),
+                "better": None if ranks[name] == ranks[first] else ranks[name] > ranks[first],
                 "config": {key: pair for key, pair in apart.items() if key not in SEED_KEYS},
             }
         )
@@ -73,16 +83,19 @@ def compare(runs: dict[str, dict[str, Any]], split: str, metric: str) -> dict[st
 
 
 def difference(a: Sequence[float], b: Sequence[float], paired: bool) -> dict[str, Any]:
-    """The difference of means b - a, and how sure it is.
+    """Computes the difference of means b - a, and its uncertainty over seeds.
 
     Args:
         a, b: a number for each seed.
-        paired: whether a[i] and b[i] belong together.
+        paired: whether a[i] and b[i] have the same seed.
 
     Returns:
-        mean; ci95, its 95 % interval; p, of the two-sided t-test ("paired" or "welch", see `test`)
-        against no difference; seeds_to_see, how many each side needs. The last three are None where
-        a side has too few values or none that vary.
+        mean: the difference.
+        test: "paired" or "welch", the two-sided t-test against no difference.
+        ci95: the 95 % interval of the mean over seeds.
+        p: of the test.
+        seeds_to_see: seeds that each side needs, see `seeds_to_see`.
+        ci95, p and seeds_to_see are None where a side has one value, or where no value varies.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     report = {"mean": float(b.mean() - a.mean()), "test": "paired" if paired else "welch"}
@@ -106,14 +119,14 @@ def _pooled_std(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def seeds_to_see(mean: float, std: float, paired: bool) -> int | None:
-    """The fewest seeds a side with which a t-test sees a difference of this size.
+    """Returns the fewest seeds a side with which a t-test at level ALPHA has the power POWER.
 
-    That is: with which its power at the level ALPHA is POWER, were mean and std the true ones. None
-    where MOST_SEEDS do not suffice.
+    `mean` and `std` are taken for the true ones. None where MOST_SEEDS are too few.
 
     Args:
         mean: of the difference.
-        std: of the differences, where paired; else of a side.
+        std: of the differences, where paired; else of one side.
+        paired: whether both sides have the same seeds.
     """
 
     def power(n):
@@ -142,7 +155,7 @@ def _values(name: str, run: dict[str, Any], split: str, metric: str) -> list[flo
 
 
 def read_run(path: epath.Path) -> dict[str, Any]:
-    """The content of a record, or of the result.json of a work directory."""
+    """Reads a record, or the result.json of a work directory."""
     file = path / "result.json" if path.is_dir() else path
     try:
         run = json.loads(file.read_text())
@@ -154,15 +167,13 @@ def read_run(path: epath.Path) -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report as text. Accuracies are in %, their differences in points."""
-    share = is_share(report["metric"])
-    scale, digits = (100, 2) if share else (1, 4)
-    unit, points = ("%", " points") if share else ("", "")
-
-    def number(x, sign=""):
-        return f"{scale * x:{sign}.{digits}f}"
-
-    lines = [f"{report['metric']} on {report['split']}{f', {unit}' if unit else ''}"]
+    """Returns the report as text. Differences of a metric in % are in points."""
+    metric = Metric(report["unit"], report["better"], report["protocol"])
+    number = metric.digits
+    points = " points" if metric.unit == "%" else f" {metric.unit}".rstrip()
+    lines = [metric.label(f"{report['metric']} on {report['split']}")]
+    if metric.protocol:
+        lines[0] += f" ({metric.protocol})"
     width = max(map(len, report["runs"]))
     for name, s in report["runs"].items():
         spread = (
@@ -170,11 +181,13 @@ def describe(report: dict[str, Any]) -> str:
             if s["n"] > 1
             else ""
         )
-        lines.append(f"  {name:<{width}}  {number(s['mean'])}{spread}  n = {s['n']}")
+        best = "  <- best" if name == report["order"][0] else ""
+        lines.append(f"  {name:<{width}}  {number(s['mean'])}{spread}  n = {s['n']}{best}")
         if setting := report["settings"][name]:
             lines.append(f"  {'':<{width}}  best on val of its sweep: {setting_text(setting)}")
     for d in report["differences"]:
-        lines.append(f"\n{d['of']} - {d['from']}: {number(d['mean'], '+')}{points}")
+        mark = {True: ", better", False: ", worse", None: ""}[d["better"]]
+        lines.append(f"\n{d['of']} - {d['from']}: {number(d['mean'], '+')}{points}{mark}")
         if d["p"] is None:
             lines.append("  one value, or no spread: nothing can be said of chance")
         else:
@@ -191,18 +204,19 @@ def describe(report: dict[str, Any]) -> str:
 
 @command("compare")
 def main() -> None:
-    """Reads the command line, prints the comparison, writes it where asked to."""
+    """Reads the command line, prints the comparison, and writes it to --out."""
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="work directories or records")
     parser.add_argument("--split", default="test", choices=("val", "test"))
-    parser.add_argument("--metric", default="accuracy")
+    parser.add_argument("--metric", help="default: the headline of the first run")
     parser.add_argument("--out", type=path_argument, help="a JSON file to write")
     arguments = parser.parse_args()
     paths = dict.fromkeys(map(work_directory, arguments.runs))
     if len(paths) < 2:
         parser.error("give two different runs or more")
     runs = {str(path): read_run(path) for path in paths}
-    report = compare(runs, arguments.split, arguments.metric)
+    metric = arguments.metric or headline_of(next(iter(runs.values())))
+    report = compare(runs, arguments.split, metric)
     if arguments.out:
         write_json(arguments.out, report)
     print(describe(report))

@@ -1,8 +1,9 @@
-"""Draws test accuracy against the FLOPs of training and evaluation: records beside public ones.
+"""Draws the headline on test against the FLOPs of training and evaluation.
 
     python -m cv_jax.tools.frontier results/cifar10*.json --out=results/frontier.png
 
-Prints the points as well. A record is what `cv_jax.tools.collect` writes.
+Prints the points as well. A record is a file of `cv_jax.tools.collect`. Accuracies stand beside
+published ones of CIFAR-10.
 """
 
 import json
@@ -16,20 +17,32 @@ from matplotlib.figure import Figure
 from cv_jax.config.errors import UserError
 from cv_jax.config.paths import path_argument
 from cv_jax.tools.command import command, make_parser
-from cv_jax.workdir.result import percent
+from cv_jax.workdir.metric import Metric, headline_of, metric_of
 
 
 class Point(NamedTuple):
-    """A training: PFLOP of all of it, mean and (None: unknown) std of its test accuracy."""
+    """A training.
+
+    Attributes:
+        name: of the record.
+        pflop: PFLOP of training and evaluation.
+        mean, std: of the headline on test; std is None where unknown.
+        n: seeds; None where unknown.
+        headline: name of the metric.
+        metric: its meaning.
+    """
 
     name: str
     pflop: float
     mean: float
     std: float | None
     n: int | None
+    headline: str = "accuracy"
+    metric: Metric = Metric("%")
 
 
-# https://github.com/KellerJordan/cifar10-airbench; n of the first from its source.
+# Accuracies on CIFAR-10: https://github.com/KellerJordan/cifar10-airbench; n of the first from its
+# source.
 PUBLIC = (
     Point("airbench94_muon", 0.29, 0.9401, None, 200),
     Point("airbench94", 0.36, 0.9401, None, None),
@@ -41,37 +54,55 @@ PUBLIC = (
 
 
 def read_point(path: Path) -> Point:
-    """Returns the point of a record. Raises UserError for a file that is none, or has none."""
+    """Reads the point of a record. Raises UserError for another file, or a record without one."""
     try:
         record = json.loads(path.read_text())
-        accuracy, flops = record["test"]["accuracy"], record["flops"]["total"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        test, flops = record["test"], record["flops"]["total"]
+        headline = headline_of(record)
+        numbers = test.get(headline)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a record of cv_jax.tools.collect ({error!r}).") from error
-    if accuracy["mean"] is None:
-        raise UserError(f"{path}: a seed has diverged, so that its test accuracy is no number.")
-    return Point(path.stem, flops / 1e15, accuracy["mean"], accuracy["std"], accuracy["n"])
+    if numbers is None:
+        raise UserError(f"{path} has no {headline} on test.")
+    if numbers["mean"] is None:
+        raise UserError(f"{path}: a seed has diverged, so that its test {headline} is no number.")
+    return Point(
+        path.stem,
+        flops / 1e15,
+        numbers["mean"],
+        numbers["std"],
+        numbers["n"],
+        headline,
+        metric_of(record, headline),
+    )
 
 
 def draw(points: Sequence[Point], public: Sequence[Point]) -> Figure:
-    """Our points joined by a line, with bars of one std; the public ones named."""
+    """Draws our points joined by a line, with bars of one std, and public ones with their names.
+
+    All points have the headline of the first of ours. Public points of another metric are left out.
+    """
+    name, metric = points[0].headline, points[0].metric
+    public = [point for point in public if point.headline == name]
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     points = sorted(points, key=lambda point: point.pflop)
     axes.errorbar(
         [p.pflop for p in points],
-        [100 * p.mean for p in points],
-        yerr=[100 * (p.std or 0) for p in points],
+        [metric.scale * p.mean for p in points],
+        yerr=[metric.scale * (p.std or 0) for p in points],
         marker="o",
         capsize=3,
-        label="cv_jax, configs/cifar10.py",
+        label="cv_jax, configs/cifar10.py" if public else "cv_jax",
     )
-    costs, means = [p.pflop for p in public], [100 * p.mean for p in public]
-    axes.plot(costs, means, "s", color="0.45", label="published")
+    if public:
+        costs, means = [p.pflop for p in public], [metric.scale * p.mean for p in public]
+        axes.plot(costs, means, "s", color="0.45", label="published")
     for p in public:
         axes.annotate(
             p.name,
-            (p.pflop, 100 * p.mean),
+            (p.pflop, metric.scale * p.mean),
             (0, -7),
             textcoords="offset points",
             fontsize=7,
@@ -81,28 +112,35 @@ def draw(points: Sequence[Point], public: Sequence[Point]) -> Figure:
         )
     axes.set_xscale("log")
     axes.set_xlabel("PFLOP of training and final evaluation")
-    axes.set_ylabel("CIFAR-10 test accuracy, %")
+    ylabel = metric.label(f"{'CIFAR-10 ' if public else ''}test {name}")
+    axes.set_ylabel(ylabel if metric.better == "higher" else f"{ylabel} (lower is better)")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right" if metric.better == "higher" else "upper right")
     return figure
 
 
 @command("frontier")
 def main() -> None:
-    """Reads the command line, prints the points, writes the picture."""
+    """Reads the command line, prints the points and writes the picture."""
     parser = make_parser(__doc__)
     parser.add_argument("records", nargs="+", type=path_argument)
     parser.add_argument("--out", required=True, type=path_argument, help="the PNG file to write")
     arguments = parser.parse_args()
     points = [read_point(path) for path in arguments.records]
+    for path, point in zip(arguments.records, points, strict=True):
+        if point.headline != points[0].headline:
+            raise UserError(
+                f"{path} has the headline {point.headline} and {arguments.records[0]} has "
+                f"{points[0].headline}: draw them in two pictures."
+            )
     for point in sorted(points, key=lambda p: p.pflop):
         print(_row(point))
     draw(points, PUBLIC).savefig(arguments.out)
 
 
 def _row(point: Point) -> str:
-    accuracy = percent(point.mean, point.std)
-    return f"| {point.name} | {point.pflop:.3f} | {accuracy} | {point.n} |"
+    headline = point.metric.text(point.mean, point.std)
+    return f"| {point.name} | {point.pflop:.3f} | {headline} | {point.n} |"
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
         --seeds=4 --space "optim.lr=log(0.003, 0.1)" "label_smoothing=uniform(0, 0.3)"
 
 A key of the config gets uniform(LOW, HIGH), log(LOW, HIGH), whole(LOW, HIGH) or choice(A, B, ...).
-A trial is train.py, in a work directory of its own under --dir; it is judged by the mean accuracy
-on val, and stopped early where it is worse there than the median of the others at the same step.
-The study lies in --dir/study.db: the same command goes on with it, and with the trial that was
-under way. Arguments after -- go to train.py as they are. Needs requirements-search.txt.
+A trial is train.py in its own work directory under --dir. The task's headline on val judges it: the
+mean over the seeds. A trial is stopped early where it is worse than the median of the other trials
+at the same step. The study is kept in --dir/study.db. Repeat the command to resume the study and
+the trial that was stopped. Arguments after -- are passed to train.py. Needs
+requirements-search.txt.
 """
 
 import json
@@ -24,7 +25,7 @@ from cv_jax.config.calls import build_one
 from cv_jax.config.errors import UserError
 from cv_jax.config.paths import path_argument
 from cv_jax.tools.command import command, make_parser
-from cv_jax.workdir.result import percent
+from cv_jax.workdir.metric import Metric, headline_of, metric_of
 
 if TYPE_CHECKING:
     import optuna
@@ -43,23 +44,23 @@ SPACES: dict[str, Callable[..., Suggest]] = {
 
 
 def read_space(texts: Sequence[str]) -> dict[str, Suggest]:
-    """Reads "KEY=log(0.1, 1)" and the like. Raises UserError for what is none."""
+    """Reads texts such as "KEY=log(0.1, 1)". Raises UserError for any other text."""
     space = {}
     for text in texts:
         key, equals, spec = text.partition("=")
         if not equals:
-            raise UserError(f"--space {text!r}: write KEY=uniform(LOW, HIGH) or the like.")
+            raise UserError(f"--space {text!r}: write KEY=uniform(LOW, HIGH) or another range.")
         space[key] = build_one(spec, SPACES, f"--space {key}")
     return space
 
 
 def run_trial(trial: "optuna.Trial", command: list[str], workdir: Path) -> float:
-    """Runs train.py to its end. Returns the mean accuracy on val.
+    """Runs train.py to its end. Returns the rank of the mean headline on val, see `Metric.rank`.
 
     Raises:
-        optuna.TrialPruned: it was stopped early, or a seed has diverged: then its user attribute
-            "diverged" is True.
-        UserError: train.py failed; what it said goes with it.
+        optuna.TrialPruned: the trial was stopped early, or a seed has diverged. In the second case
+            the user attribute "diverged" is True.
+        UserError: train.py failed; the message has the last line of its output.
     """
     import optuna
 
@@ -69,41 +70,52 @@ def run_trial(trial: "optuna.Trial", command: list[str], workdir: Path) -> float
             command,
             stdout=console,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches it through us, once
+            start_new_session=True,  # so that Ctrl-C reaches train.py once, through this program
         )
         try:
             reported = 0
             while process.poll() is None:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-                new = [(step, v) for step, v in _val_accuracies(workdir) if step > reported]
-                for step, accuracy in new:
-                    trial.report(accuracy, step)
+                new = [(step, rank) for step, rank in _val_ranks(workdir) if step > reported]
+                for step, rank in new:
+                    trial.report(rank, step)
                     reported = step
                 if new and trial.should_prune():
                     raise optuna.TrialPruned()
         finally:
             if process.poll() is None:
-                process.terminate()  # it saves
+                process.terminate()  # train.py saves a checkpoint
                 process.wait()
     if process.returncode:
         last = (workdir / "console.txt").read_text("utf-8", "replace").strip().rpartition("\n")[2]
         raise UserError(f"trial {trial.number} ended with exit code {process.returncode}: {last}")
-    val = json.loads((workdir / "result.json").read_text())["val"]
+    result = json.loads((workdir / "result.json").read_text())
+    headline, val = headline_of(result), result["val"]
+    metric = metric_of(result, headline)
     if not val:
-        raise UserError("a search chooses on val: hold images out with --config.data.num_val.")
-    accuracy = val["accuracy"]
-    trial.set_user_attr("std", accuracy["std"])
-    if accuracy["mean"] is None:
+        raise UserError("a search chooses on val: hold examples out with --config.data.num_val.")
+    if headline not in val:
+        raise UserError(f"{workdir} has no {headline} on val, by which a search chooses.")
+    numbers = val[headline]
+    trial.set_user_attr("std", numbers["std"])
+    trial.set_user_attr("headline", headline)
+    trial.set_user_attr("metric", metric._asdict())
+    if numbers["mean"] is None:
         trial.set_user_attr("diverged", True)
         raise optuna.TrialPruned()
-    return accuracy["mean"]
+    return metric.rank(numbers["mean"])
 
 
-def _val_accuracies(workdir: Path) -> list[tuple[int, float]]:
-    """Returns (step, mean accuracy on val) of each evaluation up to now.
+def _val_ranks(workdir: Path) -> list[tuple[int, float]]:
+    """Returns (step, rank of the mean headline on val) of each evaluation up to now.
 
-    A seed that has diverged counts as 0.
+    A diverged seed counts as the worst share of a metric in "%", and makes the rank of any other
+    metric -inf.
     """
+    described = workdir / "task.json"
+    described = json.loads(described.read_text()) if described.exists() else {}
+    headline = headline_of(described)
+    metric = metric_of(described, headline)
     path = workdir / "metrics.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -112,10 +124,17 @@ def _val_accuracies(workdir: Path) -> list[tuple[int, float]]:
         except ValueError:
             continue  # a line that is being written
         if record["split"] == "val":
-            mean = record["values"].get("accuracy", 0.0)  # over the seeds that have one
-            of_runs = record.get("runs", {}).get("accuracy", [mean])
-            found.append((record["step"], mean * (1 - of_runs.count(None) / len(of_runs))))
+            mean = record["values"].get(headline)  # over the seeds that have one
+            of_runs = record.get("runs", {}).get(headline, [mean])
+            values = [_worst(metric) if value is None else value for value in of_runs]
+            found.append((record["step"], metric.rank(sum(values) / len(values))))
     return found
+
+
+def _worst(metric: Metric) -> float:
+    if metric.unit == "%":
+        return 0.0 if metric.better == "higher" else 1.0
+    return math.nan
 
 
 def search(
@@ -126,7 +145,10 @@ def search(
     num_seeds: int,
     extra: Sequence[str] = (),
 ) -> "optuna.Study":
-    """Makes trials until the study has `num_trials` that are complete or pruned."""
+    """Makes trials until the study has `num_trials` that are complete or pruned.
+
+    The study maximises the rank of the headline: its negative, where a lower headline is better.
+    """
     import optuna
     from optuna.trial import TrialState
 
@@ -181,7 +203,14 @@ def _judgement(trial: "optuna.trial.FrozenTrial") -> str:
         return "diverged"
     if trial.value is None or trial.state.name == "PRUNED":
         return "stopped early"
-    return f"val {percent(trial.value, trial.user_attrs.get('std'))}"
+    metric = _metric_of_trial(trial)
+    return f"val {metric.text(metric.rank(trial.value), trial.user_attrs.get('std'))}"
+
+
+def _metric_of_trial(trial: "optuna.trial.FrozenTrial") -> Metric:
+    """Returns the meaning of the headline; `rank` turns a trial's value into the headline."""
+    known = trial.user_attrs.get("metric")  # a study of older code has none
+    return Metric(**known) if known else metric_of({}, headline_of({}))
 
 
 def _short(value: Any) -> str:
@@ -190,13 +219,13 @@ def _short(value: Any) -> str:
 
 @command("search", results=False)
 def main() -> None:
-    """Reads the command line and searches."""
+    """Reads the command line, makes the trials and prints the best one."""
     parser = make_parser(__doc__)
     parser.add_argument("--config", required=True, help="as for train.py")
     parser.add_argument(
-        "--dir", required=True, type=path_argument, help="of the study and its trials"
+        "--dir", required=True, type=path_argument, help="directory of the study and its trials"
     )
-    parser.add_argument("--space", required=True, nargs="+", help="KEY=log(LOW, HIGH) and the like")
+    parser.add_argument("--space", required=True, nargs="+", help="such as KEY=log(LOW, HIGH)")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=1, help="of each trial")
     argv = sys.argv[1:]
@@ -218,12 +247,13 @@ def main() -> None:
             extra,
         )
     except KeyboardInterrupt:
-        print("search: interrupted. The same command goes on.", file=sys.stderr)
+        print("search: interrupted. Repeat the command to resume.", file=sys.stderr)
         sys.exit(130)
     best = study.best_trial
     flags = " ".join(f"--config.{key}={value}" for key, value in best.params.items())
     workdir = arguments.dir / best.user_attrs["workdir"]
-    print(f"best on val, {best.value:.4f}, in {workdir}:\n  {flags}")
+    value = _metric_of_trial(best).rank(best.value)
+    print(f"best on val, {value:.4f}, in {workdir}:\n  {flags}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Checkpoints of a run: written in the background, whole or not at all, and found again."""
+"""Writes the checkpoints of a run in the background, verifies them and restores them."""
 
 import contextlib
 import errno
 import json
-import math
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,33 +21,36 @@ from cv_jax.runtime.processes import all_do, first_does, first_says
 from cv_jax.runtime.startup import jit_once
 from cv_jax.workdir.bucket import in_bucket, refusal
 from cv_jax.workdir.lock import Lock
+from cv_jax.workdir.metric import Metric
 from cv_jax.workdir.numbers import finite_mean
 
-# In each checkpoint, of its files: TensorStore would take a flipped bit for data, and orbax prints
-# tracebacks of its own over a file that it cannot read. So they are verified before it opens them.
+# CRC-32 of every file of a checkpoint, verified before orbax opens the file: TensorStore does not
+# detect flipped bits, and orbax prints tracebacks over files that it cannot read.
 CHECKSUMS = "checksums.json"
+_HIGHER = Metric()
 
 
 class Checkpoints:
     """The checkpoints under `<workdir>/checkpoints`: the newest few and the best on val.
 
-    To open them clears what a kill left half-written. A damaged checkpoint is named on stderr and
-    kept aside, and the one before it is the newest then.
+    Opening removes checkpoints that a kill left half-written. A damaged checkpoint is named on
+    stderr and renamed to broken-STEP. The checkpoint before it is the newest then.
 
     Args:
-        workdir: the run's directory; no other program can have it meanwhile.
-        keep: how many of the newest are kept.
+        workdir: the run's directory. It is locked against other programs.
+        keep: how many of the newest checkpoints are kept.
+        metric: the meaning of the headline, by which the best on val is chosen.
 
     Raises:
-        UserError: another program has it, nothing can be written there, not all processes see it,
-            or there are checkpoints and all of them are damaged.
+        UserError: another program has the directory, the directory cannot be written, not all
+            processes see it, or all checkpoints in it are damaged.
     """
 
-    def __init__(self, workdir: Path, keep: int):
+    def __init__(self, workdir: Path, keep: int, metric: Metric = _HIGHER):
         self._lock = first_does(partial(Lock, workdir))
         workdir = Path(workdir)
         self._directory = _directory_of(workdir)
-        self._best = _BestOnVal()
+        self._best = _BestOnVal(metric)
         try:
             all_do(partial(_check_shared, workdir))
             first_does(partial(_clear, self._directory))
@@ -63,34 +65,33 @@ class Checkpoints:
             self._unlock()
             raise
 
-    def save(self, state: Any, progress: dict, val_accuracy: np.ndarray | None) -> None:
-        """Begins to save; the training goes on meanwhile.
+    def save(self, state: Any, progress: dict, val_headline: np.ndarray | None) -> None:
+        """Starts to write a checkpoint, in the background.
 
         Args:
             state: a TrainState of all runs; its step names the checkpoint.
-            progress: what the run knows of itself beside the state, as JSON values.
-            val_accuracy: of each run, where val was evaluated at this step. Its mean is the
-                measure of the best; a run that has diverged counts as 0.
+            progress: what else the run needs to resume, as JSON values.
+            val_headline: (r,), the headline on val of each run, where val was evaluated at this
+                step. The checkpoint with the fewest diverged runs is the best, and among equals the
+                one with the best mean over the others.
 
         Raises:
-            UserError: no run's parameters are finite; the good checkpoints stay the newest.
+            UserError: no run has finite parameters. The earlier checkpoints are kept.
         """
         step = int(state.step)
         if not _any_run_is_finite(state.params):
             raise UserError(
-                f"A parameter is not finite after step {step}, which is not saved; the checkpoints "
-                "before it are kept. Lower config.optim.lr, lengthen config.optim.warmup or set "
-                "config.optim.clip_norm."
+                f"A parameter is not finite after step {step}, so that this step is not saved; "
+                "earlier checkpoints are kept. Lower config.optim.lr, lengthen config.optim.warmup "
+                "or set config.optim.clip_norm."
             )
         if step == self._manager.latest_step():
             return
-        if val_accuracy is not None:
-            # NaN where all runs have diverged: such a checkpoint is never the best.
-            share = np.isfinite(val_accuracy).mean()
-            self._best.accuracies[step] = share * finite_mean(val_accuracy)
-        # A copy, because the next chunk of steps is given this state's memory.
+        if val_headline is not None:
+            self._best.add(step, np.asarray(val_headline))
+        # A copy, because the next chunk of steps reuses this state's memory.
         state = jax.tree.map(jnp.copy, state)
-        progress = {"progress": progress, "val_accuracies": dict(self._best.accuracies)}
+        progress = {"progress": progress, "val_headline": dict(self._best.values)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -99,12 +100,12 @@ class Checkpoints:
         )
 
     def _add_checksums(self) -> None:
-        """Seals a checkpoint: in the background, when it is written and not finished yet."""
+        """Adds checksums to the checkpoint that was just written, before orbax finishes it."""
         (folder,) = _unfinished(self._directory)
         checksums = {
             str(path.relative_to(folder)): _checksum(path)
             for item in sorted(folder.iterdir())
-            if item.is_dir()  # the files at the top, orbax writes after this
+            if item.is_dir()  # orbax writes the files at the top after this
             for path in _files(item)
         }
         (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
@@ -116,7 +117,7 @@ class Checkpoints:
             like: a TrainState of ShapeDtypeStructs with shardings.
 
         Raises:
-            UserError: the checkpoint is of another state than `like`.
+            UserError: the checkpoint holds another state than `like`.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -129,14 +130,22 @@ class Checkpoints:
                 ),
             )
         progress = restored["progress"]
-        self._best.accuracies = {int(k): v for k, v in progress["val_accuracies"].items()}
+        if "val_headline" in progress:
+            values = progress["val_headline"]
+        else:  # of older code, which saved one number for all runs
+            values = {
+                step: [1.0, mean]
+                for step, mean in progress["val_accuracies"].items()
+                if np.isfinite(mean)
+            }
+        self._best.values = {int(step): tuple(pair) for step, pair in values.items()}
         return restored["state"], progress["progress"]
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Waits until what was saved is on the disk, also when the training ends in an error."""
+        """Waits until all checkpoints are written, also when the training ends in an error."""
         try:
             self._manager.close()
         finally:
@@ -148,7 +157,7 @@ class Checkpoints:
 
 
 def _check_shared(workdir: Path) -> None:
-    """Raises UserError where this process does not see what the first one has locked."""
+    """Raises UserError where this process does not see the lock of process 0."""
     path = workdir / "lock"
     owner = path.read_text() if path.exists() else ""
     if owner != first_says(owner):
@@ -159,23 +168,38 @@ def _check_shared(workdir: Path) -> None:
 
 
 class _BestOnVal:
-    """Orbax's PreservationPolicy for the checkpoint with the best mean accuracy on val."""
+    """Orbax's PreservationPolicy for the checkpoint with the best headline on val.
 
-    def __init__(self) -> None:
-        self.accuracies: dict[int, float] = {}
+    Attributes:
+        values: step -> (share of the runs with a finite headline, their mean).
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+        self.values: dict[int, tuple[float, float]] = {}
+
+    def add(self, step: int, headline: np.ndarray) -> None:
+        """Takes the headline (r,) of a step. Where no run has one, the step is never the best."""
+        share = float(np.isfinite(headline).mean())
+        if share:
+            self.values[step] = share, finite_mean(headline)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        known = {info.step: self.accuracies.get(info.step, math.nan) for info in checkpoints}
-        self.accuracies = {step: x for step, x in known.items() if math.isfinite(x)}
-        best = max(self.accuracies, key=self.accuracies.get, default=None)
+        there = {info.step for info in checkpoints}
+        self.values = {step: pair for step, pair in self.values.items() if step in there}
+        best = max(self.values, key=self._rank, default=None)
         return [info.step == best for info in checkpoints]
+
+    def _rank(self, step: int) -> tuple[float, float]:
+        share, mean = self.values[step]
+        return share, self._metric.rank(mean)
 
 
 def _unfinished(directory: Path) -> list[Path]:
-    """The checkpoint that is being saved; where nothing is, what a kill left behind.
+    """Returns the folders of unfinished checkpoints: being written, or left behind by a kill.
 
-    On a disk it has no name yet. A bucket cannot rename: there the last object to be written says
-    that the others are whole.
+    On a disk, orbax renames a folder when its checkpoint is whole. A bucket cannot rename: there
+    the object that is written last marks the checkpoint as whole.
     """
     if in_bucket(directory):
         steps = [path for path in directory.glob("*") if path.name.isdecimal()]
@@ -184,7 +208,7 @@ def _unfinished(directory: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files in it and below it."""
+    """Yields all files below a folder."""
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             yield from _files(path)
@@ -193,9 +217,10 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _clear(directory: Path) -> None:
-    """Removes what is half-written, and sets checkpoints aside until the newest is a whole one.
+    """Removes unfinished checkpoints, and renames damaged ones that are newer than a whole one.
 
-    Orbax would remove it too, but in a thread that prints a traceback where the program ends first.
+    Orbax would remove unfinished checkpoints too, but in a thread that prints a traceback where the
+    program ends first.
     """
     for folder in _unfinished(directory):
         folder.rmtree()
@@ -216,20 +241,20 @@ def _clear(directory: Path) -> None:
     if steps:
         raise UserError(
             f"None of the checkpoints in {directory} can be read; they are kept as broken-*. "
-            "Run the command again to begin anew."
+            "Run the command again to start from step 0."
         )
 
 
 def read_newest(workdir: Path, like: Any = None) -> Any:
-    """Returns the state in the newest whole checkpoint. Only reads: a run may be going on there.
+    """Reads the state in the newest whole checkpoint. Changes no file, so the run may be training.
 
     Args:
         workdir: the run's directory.
-        like: a TrainState of ShapeDtypeStructs with shardings; None: whatever is there, as dicts
+        like: a TrainState of ShapeDtypeStructs with shardings; None: any state, returned as dicts
             of NumPy arrays.
 
     Raises:
-        UserError: there is none, none is whole, or it is of another state than `like`.
+        UserError: there is no checkpoint, none is whole, or it holds another state than `like`.
     """
     directory = _directory_of(workdir)
     unfinished = set(_unfinished(directory))
@@ -253,34 +278,34 @@ def read_newest(workdir: Path, like: Any = None) -> Any:
 
 
 def _directory_of(workdir: Path) -> Path:
-    """Where the checkpoints of a run are, absolute, as orbax wants it."""
-    # absolute() would take a bucket for a directory of the current one.
+    """Returns the directory of a run's checkpoints, as the absolute path that orbax needs."""
+    # absolute() would make a bucket a folder of the current directory.
     workdir = workdir if workdir.is_absolute() else workdir.absolute()
     return workdir / "checkpoints"
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    """The folders of the checkpoints."""
+    """Returns the folders of the checkpoints."""
     steps = [path for path in directory.glob("*") if path.name.isdecimal()]
     return sorted(steps, key=lambda path: int(path.name), reverse=True)
 
 
 @contextlib.contextmanager
 def _of_this_program(directory: Path, step: int, otherwise: str = "") -> Iterator[None]:
-    """Makes a UserError of what orbax says where a checkpoint is of another state."""
+    """Turns orbax's error over a checkpoint of another state into a UserError."""
     try:
         yield
     except (ValueError, KeyError, TypeError) as error:
         if refusal(error):
             raise
         raise UserError(
-            f"Checkpoint {step} in {directory} is whole, but not of this program's state "
-            f"({first_line(error)}): go back to the code that env.json names{otherwise}."
+            f"Checkpoint {step} in {directory} is whole, but holds another state than this "
+            f"program's ({first_line(error)}): use the code that env.json names{otherwise}."
         ) from error
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """Returns what is wrong with a checkpoint's files; None where nothing is."""
     name = CHECKSUMS
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
@@ -290,7 +315,7 @@ def damage(folder: Path) -> str | None:
     except (ValueError, TypeError, AttributeError) as error:
         return f"{CHECKSUMS}: {first_line(error)}"
     except OSError as error:
-        # Anything else, such as a lack of permission, is no damage.
+        # Other errors, such as a lack of permission, are no damage.
         gone = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         if not gone and error.errno != errno.EIO:
             raise
@@ -308,7 +333,7 @@ def _checksum(path: Path) -> int:
 
 @jit_once
 def _any_run_is_finite(params: Any) -> jax.Array:
-    """Whether all parameters of a run are finite; their leading axis is that of runs."""
+    """Returns whether some run has only finite parameters; their leading axis is that of runs."""
     finite = [
         jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in jax.tree.leaves(params)
     ]

@@ -1,4 +1,4 @@
-"""Pictures of results, by matplotlib."""
+"""Draws results with matplotlib."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,10 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Of text and lines: black to the eye, and no other colour in a picture, so that a page can put its
-# own in the place of it.
+from cv_jax.workdir.metric import Metric
+
+# The colour of text and lines. It looks black, and nothing else has this colour, so that a page can
+# replace it by its own.
 INK = "#010203"
-# Told apart on white and on black alike.
+# Easy to tell apart on white and on black.
 COLORS = (
     *("#0072b2", "#d55e00", "#009e73", "#b8579b", "#8a7a00"),
     *("#7d6bd6", "#a5673f", "#1691b8", "#d1405a", "#808080"),
@@ -45,12 +47,12 @@ class Curve(NamedTuple):
 
 @rc_context(STYLE)
 def draw_curves(curves: dict[str, Curve], ylabel: str, log: bool = False) -> Figure:
-    """Curves with a band of one std around each; one of a single value is a dot.
+    """Draws curves with a band of one std around each; a curve of one point is a dot.
 
     Args:
         curves: label -> Curve.
         ylabel: the quantity and its unit.
-        log: whether the y axis is logarithmic; it leaves out what is not above 0.
+        log: whether the y axis is logarithmic, without values of 0 or less.
     """
     axes = _axes(3.0)
     for i, (label, (epoch, mean, std)) in enumerate(curves.items()):
@@ -69,7 +71,7 @@ def draw_curves(curves: dict[str, Curve], ylabel: str, log: bool = False) -> Fig
 
 @rc_context(STYLE)
 def draw_bars(values: dict[str, float]) -> Figure:
-    """Accuracies in [0, 1] as horizontal bars with their values, the first one on top."""
+    """Draws accuracies in [0, 1] as horizontal bars with their values, the first bar on top."""
     axes = _axes(0.7 + 0.21 * len(values))
     bars = axes.barh(range(len(values)), [100 * v for v in values.values()], color=COLORS[0])
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
@@ -82,10 +84,10 @@ def draw_bars(values: dict[str, float]) -> Figure:
 
 @rc_context(STYLE)
 def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """A confusion matrix (n, n) of counts: rows the labels, columns the answers.
+    """Draws a confusion matrix (n, n) of counts: rows are labels, columns are answers.
 
-    The colour is the share of a label's examples; up to 20 classes the numbers above 0
-    stand there as well.
+    The colour is the share of a label's examples. Up to 20 classes, counts above 0 are written into
+    their cells.
     """
     confusion = np.asarray(confusion)
     n = len(confusion)
@@ -111,19 +113,19 @@ def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
 
 
 def _shades(rates: np.ndarray) -> np.ndarray:
-    """Rates (n, n) in [0, 1] as RGBA, the clearer the smaller: any background shows through."""
+    """Returns rates (n, n) in [0, 1] as RGBA. The alpha is the rate, for any background."""
     color = [int(COLORS[0][i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return np.dstack([*(np.full_like(rates, c, dtype=float) for c in color), rates])
 
 
 @rc_context(STYLE)
 def draw_reliability(calibration: np.ndarray) -> Figure:
-    """A reliability diagram: the accuracy of answers against their confidence, by bins of it.
+    """Draws a reliability diagram: the accuracy of answers in each bin of confidence.
 
     C. Guo et al., arXiv 1706.04599.
 
     Args:
-        calibration: (3, bins): number, how many are right, sum of the confidences.
+        calibration: (3, bins): answers, right answers, sum of the confidences.
     """
     count, right, confidence = np.asarray(calibration)
     some = count > 0
@@ -150,14 +152,14 @@ def draw_reliability(calibration: np.ndarray) -> Figure:
     )
     axes.plot([0, 100], [0, 100], "--", color=INK, linewidth=0.8)
     axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
-    # Above the axes: inside of them there may be a bar anywhere.
+    # Above the axes, since bars may be anywhere inside.
     _legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return axes.figure
 
 
 @rc_context(STYLE)
 def draw_map(points: np.ndarray, label: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Points (m, 2) in the colours of their classes; above 40 classes there is no legend."""
+    """Draws points (m, 2) in the colours of their classes, with a legend up to 40 classes."""
     axes = _axes(5.0)
     for i in np.unique(label):
         axes.scatter(
@@ -177,14 +179,18 @@ def draw_map(points: np.ndarray, label: np.ndarray, class_names: Sequence[str]) 
 
 
 @rc_context(STYLE)
-def draw_sweep(points: list[dict[str, Any]], best: dict[str, Any]) -> Figure:
-    """Accuracy on val against the swept values: mean and one std over the seeds.
+def draw_sweep(
+    points: list[dict[str, Any]], best: dict[str, Any], name: str, metric: Metric
+) -> Figure:
+    """Draws a metric on val against the swept values: mean and one std over the seeds.
 
-    The key with the most values is the x axis; settings of the others are lines of their own.
+    The key with the most values is the x axis. Each combination of the other keys is a line.
 
     Args:
         points: "sweep" of a result.json.
-        best: its "best".
+        best: "best" of the same result.
+        name: of the metric.
+        metric: its meaning.
     """
     values = {key: list(dict.fromkeys(p["setting"][key] for p in points)) for key in best}
     x_key = max(values, key=lambda key: len(values[key]))
@@ -196,11 +202,11 @@ def draw_sweep(points: list[dict[str, Any]], best: dict[str, Any]) -> Figure:
     axes = _axes(3.4)
     numeric = all(isinstance(x, int | float) for x in values[x_key])
     for i, (label, line) in enumerate(lines.items()):
-        accuracy = [point["val"]["accuracy"] for point in line]
+        numbers = [_on_val(point, name) for point in line]
         axes.errorbar(
             [x if numeric else str(x) for x in (point["setting"][x_key] for point in line)],
-            100 * np.array([a["mean"] for a in accuracy], float),  # None: it has diverged
-            yerr=[100 * (a["std"] or 0) for a in accuracy],
+            metric.scale * np.array([n["mean"] for n in numbers], float),  # None: diverged
+            yerr=[metric.scale * (n["std"] or 0) for n in numbers],
             marker="o",
             capsize=3,
             color=COLORS[i % len(COLORS)],
@@ -209,7 +215,7 @@ def draw_sweep(points: list[dict[str, Any]], best: dict[str, Any]) -> Figure:
     chosen = next(p for p in points if p["setting"] == best)
     axes.plot(
         [best[x_key] if numeric else str(best[x_key])],
-        [100 * np.array(chosen["val"]["accuracy"]["mean"], float)],
+        [metric.scale * np.array(_on_val(chosen, name)["mean"], float)],
         "o",
         markersize=14,
         fillstyle="none",
@@ -221,16 +227,24 @@ def draw_sweep(points: list[dict[str, Any]], best: dict[str, Any]) -> Figure:
     if numeric:
         axes.set_xticks(values[x_key], [f"{x:g}" for x in values[x_key]])
         axes.minorticks_off()
-    seeds = chosen["val"]["accuracy"]["n"]
+    seeds = _on_val(chosen, name)["n"]
     title = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed a setting"
-    axes.set(xlabel=f"config.{x_key}", ylabel="accuracy on val, %", title=title)
+    ylabel = metric.label(f"{name.replace('_', ' ')} on val")
+    if metric.better == "lower":
+        ylabel += " (lower is better)"
+    axes.set(xlabel=f"config.{x_key}", ylabel=ylabel, title=title)
     axes.grid()
     _legend(axes)
     return axes.figure
 
 
+def _on_val(point: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns the statistics of a metric on val; without a mean where a setting has none."""
+    return (point["val"] or {}).get(name) or {"mean": None, "std": None, "n": 1}
+
+
 def rasterize(figure: Figure) -> np.ndarray:
-    """A figure on white as (h, w, 3) uint8."""
+    """Returns a figure on white as (h, w, 3) uint8."""
     figure.set_facecolor("white")
     with rc_context(STYLE):
         figure.canvas.draw()
@@ -238,13 +252,13 @@ def rasterize(figure: Figure) -> np.ndarray:
 
 
 def _axes(height: float) -> Axes:
-    """The axes of a new figure."""
+    """Returns the axes of a new figure."""
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()
 
 
 def _legend(axes: Axes, **options: Any) -> None:
-    """A legend whose texts, names of classes and runs, are no formulas."""
+    """Adds a legend that shows "$" in names of classes and runs as it is."""
     for text in axes.legend(**options).get_texts():
         text.set_parse_math(False)

@@ -7,9 +7,9 @@ import numpy as np
 
 
 def means(metrics: dict) -> dict:
-    """(sum, count) pairs to means, on the host in float64; NaN where nothing was counted.
+    """Returns the mean of each (sum, count) pair, on the host in float64; NaN for a count of 0.
 
-    A count of fewer axes than its sum, such as a number for a matrix, counts for the whole of it.
+    A count with fewer axes than its sum, such as a number for a matrix, is that of every element.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
@@ -23,6 +23,6 @@ def _over(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def finite_mean(values: np.ndarray) -> float:
-    """The mean over the runs whose value is finite; NaN where there is none."""
+    """Returns the mean of the finite values (r,); NaN where none is finite."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else math.nan

@@ -1,11 +1,11 @@
-"""What a run was and what came of it: env.json, data.json and result.json."""
+"""Writes and reads what a run was and its numbers: env.json, data.json and result.json."""
 
 import json
 import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,18 @@ from cv_jax.data.typical import measure
 from cv_jax.runtime.clock import CLOCKS
 from cv_jax.runtime.startup import num_cores, number_variables
 from cv_jax.workdir.files import write_json
+from cv_jax.workdir.metric import Metric, headline_of, headline_text, metric_of, metrics_to_json
 from cv_jax.workdir.numbers import means
 
-# Of which result.json has the confusion matrix.
+# result.json has the confusion matrix of up to this many classes.
 MOST_CLASSES = 100
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
-def is_share(metric: str) -> bool:
-    """Returns whether a metric is a share of examples, in [0, 1], such as "accuracy" or "top5"."""
-    return metric.endswith("accuracy") or metric.startswith("top")
+def examples_word(spec: DataSpec) -> str:
+    """Returns "images" for data with images, else "examples"."""
+    has_images = any(field.kind == "image" for field in spec.fields.values())
+    return "images" if has_images else "examples"
 
 
 def summarize(values: Sequence[float], share: bool = False) -> dict[str, Any]:
@@ -44,13 +46,16 @@ def summarize(values: Sequence[float], share: bool = False) -> dict[str, Any]:
         m ± t s / sqrt(n)                                                     of any number,
         logistic(logit(m) ± t s / (sqrt(n) m (1 - m)))                        of a share.
 
-    The second is Student's t on the logit of the mean, whose standard error is that of the mean
-    times logit'(m) = 1 / (m (1 - m)) (delta method): it stays inside [0, 1]. Where all values are
-    equal, also where all are 0 or all are 1, both intervals are [m, m].
+    The interval of a share is Student's t on the logit of the mean. The standard error of the logit
+    is that of the mean times logit'(m) = 1 / (m (1 - m)) (delta method). This interval stays inside
+    [0, 1]. Where all values are equal, both intervals are [m, m].
+
+    Both are intervals over seeds: they say how far the mean of other seeds may lie, and nothing
+    about other examples.
 
     Args:
-        values: of each seed; NaN of one that has diverged.
-        share: whether the number lies in [0, 1] by its nature, see `is_share`.
+        values: of each seed; NaN for a seed that has diverged.
+        share: whether the metric is a share in [0, 1], which is a metric of unit "%".
 
     Returns:
         mean; std; ci95 = [low, high]; n; values. std and ci95 are None for n = 1, since one run
@@ -73,18 +78,12 @@ def summarize(values: Sequence[float], share: bool = False) -> dict[str, Any]:
 
 
 def percent(mean: float | None, std: float | None) -> str:
-    """Returns an accuracy in [0, 1] for a table: "94.29 % ± 0.20", or "diverged" for no number.
-
-    The spread is left out where it is unknown.
-    """
-    if mean is None or not np.isfinite(mean):
-        return "diverged"
-    spread = "" if std is None else f" ± {100 * std:.2f}"
-    return f"{100 * mean:.2f} %{spread}"
+    """Returns a share in [0, 1] for a table: "94.29 % ± 0.20"; see `Metric.text`."""
+    return Metric("%").text(mean, std)
 
 
 def git_commit() -> tuple[str | None, bool | None]:
-    """The commit of the code that runs and whether it was changed since; None outside of git."""
+    """Returns the commit of this code and whether files differ from it; None outside of git."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments):
@@ -99,7 +98,7 @@ def git_commit() -> tuple[str | None, bool | None]:
 
 
 def device_name() -> str:
-    """What computes, in words: "8 x TPU v5 lite", "cpu (AMD EPYC 9554)"."""
+    """Returns the devices as text: "8 x TPU v5 lite", "cpu (AMD EPYC 9554)"."""
     devices = jax.devices()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
@@ -118,7 +117,7 @@ def _cpu_model() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """The content of env.json: code, versions, device and host of the program that runs."""
+    """Returns the content of env.json: code, versions, device and host of this program."""
     commit, dirty = git_commit()
     return {
         "commit": commit,
@@ -135,22 +134,26 @@ def environment() -> dict[str, Any]:
 
 
 def write_environment(workdir: epath.Path, goes_on: bool = False) -> None:
-    """Writes env.json; of a run that goes on, the newest start's counts.
+    """Writes env.json, over that of an earlier start.
+
+    Args:
+        workdir: the work directory.
+        goes_on: whether the run resumes.
 
     Raises:
-        UserError: the run goes on, and an environment variable that changes numbers has another
-            value than at its last start.
+        UserError: the run resumes, and an environment variable that changes numbers has another
+            value than at the last start.
     """
     path, here = workdir / "env.json", environment()
     try:
         there = json.loads(path.read_text())["variables"] if goes_on else {}
-    except (OSError, ValueError, KeyError, TypeError):  # of older code, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # written by older code, or damaged
         there = {}
     for name, value in here["variables"].items():
         if there.get(name, value) != value:
             raise UserError(
                 f"The environment variable {name} is {value!r} and was {there[name]!r} when the "
-                f"run in {workdir} was last started, which can change its numbers: set it as it "
+                f"run in {workdir} was last started. It can change the run's numbers: set it as it "
                 "was, or choose another --workdir."
             )
     write_json(path, here)
@@ -166,25 +169,30 @@ def write_data(workdir: epath.Path, data: Dataset) -> None:
 
 
 def finished_result(workdir: epath.Path, step: int, total: int) -> dict[str, Any] | None:
-    """Returns the result of a run that has nothing left to do, and says so; else None.
+    """Returns the result of a complete run and prints that it is complete; None of other runs.
+
+    Args:
+        workdir: the work directory.
+        step: of the newest checkpoint.
+        total: steps of the training.
 
     Raises:
-        UserError: the run has already gone further than it is now asked to go.
+        UserError: the run has already made more steps than the config asks for.
     """
     if step > total:
         raise UserError(
             f"{workdir} is at step {step} already, past the {total} steps that config.epochs or "
-            "config.steps ask for; ask for more, or choose another --workdir."
+            "config.steps ask for: set a larger number, or choose another --workdir."
         )
     path = workdir / "result.json"
     if step < total or not path.exists():
         return None
     try:
         result = json.loads(path.read_text())
-        # A run that was lengthened and then killed before its end left the shorter one's result.
+        # A longer run that was killed before its end still has the result of the shorter run.
         if result["steps"] != total:
             return None
-    except (ValueError, TypeError, KeyError):  # damaged: it is measured and written again
+    except (ValueError, TypeError, KeyError):  # damaged: the run is evaluated again
         return None
     if jax.process_index() == 0:
         print(f"{workdir}: this run is complete.")
@@ -200,45 +208,55 @@ def write_result(
     sums: dict[str, dict],
     flops: dict[str, int],
     seconds: dict[str, float],
+    metrics: Mapping[str, Metric],
+    headline: str,
 ) -> dict[str, Any]:
-    """Writes result.json, what tables are made of, and of a sweep sweep.png; returns the result.
+    """Writes result.json, and sweep.png for a sweep. Returns the content of result.json.
+
+    The best setting is the one with the best mean headline on val. A setting with fewer diverged
+    seeds is always better. "val" and "test" of the result are the numbers of the best setting.
 
     Args:
-        workdir: where.
-        config, spec: of the runs.
-        settings: {config key: value} of a sweep, [{}] without one. The best by its mean accuracy
-            on val, where there is one, is that whose numbers stand under "val" and "test". A
-            setting of which a seed has diverged is worse than all that have fewer such seeds.
+        workdir: the work directory.
+        config: the config of the runs.
+        spec: the facts about their data.
+        settings: {config key: value} of each setting of a sweep; [{}] without a sweep.
         steps: made in all.
-        sums: split -> {metric: (sum, count)} of the final evaluation, with the axis of runs (all
-            seeds of the first setting, ...); {} for an empty split.
-        flops: of "training" of a run, and of its final "evaluation" with all its views.
-        seconds: of all runs, by what they were spent on, see `clock.CLOCKS`.
+        sums: split -> {metric: (sum, count)} of the final evaluation, with a leading axis of runs:
+            all seeds of the first setting, then all seeds of the second. {} for an empty split.
+        flops: of the "training" of a run, and of its final "evaluation" with all views.
+        seconds: of all runs, see `clock.CLOCKS`.
+        metrics, headline: what the task measures and which metric ranks, see `tasks.Task`.
     """
     commit, dirty = git_commit()
     examples = steps * config.batch_size
-    values = {split: means(metrics) for split, metrics in sums.items()}
+    described = metrics_to_json(metrics, headline)
+    values = {split: means(of_split) for split, of_split in sums.items()}
     per_setting = [
         {
-            split: _split_result(v, spec.class_names, runs_of(i, config.num_seeds))
+            split: _split_result(v, spec, runs_of(i, config.num_seeds), described)
             for split, v in values.items()
         }
         for i in range(len(settings))
     ]
-    best = max(range(len(settings)), key=lambda i: _on_val(per_setting[i]))
+    on_val = [_on_val(splits, described) for splits in per_setting]
+    best = on_val.index(max(on_val))
+    num_examples = {"val": spec.num_val, "test": spec.num_test}
     result = {
         "config": config.to_dict(),
         "seeds": list(range(config.seed, config.seed + config.num_seeds)),
+        **described,
         **{
             split: {
                 **per_setting[best][split],
-                **_counts(metrics, runs_of(best, config.num_seeds)),
-                "count": int(metrics["accuracy"][1][0]),
+                **_counts(of_split, runs_of(best, config.num_seeds)),
+                "count": num_examples[split],
             }
-            if metrics
+            if of_split
             else None
-            for split, metrics in sums.items()
+            for split, of_split in sums.items()
         },
+        "examples_are": examples_word(spec),
         "seconds": seconds,
         "seconds_count": CLOCKS,
         "steps": steps,
@@ -257,28 +275,28 @@ def write_result(
         ]
     if jax.process_index() == 0:
         if config.sweep:
-            from cv_jax.workdir.figures import (
-                draw_sweep,  # slow to import, and most programs sweep nothing
-            )
+            from cv_jax.workdir.figures import draw_sweep  # slow to import, seldom needed
 
+            metric = metric_of(result, headline)
+            figure = draw_sweep(result["sweep"], result["best"], headline, metric)
             with (workdir / "sweep.png").open("wb") as file:
-                draw_sweep(result["sweep"], result["best"]).savefig(file)
+                figure.savefig(file)
         write_json(workdir / "result.json", result)
     return result
 
 
 def runs_of(setting: int, num_seeds: int) -> slice:
-    """Returns where the seeds of the i-th setting are among all runs of a program."""
+    """Returns the positions of a setting's seeds among all runs of a program."""
     return slice(setting * num_seeds, (setting + 1) * num_seeds)
 
 
 def best_runs(result: dict[str, Any] | None, num_seeds: int) -> slice:
-    """Returns where the runs of the best setting are among all runs of a program.
+    """Returns the positions of the best setting's seeds among all runs of a program.
 
-    Without a sweep, or where the best is not known yet, they are those of the first setting.
+    Without a sweep, or where the best setting is not known yet, the first setting counts as best.
 
     Args:
-        result: the content of result.json; None of a run that is not complete.
+        result: the content of result.json; None where the run is not complete.
         num_seeds: of the config.
     """
     result = result or {}
@@ -287,19 +305,28 @@ def best_runs(result: dict[str, Any] | None, num_seeds: int) -> slice:
 
 
 def measured_config(run: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of the config that a run's numbers are of, {config key: value}.
+    """Returns the config that gave a run's numbers, as {config key: value}.
 
     A swept key has its value in the best setting.
 
     Args:
-        run: the content of a result.json or a record: its "config", and its "best" of a sweep.
+        run: the content of a result.json or a record. "config" is read, and "best" of a sweep.
     """
     return {**flatten(run["config"]), **(run.get("best") or {})}
 
 
 def setting_text(setting: dict[str, Any]) -> str:
-    """Returns a setting for people: "optim.lr=0.1, label_smoothing=0.2"."""
+    """Returns a setting as text: "optim.lr=0.1, label_smoothing=0.2"."""
     return ", ".join(f"{key}={value}" for key, value in setting.items())
+
+
+def statistics_of(split: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Returns {metric: its statistics over the seeds} of a split of a result, see `summarize`."""
+    return {
+        name: numbers
+        for name, numbers in (split or {}).items()
+        if isinstance(numbers, dict) and isinstance(numbers.get("values"), list)
+    }
 
 
 def check_no_seed_diverged(name: str, run: dict[str, Any], split: str, metric: str) -> None:
@@ -315,7 +342,7 @@ def check_no_seed_diverged(name: str, run: dict[str, Any], split: str, metric: s
 
 
 def _counts(metrics: dict[str, tuple], runs: slice) -> dict[str, Any]:
-    """What is counted and not averaged, over some runs; None where one of them has diverged.
+    """Returns sums over the examples and some runs; None where one of the runs has diverged.
 
     See `metrics.classification_metrics`.
     """
@@ -332,43 +359,45 @@ def _counts(metrics: dict[str, tuple], runs: slice) -> dict[str, Any]:
 
 
 def _split_result(
-    values: dict[str, np.ndarray], class_names: Sequence[str], runs: slice
+    values: dict[str, np.ndarray], spec: DataSpec, runs: slice, described: dict[str, Any]
 ) -> dict[str, Any]:
-    """The statistics over the seeds of a setting."""
+    """Returns the statistics over the seeds of a setting. `described`: see `metrics_to_json`."""
     result = {
-        name: summarize(v[runs], is_share(name)) for name, v in values.items() if np.ndim(v) == 1
+        name: summarize(v[runs], metric_of(described, name).unit == "%")
+        for name, v in values.items()
+        if np.ndim(v) == 1
     }
     if "per_class_accuracy" in values:
         per_class = values["per_class_accuracy"][runs].mean(axis=0)
-        result["per_class_accuracy"] = dict(zip(class_names, per_class.tolist(), strict=True))
+        result["per_class_accuracy"] = dict(zip(spec.class_names, per_class.tolist(), strict=True))
     return result
 
 
-def _on_val(splits: dict[str, dict]) -> tuple[int, float]:
-    """What settings are chosen by: the number of seeds with an accuracy, then its mean."""
-    if not splits["val"]:
-        return 0, 0.0
-    values = np.array(splits["val"]["accuracy"]["values"])
-    finite = values[np.isfinite(values)]
-    return len(finite), float(finite.mean()) if len(finite) else 0.0
+def _on_val(splits: dict[str, dict], described: dict[str, Any]) -> tuple[int, float]:
+    """Returns the rank of a setting: its finite seeds, then its mean headline on val."""
+    headline = headline_of(described)
+    numbers = statistics_of(splits["val"]).get(headline, {"values": []})
+    return metric_of(described, headline).rank_of_runs(numbers["values"])
 
 
 def print_result(result: dict[str, Any], workdir: epath.Path) -> None:
-    """Prints what came of the runs, for a person."""
+    """Prints the numbers of a complete program."""
     for point in result.get("sweep", ()):
-        accuracy = point["val"]["accuracy"]
         chosen = "  <- best on val" if point["setting"] == result["best"] else ""
-        value = percent(accuracy["mean"], accuracy["std"])
+        value = headline_text({**result, "val": point["val"]}, "val")
         print(f"{setting_text(point['setting'])}: val {value}{chosen}")
     for split in ("val", "test"):
         if result[split]:
-            numbers = ", ".join(
-                f"{name} {_with_spread(values)}"
-                for name, values in result[split].items()
-                if isinstance(values, dict) and "mean" in values
-            )
+            statistics = statistics_of(result[split])
+            numbers = ", ".join(f"{k} {_with_spread(v)}" for k, v in statistics.items())
+            headline = headline_of(result)
+            if headline not in statistics:
+                numbers = ", ".join([f"no {headline}", *([numbers] if numbers else [])])
             seeds = f", {len(result['seeds'])} seeds" if len(result["seeds"]) > 1 else ""
-            print(f"{split:<7} {numbers}  ({result[split]['count']:,} images{seeds})")
+            examples = result.get("examples_are", "images")
+            print(f"{split:<7} {numbers}  ({result[split]['count']:,} {examples}{seeds})")
+    if protocol := metric_of(result, headline_of(result)).protocol:
+        print(f"protocol {headline_of(result)}: {protocol}")
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
     print(f"seconds {seconds}")
     flops = result["flops"]

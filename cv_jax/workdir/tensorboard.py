@@ -1,9 +1,9 @@
-"""TensorBoard: the mean over the runs of a program with its band, and each run by itself.
+"""Writes TensorBoard events: of the mean over the runs with its band, and of each run.
 
-scalars      of each split
-images       some that were augmented, and the confusion matrix of each split
-histograms   of the parameters, where config.histograms_every asks for them
-hparams      the seed and what was swept, beside which TensorBoard shows the run's scalars
+scalars      metrics of each split
+images       augmented images, and the confusion matrix of each split
+histograms   parameters, where config.histograms_every asks for them
+hparams      the seed and the swept values of each run
 """
 
 import contextlib
@@ -24,24 +24,22 @@ from jax.sharding import Mesh
 from cv_jax.runtime.mesh import replicated
 from cv_jax.workdir.bucket import Growing
 
-# What "custom scalars" show of several runs: the mean, and one standard deviation to either side.
-BANDS = ("train/loss", "val/loss", "val/accuracy")
 NUM_BINS = 64  # of a histogram
-# How old what TensorBoard can show may be.
+# TensorBoard sees events at most this much later.
 FLUSH_SECONDS = 10
-# What every start of a program writes, and what its end does, by how the tags begin.
+# Prefixes of the tags that every start of a program writes, and that its end writes.
 AT_START = ("augmented", "_hparams_/session_start_info")
 AT_END = ("final_", "confusion/", "_hparams_/session_end_info")
 
 
 class Counted(NamedTuple):
-    """The values of an array of parameters, of each of r runs.
+    """The histogram of an array of parameters, for each of r runs.
 
     Attributes:
-        edges: (r, 65), of bins of equal width; the first is the minimum, the last the maximum.
-        counts: (r, 64) int32, how many are in each bin; a value on an edge is in the upper one, the
-            maximum in the last.
-        sum, sum_squares: (r,).
+        edges: (r, 65), of bins of equal width, from the minimum to the maximum.
+        counts: (r, 64) int32, values in each bin. A value on an edge counts in the upper bin, the
+            maximum in the last bin.
+        sum, sum_squares: (r,), of all values.
     """
 
     edges: jax.Array
@@ -52,12 +50,12 @@ class Counted(NamedTuple):
 
 @partial(jax.jit, static_argnames="mesh")
 def count_values(params: Any, mesh: Mesh) -> dict[str, Counted]:
-    """The histogram of each array (r, ...) by its path; every device of the mesh has it whole."""
+    """Returns the histogram of each array (r, ...) by its path, replicated over the mesh."""
 
     def count(values):  # of one run
         values = values.astype(jnp.float32)
         edges = jnp.linspace(values.min(), values.max(), NUM_BINS + 1)
-        # A sum for each edge, and no scatter: it leaves parameters divided as they are.
+        # A sum for each edge instead of a scatter, which would gather sharded parameters.
         below = jax.lax.map(lambda edge: (values < edge).sum(dtype=jnp.int32), edges[1:-1])
         counts = jnp.diff(below, prepend=0, append=values.size)
         return Counted(edges, counts, values.sum(), jnp.square(values).sum())
@@ -70,38 +68,43 @@ def count_values(params: Any, mesh: Mesh) -> dict[str, Counted]:
 
 
 class Board:
-    """Event files: in `workdir` of the mean, in `workdir`/runs/NAME of each of several runs.
+    """Writes event files: the mean in `workdir`, each of several runs in `workdir`/runs/NAME.
 
     Args:
-        workdir: of the program.
-        names: of its runs.
-        start_step: steps already made; what is there of later ones is taken back.
-        total: steps of the training. What is written again at `start_step` is taken back, too.
+        workdir: the work directory.
+        names: names of the runs.
+        start_step: steps already made. Events of later steps are removed.
+        total: steps of the training. Events that are written again at `start_step` are removed.
+        headline: name of the metric that ranks runs. "Custom scalars" show it on val, and the
+            losses, as the mean of several runs with one standard deviation to either side.
     """
 
-    def __init__(self, workdir: Path, names: Sequence[str], start_step: int, total: int):
+    def __init__(
+        self, workdir: Path, names: Sequence[str], start_step: int, total: int, headline: str
+    ):
         with _without_pytorch():
             from tensorboardX import summary
         self._summary = summary
+        self._banded = tuple(dict.fromkeys(("train/loss", "val/loss", f"val/{headline}")))
         again = AT_START + (AT_END if start_step == total else ())
         self._mean = _Events(workdir, start_step, again)
         self._runs: list[_Events] = []
         if len(names) > 1:
             folders = [workdir / "runs" / name.replace("/", "_") for name in names]
             self._runs = [_Events(folder, start_step, again) for folder in folders]
-            if not start_step:  # a start that goes on finds them there
-                charts = {tag: ["Margin", [tag, *_edges(tag)]] for tag in BANDS}
+            if not start_step:  # a resumed run has them already
+                charts = {tag: ["Margin", [tag, *_edges(tag)]] for tag in self._banded}
                 self._mean.add(summary.custom_scalars({"runs": charts}), 0)
         self._each = self._runs or [self._mean]
 
     def scalars(self, split: str, values: dict[str, np.ndarray], step: int) -> None:
-        """Takes values (r,), one a run, or (1,), one of the program; what is not finite is left."""
+        """Writes the finite values of (r,), one for each run, or (1,), one for the program."""
         for name, numbers in values.items():
             tag, finite = f"{split}/{name}", numbers[np.isfinite(numbers)]
             if not len(finite):
                 continue
             self._mean.add(self._summary.scalar(tag, finite.mean()), step)
-            if self._runs and tag in BANDS:
+            if self._runs and tag in self._banded:
                 std = finite.std(ddof=1) if len(finite) > 1 else 0.0
                 for edge, sign in zip(_edges(tag), (-1, 1), strict=True):
                     self._mean.add(self._summary.scalar(edge, finite.mean() + sign * std), step)
@@ -111,23 +114,23 @@ class Board:
                         events.add(self._summary.scalar(tag, number), step)
 
     def begin(self, values: Sequence[dict[str, Any]], step: int) -> None:
-        """Takes the hyperparameters of each run; TensorBoard keeps the first ones of a folder.
+        """Writes the hyperparameters of each run.
 
-        The summary of an experiment is left out: TensorBoard takes the first one that it finds for
-        all programs that it shows, and without one it lists what they all have.
+        The summary of the experiment is left out: TensorBoard would use that of one program for
+        all. Without a summary TensorBoard lists the hyperparameters of all programs.
         """
         for events, of_run in zip(self._each, values, strict=True):
             _, start, _ = self._summary.hparams(of_run, {})
             events.add(start, step)
 
     def end(self, step: int) -> None:
-        """Says that the runs are complete."""
+        """Marks the runs as complete."""
         _, _, end = self._summary.hparams({}, {})
         for events in self._each:
             events.add(end, step)
 
     def histograms(self, counted: dict[str, Counted], step: int) -> None:
-        """Takes what `count_values` returns; an array that is not finite is left out."""
+        """Writes the result of `count_values`, without arrays that are not finite."""
         for path, arrays in counted.items():
             for events, edges, counts, total, squares in zip(self._each, *arrays, strict=True):
                 if not np.isfinite([*edges, total, squares]).all():
@@ -137,12 +140,12 @@ class Board:
                 events.add(self._summary.histogram_raw(tag, *numbers, edges[1:], counts), step)
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """Takes an image (h, w, 3) uint8."""
+        """Writes an image (h, w, 3) uint8."""
         self._mean.add(self._summary.image(tag, image, dataformats="HWC"), step)
 
     def close(self) -> None:
-        """Writes what is still in memory."""
-        with contextlib.ExitStack() as stack:  # closes the others where one cannot be written
+        """Writes the events that are still in memory."""
+        with contextlib.ExitStack() as stack:  # closes all files where one cannot be written
             for events in (self._mean, *self._runs):
                 stack.callback(events.close)
 
@@ -152,17 +155,18 @@ def _edges(tag: str) -> list[str]:
 
 
 class _Events:
-    """An event file, written by this thread: where that fails, it fails here.
+    """An event file. This thread writes, so that a failed write raises its error here.
 
-    TensorBoard reads the files of a folder in the order of their names, which number them: a clock
-    that was set back does not change it. No tag has two values at a step in them.
+    TensorBoard reads the files of a folder in the order of their names. The names begin with a
+    number, so that a clock that is set back does not change the order. In all files together, a tag
+    has at most one value at a step.
     """
 
     def __init__(self, folder: Path, start_step: int, again: tuple[str, ...]):
         with _without_pytorch():
             from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.record_writer import RecordWriter, register_writer_factory
-        # Its own for gs:// knows no interval, and writes once more when it is forgotten.
+        # tensorboardX's own writer for gs:// has no interval, and writes again when it is deleted.
         register_writer_factory("gs", SimpleNamespace(open=lambda path: Growing(Path(path))))
         self._event = Event
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +178,7 @@ class _Events:
         self._file = RecordWriter(str(folder / name))
         self._flushed = time.perf_counter()
         self._write(file_version="brain.Event:2")
-        # A TensorBoard that has read events of later steps already forgets them.
+        # Tells a running TensorBoard to forget the later steps that it has read.
         self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, summary: Any, step: int) -> None:
@@ -191,10 +195,10 @@ class _Events:
 
 
 def _take_back(path: Path, start_step: int, again: tuple[str, ...]) -> None:
-    """Takes events out of a file: those after `start_step`, and tags `again` at that step.
+    """Removes events from a file: those after `start_step`, and tags `again` at that step.
 
-    At step 0 nothing stays. A reader that has the file open keeps what it reads: the file is
-    replaced. What is damaged, such as the record that a kill cut off, goes, too.
+    At step 0 all events are removed. Everything after a damaged record, such as one that a kill cut
+    off, is removed too. The file is replaced, so that a program that reads the old file still can.
     """
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
@@ -207,7 +211,7 @@ def _take_back(path: Path, start_step: int, again: tuple[str, ...]) -> None:
             break
         try:
             event = Event.FromString(data[at + 12 : at + size - 4])
-        except DecodeError:  # damaged: no reader comes past it
+        except DecodeError:  # no reader can read beyond a damaged record
             break
         tags = [value.tag for value in event.summary.value]
         before = event.step < start_step
@@ -223,10 +227,10 @@ def _take_back(path: Path, start_step: int, again: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def _without_pytorch() -> Iterator[None]:
-    """For tensorboardX, which imports PyTorch where that is installed: 1.2 s."""
+    """Keeps tensorboardX from importing PyTorch, which takes 1.2 s where PyTorch is installed."""
     hidden = "torch" not in sys.modules
     if hidden:
-        sys.modules["torch"] = None  # what tensorboardX takes for "not installed"
+        sys.modules["torch"] = None  # means "not installed" to tensorboardX
     try:
         yield
     finally:

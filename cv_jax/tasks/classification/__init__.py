@@ -9,7 +9,6 @@ import numpy as np
 
 from cv_jax.augment.resizing import resize
 from cv_jax.data import DataSpec
-from cv_jax.learn.evaluations import Metric
 from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.initial import make_initial
 from cv_jax.learn.inputs import make_augmented, make_normalize, to_unit
@@ -24,6 +23,7 @@ from cv_jax.tasks import Task
 from cv_jax.tasks.classification.panels import make_panels
 from cv_jax.tasks.classification.saliency import explain
 from cv_jax.tasks.classification.views import find_tta
+from cv_jax.workdir.metric import Metric
 
 
 def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:

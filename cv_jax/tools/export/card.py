@@ -1,4 +1,4 @@
-"""The model card of an exported network: what it is, what it was trained on, and how good it is."""
+"""Writes the model card of an exported network: its recipe, its data and its results."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from cv_jax.data.dataset import spec_to_json
 from cv_jax.train.flops import count_flops
 from cv_jax.trained.load import Trained, input_shapes
 from cv_jax.workdir.files import read_json
-from cv_jax.workdir.result import best_runs, environment, percent
+from cv_jax.workdir.metric import Metric, headline_of, metric_of
+from cv_jax.workdir.result import best_runs, environment, statistics_of
 
 _LICENCE = "Apache-2.0, as cv_jax; the data set has terms of its own"
 
@@ -26,11 +27,16 @@ def make_card(workdir: epath.Path, trained: Trained) -> dict[str, Any]:
         trained: as `load_trained` returns it.
 
     Returns:
-        run, its name; tta; data, the facts about the data set; config, the whole recipe; test, the
-        accuracy that result.json has, None where it is not of this network; result, the content of
-        result.json, or None likewise; steps, made in training; flops, of "training" (None as above)
-        and of an "image"; trained_with and exported_with, code and versions; input, output,
-        photograph (how a photograph becomes the input) and licence, in words.
+        run: its name.
+        tta: the views.
+        data: the facts about the data set.
+        config: the whole recipe.
+        test: the headline on test, see `_on_test`; None where result.json is not of this network.
+        result: the content of result.json; None likewise.
+        steps: made in training.
+        flops: of "training", None likewise, and of an "image".
+        trained_with, exported_with: code and versions.
+        input, output, photograph, licence: texts. `photograph` says how a photograph becomes input.
     """
     spec, state = trained.spec, trained.state
     test = _on_test(trained)
@@ -79,19 +85,28 @@ def _code(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _on_test(trained: Trained) -> dict[str, Any] | None:
-    """The accuracy of this network, and the statistics over the seeds of its program."""
+    """Returns the headline of this network, and the statistics over the seeds of its program.
+
+    The key of the network's value is the name of the headline. None where result.json is not of
+    this network, or has no headline on test.
+    """
     result = trained.result
-    # A run that was lengthened has the shorter one's result until its end.
+    # A longer run has the result of the shorter run until its end.
     if not result or not result["test"] or result["steps"] != int(trained.state.step):
         return None
     config = trained.config
     names = run_names(config, make_sweep(config))[best_runs(result, config.num_seeds)]
-    if trained.name not in names:  # of a setting whose test accuracy nobody has looked at
+    if trained.name not in names:  # result.json has test numbers of the best setting only
         return None
-    accuracy = result["test"]["accuracy"]
+    headline = headline_of(result)
+    numbers = statistics_of(result["test"]).get(headline)
+    if numbers is None:
+        return None
     return {
-        "accuracy": accuracy["values"][names.index(trained.name)],
-        **{key: accuracy[key] for key in ("mean", "std", "ci95", "n")},
+        "headline": headline,
+        **metric_of(result, headline)._asdict(),
+        headline: numbers["values"][names.index(trained.name)],
+        **{key: numbers[key] for key in ("mean", "std", "ci95", "n")},
         "images": result["test"]["count"],
         "tta": trained.config.tta,
     }
@@ -136,9 +151,10 @@ def softmax(logits):
 
 
 def to_markdown(card: dict[str, Any], snippet: str) -> str:
-    """The card for people, with Python code that loads the file.
+    """Returns the card as Markdown, with Python code that loads the file.
 
-    Texts of the config and of the data set stand in code, where Markdown and HTML mean nothing.
+    Texts of the config and of the data set are marked as code, so that Markdown and HTML in them
+    have no effect.
     """
     data, flops, by = card["data"], card["flops"], card["trained_with"]
     changed = " and changes that are not in it" if by["dirty"] else ""
@@ -147,7 +163,7 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
     rows = [
         ("network", _span(card["config"]["model"])),
         ("data set", f"{_span(data['name'])}: {counts}"),
-        ("test accuracy", _accuracy(card["test"])),
+        (_on_test_of(card["test"]), _measured(card["test"])),
         ("input", card["input"]),
         ("photograph", card["photograph"]),
         ("output", card["output"]),
@@ -184,21 +200,27 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
     )
 
 
-def _accuracy(test: dict[str, Any] | None) -> str:
+def _on_test_of(test: dict[str, Any] | None) -> str:
+    return "test" if test is None else f"test {headline_of(test).replace('_', ' ')}"
+
+
+def _measured(test: dict[str, Any] | None) -> str:
     if test is None:
         return "not measured: the run is not complete, or it is not of the best setting"
-    own = f"{percent(test['accuracy'], None)} of {test['images']:,} images (views `{test['tta']}`)"
+    name = headline_of(test)
+    metric = Metric(test["unit"], test["better"], test["protocol"])
+    own = f"{metric.text(test[name], None)} of {test['images']:,} images (views `{test['tta']}`)"
     if test["n"] == 1:
         return own
     if test["ci95"] is None:
         return f"{own}; other seeds have diverged"
     low, high = test["ci95"]
     return (
-        f"{own}; {percent(test['mean'], test['std'])} over n = {test['n']} seeds, 95 % interval "
-        f"of the mean {100 * low:.2f} to {100 * high:.2f} %"
+        f"{own}; {metric.text(test['mean'], test['std'])} over n = {test['n']} seeds, 95 % "
+        f"interval of the mean {metric.digits(low)} to {metric.number(high)}"
     )
 
 
 def _span(text: str) -> str:
-    """A text of the user's as code in a cell of a table."""
+    """Returns a user's text as code for a cell of a table."""
     return "`" + text.replace("`", "'").replace("|", "¦").replace("\n", " ") + "`"

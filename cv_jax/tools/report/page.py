@@ -1,7 +1,7 @@
-"""The page of a report: its sections in their order, as HTML without scripts."""
+"""Builds the page of a report, as HTML without scripts."""
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from cv_jax.tools.report.run import (
     measured,
 )
 from cv_jax.workdir import figures as plot
-from cv_jax.workdir.result import is_share, setting_text
+from cv_jax.workdir.metric import Metric, headline_text, is_loss
+from cv_jax.workdir.result import setting_text, statistics_of
 
 _UNKNOWN = "-"
 MOST_BARS = 30  # classes
@@ -49,11 +50,11 @@ _PAGE = """<!doctype html>
 
 
 def build_page(runs: Sequence[Run], num_images: int, show: Show) -> str:
-    """The report of a run, or of several: those beside each other, then the first one in full.
+    """Returns the page of a run; of several runs a comparison, then the first run in full.
 
     Args:
         runs: one or more.
-        num_images: of test that the network is asked about.
+        num_images: test images for the network to classify.
         show: see `Show`.
     """
     run = runs[0]
@@ -73,7 +74,7 @@ def build_page(runs: Sequence[Run], num_images: int, show: Show) -> str:
 
 
 def _title(run: Run) -> str:
-    """The name of the config file, else of the work directory."""
+    """Returns the name of the config file; without one, that of the work directory."""
     command = [str(word) for word in run.env.get("command", ())]
     for word, following in zip(command, [*command, ""][1:], strict=True):
         flag, equals, value = word.lstrip("-").partition("=")
@@ -106,49 +107,59 @@ def _commit(env: dict[str, Any]) -> str:
 
 
 def _numbers(run: Run) -> str:
-    """The accuracies in large, then all numbers of the result in a table."""
+    """Returns the headline of each split in large, then all numbers of the result in a table."""
     if run.result is None:
         last = run.records[-1] if run.records else {"step": 0, "epoch": 0}
         return paragraph(
-            "This run is not complete, so that it has no result yet. "
+            "This run is not complete and has no result yet. "
             f"Its log ends after step {last['step']:,}, epoch {last['epoch']:.2f}."
         )
     shown, rows = [], []
     for split in ("test", "val"):
-        metrics = run.result[split] or {}
-        for name, s in metrics.items():
-            if not isinstance(s, dict) or name == "per_class_accuracy":
-                continue
-            form = _percent if is_share(name) else _decimals
-            interval = _interval(s, form)
-            rows.append(
-                [f"{split} {_words(name)}", form(s["mean"]), form(s["std"]), interval, s["n"]]
-            )
-            if name == "accuracy":
-                spread = "" if s["std"] is None else f" <small>± {100 * s['std']:.2f}</small>"
-                of = f"{split} accuracy, {metrics['count']:,} images, {_seeds(s['n'])}"
-                value = f"<strong>{form(s['mean'])}{spread}</strong>"
-                shown.append(f"<div>{value}{soft(escape(of))}</div>")
-    head = ["", "mean", "standard deviation", "95 % interval of the mean", "seeds"]
+        if not run.result[split]:
+            continue
+        statistics = statistics_of(run.result[split])
+        shown.append(_large(run, split, statistics.get(run.headline)))
+        for name, s in statistics.items():
+            metric = run.metric(name)
+            numbers = _number(metric, s["mean"]), _number(metric, s["std"]), _interval(metric, s)
+            rows.append([f"{split} {_words(name)}", *numbers, s["n"]])
+    head = ["", "mean", "standard deviation", "95 % interval of the mean over seeds", "seeds"]
     if all(n == 1 for *_, n in rows):
         head, rows = ["", "value"], [row[:2] for row in rows]
     if diverged := _diverged(run):
         shown.append(soft(f"{diverged} of {len(run.result['seeds'])} seeds diverged: no mean."))
-    about = soft(_PROBED) if "linear_accuracy" in (run.result["test"] or {}) else ""
+    about = soft(escape(_protocols(run)))
     return f'<div class="numbers">{"".join(shown)}</div>{about}{table(head, rows, "result")}'
 
 
+def _large(run: Run, split: str, s: dict[str, Any] | None) -> str:
+    """Returns the headline of a split in large, with its protocol; `s` are its statistics."""
+    metric = run.metric(run.headline)
+    if s is None:
+        return f"<div>{soft(escape(f'{split}: no {_words(run.headline)}'))}</div>"
+    spread = "" if s["std"] is None else f" <small>± {metric.digits(s['std'])}</small>"
+    count, examples = run.result[split]["count"], run.result.get("examples_are", "images")
+    of = f"{split} {_words(run.headline)}, {count:,} {examples}, {_seeds(s['n'])}"
+    if metric.protocol:
+        of += f"; {metric.protocol}"
+    value = f"<strong>{_number(metric, s['mean'])}{spread}</strong>"
+    return f"<div>{value}{soft(escape(of))}</div>"
+
+
+def _protocols(run: Run) -> str:
+    """Returns how the metrics beside the headline are measured, where their protocols say so."""
+    splits = [statistics_of(run.result[split]) for split in ("test", "val")]
+    names = dict.fromkeys(name for split in splits for name in split if name != run.headline)
+    protocols = {_words(name): run.metric(name).protocol for name in names}
+    texts = [f"{name}: {protocol}" for name, protocol in protocols.items() if protocol]
+    return f"{'; '.join(texts)}." if texts else ""
+
+
 def _diverged(run: Run) -> int:
-    """Returns how many seeds of the result have no accuracy, on test or on val."""
-    splits = [run.result[split]["accuracy"] for split in ("test", "val") if run.result[split]]
-    return max((s["values"].count(None) for s in splits if "values" in s), default=0)
-
-
-_PROBED = (
-    "It learned without labels. Accuracy is that of the nearest neighbours among its features of "
-    "training images, linear accuracy that of a linear classifier on them; spread near 0 or a rank "
-    "near 1 would mean that all images look the same to it."
-)
+    """Returns how many seeds of the result have no headline, on test or on val."""
+    splits = [statistics_of(run.result[split]).get(run.headline) for split in ("test", "val")]
+    return max((s["values"].count(None) for s in splits if s), default=0)
 
 
 def _words(metric: str) -> str:
@@ -159,50 +170,48 @@ def _seeds(n: int) -> str:
     return "one seed" if n == 1 else f"mean ± standard deviation of {n} seeds"
 
 
-def _percent(value: float | None) -> str:
-    return _UNKNOWN if value is None else f"{100 * value:.2f} %"
+def _number(metric: Metric, value: float | None) -> str:
+    return _UNKNOWN if value is None else metric.number(value)
 
 
-def _decimals(value: float | None) -> str:
-    return _UNKNOWN if value is None else f"{value:.4f}"
-
-
-def _interval(s: dict[str, Any], form: Callable[[float | None], str]) -> str:
+def _interval(metric: Metric, s: dict[str, Any]) -> str:
     low, high = s["ci95"] or (None, None)
-    return _UNKNOWN if low is None else f"{form(low)} to {form(high)}"
+    return _UNKNOWN if low is None else f"{metric.number(low)} to {metric.number(high)}"
 
 
 def _comparison(runs: Sequence[Run], show: Show) -> str:
     names = [str(run.path) for run in runs]
     rows = []
+    headline = runs[0].headline
     for name, run in zip(names, runs, strict=True):
         result = run.result or {}
-        s = (result.get("test") or {}).get("accuracy") or {
-            "mean": None,
-            "ci95": None,
-            "n": _UNKNOWN,
-        }
+        s = statistics_of(result.get("test")).get(headline)
         seconds = result.get("seconds", {}).get("train")
         rows.append(
             [
                 name,
-                _percent(s["mean"]) if result else "not complete",
-                _interval(s, _percent),
-                s["n"],
+                _compared(run, headline),
+                _interval(run.metric(headline), s) if s else _UNKNOWN,
+                s["n"] if s else _UNKNOWN,
                 _UNKNOWN if seconds is None else f"{seconds:,.1f}",
                 _commit(run.env).removeprefix("commit "),
             ]
         )
-    head = ["run", "test accuracy", "95 % interval", "seeds", "seconds of training", "commit"]
+    head = [
+        *("run", f"test {_words(headline)}", "95 % interval", "seeds", "seconds of training"),
+        "commit",
+    ]
     parts = [h2("Side by side"), table(head, rows, "runs")]
 
     drawn = ""
-    for split, metric in (("val", "accuracy"), ("train", "loss")):
-        found = [curve(run, split, metric) for run in runs]
+    for split, name in (("val", headline), ("train", "loss")):
+        metric = runs[0].metric(name)
+        found = [curve(run, split, name) for run in runs]
         curves = _there(zip(names, found, strict=True), metric)
         if len(curves) > 1:
-            label = f"{metric} on {split} of each run over the epochs"
-            drawn += show(plot.draw_curves(curves, _axis(metric, split)), f"runs_{metric}", label)
+            label = f"{_words(name)} on {split} of each run over the epochs"
+            axis = metric.label(f"{_words(name)} on {split}")
+            drawn += show(plot.draw_curves(curves, axis), f"runs_{_file_name(name)}", label)
     if drawn:
         parts.append(f'<div class="pair">{drawn}</div>')
 
@@ -216,33 +225,53 @@ def _comparison(runs: Sequence[Run], show: Show) -> str:
         parts += [paragraph("Their configs differ in:"), table(["", *names], rows, "differences")]
     else:
         parts.append(paragraph("Their configs are the same, but for the seeds."))
-    parts.append(soft(f"What follows is of the first run, {escape(names[0])}."))
+    parts.append(soft(f"The following sections are of the first run, {escape(names[0])}."))
     return "".join(parts)
 
 
-def _there(curves: Iterable[tuple[str, Any]], metric: str) -> dict[str, plot.Curve]:
-    """Those that there are, accuracies in %."""
-    scale = 100 if metric.endswith("accuracy") else 1
+def _compared(run: Run, headline: str) -> str:
+    """Returns the mean of `headline` on test for the comparison."""
+    if not run.result:
+        return "not complete"
+    numbers = statistics_of(run.result["test"]).get(headline)
+    if numbers is None:
+        return headline_text({"headline": headline}, "test")
+    return _number(run.metric(headline), numbers["mean"])
+
+
+def _there(curves: Iterable[tuple[str, Any]], metric: Metric) -> dict[str, plot.Curve]:
+    """Returns the curves that are not None, in the metric's unit."""
     return {
-        label: plot.Curve(found.epoch, scale * found.mean, scale * found.std)
+        label: plot.Curve(found.epoch, metric.scale * found.mean, metric.scale * found.std)
         for label, found in curves
         if found is not None
     }
 
 
-def _axis(metric: str, split: str = "") -> str:
-    name = f"{_words(metric)} on {split}" if split else _words(metric)
-    return f"{name}, %" if metric.endswith("accuracy") else name
+def _file_name(metric: str) -> str:
+    """Returns the name of a metric for files and ids of plots: "loss/critic" has a slash."""
+    return metric.replace("/", "_")
+
+
+def _measured_names(run: Run) -> list[str]:
+    """Returns the metrics with training curves: losses, the headline, and those of evaluations."""
+    train = [r["values"] for r in run.records if r["split"] == "train"]
+    others = [r["values"] for r in run.records if r["split"] != "train"]
+    losses = [name for values in train for name in values if is_loss(name)]
+    names = [name for values in others for name in values]
+    return list(dict.fromkeys(["loss", *losses, run.headline, *names]))
 
 
 def _training(run: Run, show: Show) -> str:
     splits = {"train": "train", "val": "val", "final_test": "test, at the end"}
     drawn = ""
-    for metric in ("loss", "accuracy", "linear_accuracy", "feature_rank"):
-        curves = _there(((label, curve(run, s, metric)) for s, label in splits.items()), metric)
+    for name in _measured_names(run):
+        metric = run.metric(name)
+        curves = _there(((label, curve(run, s, name)) for s, label in splits.items()), metric)
         if curves:
-            label = f"{_words(metric)} on {', '.join(curves)} over the epochs"
-            drawn += show(plot.draw_curves(curves, _axis(metric)), metric, label)
+            label = f"{_words(name)} on {', '.join(curves)} over the epochs"
+            figure = plot.draw_curves(curves, metric.label(_words(name)))
+            drawn += show(figure, _file_name(name), label)
     names = {name for r in run.records if r["split"] == "train" for name in r["values"]}
     rates = {
         name: curve(run, "train", name)
@@ -265,7 +294,7 @@ def _training(run: Run, show: Show) -> str:
     if any(record.get("runs") for record in run.records):
         notes.append("Bands are one standard deviation over the seeds to either side of the mean.")
     if select := measured(run).get("select"):
-        notes.append(f"Loss and accuracy on train are of {select} alone.")
+        notes.append(f"Curves of train count only the examples that {select} chose.")
     return f'{h2("Training")}<div class="pair">{drawn}</div>{soft(escape(" ".join(notes)))}'
 
 
@@ -275,7 +304,7 @@ def _classes(run: Run, show: Show) -> str:
     if not accuracy:
         return ""
     notes, bars = [], {name: value for name, value in accuracy.items() if value is not None}
-    if not bars:  # a seed has diverged
+    if not bars:  # where a seed has diverged
         return ""
     if len(bars) < len(accuracy):
         missing = ", ".join(escape(name) for name in accuracy if name not in bars)
@@ -287,7 +316,7 @@ def _classes(run: Run, show: Show) -> str:
     if confusion:
         label = "confusion matrix of test: rows the labels, columns the answers"
         drawn += show(plot.draw_confusion(confusion, list(accuracy)), "confusion", label)
-        if test["accuracy"]["n"] > 1:
+        if len(run.result["seeds"]) > 1:
             notes.append("The matrix counts the test images of all seeds.")
     return f'{h2("Classes")}<div class="pair">{drawn}</div>{soft(" ".join(notes))}'
 
@@ -296,13 +325,13 @@ def _calibration(run: Run, show: Show) -> str:
     calibration = ((run.result or {}).get("test") or {}).get("calibration")
     if not calibration:
         return ""
-    error = _percent(calibration_error(calibration))
+    error = Metric("%").number(calibration_error(calibration))
     drawn = show(plot.draw_reliability(calibration), "calibration", "reliability diagram on test")
     number = f"<strong>{error}</strong>{soft('expected calibration error on test')}"
     about = (
-        "How far accuracy and confidence lie apart, in the mean over the test images, "
-        f"by {len(calibration[0])} bins of confidence. On the dashed line a network is right as "
-        "often as it is sure. Bars above it: more often; below it: it is too sure of itself."
+        "The mean difference between accuracy and confidence over the test images, by "
+        f"{len(calibration[0])} bins of confidence. On the dashed line, accuracy equals "
+        "confidence. Bars below the line mean that the network is too sure of its answers."
     )
     text = f'<div class="numbers"><div>{number}</div></div>{soft(about)}'
     return f"{h2('Calibration')}{beside(drawn, text)}"
@@ -311,10 +340,11 @@ def _calibration(run: Run, show: Show) -> str:
 def _sweep(run: Run, show: Show) -> str:
     if not (run.result and "sweep" in run.result):
         return ""
-    figure = plot.draw_sweep(run.result["sweep"], run.result["best"])
+    name = run.headline
+    figure = plot.draw_sweep(run.result["sweep"], run.result["best"], name, run.metric(name))
     best = setting_text(run.result["best"])
-    about = soft(escape(f"Best on val: {best}. All that is above is of this setting."))
-    drawn = show(figure, "sweep", "accuracy on val of each setting")
+    about = soft(escape(f"Best on val: {best}. All numbers above are of this setting."))
+    drawn = show(figure, "sweep", f"{_words(name)} on val of each setting")
     return f"{h2('Sweep')}{beside(drawn, about)}"
 
 

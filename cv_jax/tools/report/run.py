@@ -1,4 +1,4 @@
-"""What the files of a work directory say of a run, complete or not."""
+"""Reads the files of a work directory, of a run that is complete or still training."""
 
 import json
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from etils import epath
 from cv_jax.config.errors import UserError
 from cv_jax.workdir.figures import Curve
 from cv_jax.workdir.files import read_json
+from cv_jax.workdir.metric import Metric, headline_of, metric_of
 from cv_jax.workdir.result import best_runs, measured_config
 
 
@@ -16,11 +17,12 @@ class Run(NamedTuple):
     """A work directory.
 
     Attributes:
-        path: of it; its text names the run.
+        path: of the directory; its text names the run.
         config: the content of config.json.
-        env: of env.json; {} where it is not there.
-        records: the lines of metrics.jsonl that are whole.
+        env: the content of env.json; {} without the file.
+        records: the whole lines of metrics.jsonl.
         result: the content of result.json; None where the run is not complete.
+        task: the content of task.json; None without the file, which older code did not write.
     """
 
     path: epath.Path
@@ -28,10 +30,20 @@ class Run(NamedTuple):
     env: dict[str, Any]
     records: list[dict[str, Any]]
     result: dict[str, Any] | None
+    task: dict[str, Any] | None = None
+
+    @property
+    def headline(self) -> str:
+        """The name of the metric that ranks runs."""
+        return headline_of(self.result or self.task or {})
+
+    def metric(self, name: str) -> Metric:
+        """Returns the meaning of a metric."""
+        return metric_of(self.result or self.task or {}, name)
 
 
 def read_run(path: epath.Path) -> Run:
-    """Reads a work directory; the run may still be going on.
+    """Reads a work directory; the run may still be training.
 
     Raises:
         UserError: there is no run, or one of its files is damaged.
@@ -44,11 +56,12 @@ def read_run(path: epath.Path) -> Run:
     if not {"model", "data", "num_seeds"} <= config.keys():
         raise UserError(f"{path / 'config.json'} is no config: is {path} the --workdir of a run?")
     env = optional("env.json") or {}
-    return Run(path, config, env, _read_records(path / "metrics.jsonl"), optional("result.json"))
+    records = _read_records(path / "metrics.jsonl")
+    return Run(path, config, env, records, optional("result.json"), optional("task.json"))
 
 
 def measured(run: Run) -> dict[str, Any]:
-    """Returns the leaves of the config that the run's numbers are of, see `measured_config`."""
+    """Returns the config that gave the run's numbers, see `measured_config`."""
     return measured_config({"config": run.config, "best": (run.result or {}).get("best")})
 
 
@@ -57,7 +70,7 @@ def _read_records(path: epath.Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-        except ValueError:  # the half line of a run that was killed, or is writing
+        except ValueError:  # a line that a kill cut off, or that is being written
             continue
         if isinstance(record, dict) and record.keys() >= {"step", "epoch", "split", "values"}:
             records.append(record)
@@ -65,14 +78,15 @@ def _read_records(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def curve(run: Run, split: str, name: str) -> Curve | None:
-    """A number of metrics.jsonl over the training, None where there is none of this name.
+    """Returns a number of metrics.jsonl over the training; None where no record has the name.
 
-    Mean and std are over the seeds; of a sweep over those of its best setting, where it is known.
+    Mean and std are over the seeds. In a sweep, they are over the seeds of the best setting, where
+    the best setting is known.
 
     Args:
-        run: of which.
-        split: "train", "val"; of "final_val" and "final_test" the newest value alone.
-        name: "loss", "accuracy", "lr", ...
+        run: the run.
+        split: "train" or "val"; "final_val" or "final_test" for the newest value alone.
+        name: such as "loss", "accuracy" or "lr".
     """
     known = run.result and "best" in run.result
     runs = best_runs(run.result, run.config["num_seeds"]) if known else slice(None)
@@ -91,12 +105,12 @@ def curve(run: Run, split: str, name: str) -> Curve | None:
 
 
 def calibration_error(calibration: Any) -> float:
-    """The expected calibration error: sum_b (n_b / n) |accuracy_b - confidence_b| over bins b.
+    """Returns the calibration error sum_b (n_b / n) |accuracy_b - confidence_b| over bins b.
 
     C. Guo et al., arXiv 1706.04599, with the mean confidence of a bin.
 
     Args:
-        calibration: (3, bins): number n_b, how many are right, sum of the confidences.
+        calibration: (3, bins): answers n_b, right answers, sum of the confidences.
     """
     count, right, confidence = np.asarray(calibration)
     return float(np.abs(right - confidence).sum() / count.sum())
