@@ -84,12 +84,12 @@ def train(optimizer, grads=GRADS):
 
     @jax.jit
     @chex.assert_max_traces(1)
-    def update(params, state, grad):
-        updates, state = optimizer.tx.update(grad, state, params)
+    def update(params, state, grad, step):
+        updates, state = optimizer.tx.update(grad, state, params, step=step)
         return optax.apply_updates(params, updates), state
 
-    for grad in grads:
-        params, state = update(params, state, to_jax(grad))
+    for step, grad in enumerate(grads):
+        params, state = update(params, state, to_jax(grad), jnp.int32(step))
         history.append(flatten(params))
     return history, state
 
@@ -239,7 +239,8 @@ def test_muon_refuses_vectors():
 def test_muon_leaves_a_zero_parameter_finite():
     optimizer = make(name="muon(normalize_weights=True)", rules=MUON_RULES)
     params = jax.tree.map(jnp.zeros_like, to_jax(START))
-    updates, _ = optimizer.tx.update(to_jax(GRADS[0]), optimizer.tx.init(params), params)
+    state = optimizer.tx.init(params)
+    updates, _ = optimizer.tx.update(to_jax(GRADS[0]), state, params, step=0)
     assert 0.1 < np.linalg.norm(updates["head"]["kernel"]) < 0.2  # 0.1 sqrt(3 values near 1)
 
 
@@ -393,6 +394,25 @@ def test_groups_differ_from_base_only_where_they_say_so():
     np.testing.assert_allclose(history[-1]["conv/kernel"], p, 2e-5, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "muon"])
+def test_two_updates_in_a_step_have_the_same_rate(name):
+    rules = ((".*/bias", "base"), (".*", "group"))
+    optimizer = make(momentum=0.0, rules=rules, groups={"group": {"name": name}})
+    grads, params = to_jax(GRADS[0]), to_jax(START)
+
+    def moved(state, step):
+        updates, state = optimizer.tx.update(grads, state, params, step=step)
+        return flatten(updates), state
+
+    first, state = moved(optimizer.tx.init(params), 3)
+    second, state = moved(state, 3)
+    later, _ = moved(state, 8)
+    # Equal gradients make equal updates of all these rules, up to the bias correction of Adam.
+    for path in ("norm/bias", "conv/kernel"):
+        np.testing.assert_allclose(second[path], first[path], rtol=1e-4)
+        np.testing.assert_allclose(later[path], first[path] * rate(8) / rate(3), rtol=1e-4)
+
+
 def test_rates_to_log_are_those_of_the_groups_in_use():
     optimizer = make(**GROUPED, batch_size=64)
     rates = jax.jit(optimizer.lr)(jnp.int32(1))
@@ -517,12 +537,14 @@ def test_networks_side_by_side_train_as_one_alone():
     optimizer = make(**EVERYTHING)
 
     def run(params, grads):
-        def step(carry, grad):
+        def update(carry, step_and_grad):
             params, state = carry
-            updates, state = optimizer.tx.update(grad, state, params)
+            step, grad = step_and_grad
+            updates, state = optimizer.tx.update(grad, state, params, step=step)
             return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(step, (params, optimizer.tx.init(params)), grads)[0][0]
+        steps = jnp.arange(len(GRADS))
+        return jax.lax.scan(update, (params, optimizer.tx.init(params)), (steps, grads))[0][0]
 
     def stack(trees):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

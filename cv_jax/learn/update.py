@@ -33,7 +33,7 @@ def make_train_step(
 
         grads, (losses, aux) = jax.grad(mean_loss, has_aux=True)(state.params)
         model_state, metrics = aux
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         last_loss = state.last_loss.at[batch["index"]].set(losses) if select else None
         return TrainState(state.step + 1, params, model_state, opt_state, last_loss), metrics

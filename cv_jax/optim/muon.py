@@ -62,8 +62,8 @@ def scale_by_orthogonalization(ns_steps: int) -> optax.GradientTransformation:
 
 
 def from_normalized_weights(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformation:
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
     """Brings every parameter to norm sqrt(output channels), then lets `inner` update it.
 
         q = p * sqrt(c) / ||p||,   p <- q + inner's update of q
@@ -74,9 +74,9 @@ def from_normalized_weights(
     def normalize(p):
         return p * (p.shape[-1] ** 0.5 / jnp.maximum(jnp.linalg.norm(p.ravel()), 1e-12))
 
-    def update(updates, state, params):
+    def update(updates, state, params, **extra_args):
         normalized = jax.tree.map(normalize, params)
-        updates, state = inner.update(updates, state, normalized)
+        updates, state = inner.update(updates, state, normalized, **extra_args)
         return jax.tree.map(lambda u, q, p: u + (q - p), updates, normalized, params), state
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -33,7 +33,8 @@ def sgd(
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        optax.sgd(rate, momentum, nesterov),
+        optax.trace(momentum, nesterov),
+        scale_by_rate(rate),
     )
 
 
@@ -48,7 +49,8 @@ def adam(
     _check_adam(b2, eps)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        _standard_promotion(optax.adam(rate, momentum, b2, eps)),
+        _scale_by_adam(momentum, b2, eps),
+        scale_by_rate(rate),
     )
 
 
@@ -60,7 +62,11 @@ def adamw(
     p <- p - rate (m' / (sqrt(v') + eps) + weight_decay p)
     """
     _check_adam(b2, eps)
-    return _standard_promotion(optax.adamw(rate, momentum, b2, eps, weight_decay=weight_decay))
+    return optax.chain(
+        _scale_by_adam(momentum, b2, eps),
+        optax.add_decayed_weights(weight_decay),
+        scale_by_rate(rate),
+    )
 
 
 def lamb(
@@ -72,7 +78,12 @@ def lamb(
     where the ratio is 1 if either norm is 0.
     """
     _check_adam(b2, eps)
-    return _standard_promotion(optax.lamb(rate, momentum, b2, eps, weight_decay=weight_decay))
+    return optax.chain(
+        _scale_by_adam(momentum, b2, eps),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_trust_ratio(),
+        scale_by_rate(rate),
+    )
 
 
 def muon(
@@ -95,7 +106,7 @@ def muon(
         optax.trace(momentum, nesterov),
         scale_by_orthogonalization(ns_steps),
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(rate),
+        scale_by_rate(rate),
     )
     return from_normalized_weights(tx) if normalize_weights else tx
 
@@ -105,14 +116,28 @@ def _check_adam(b2: float, eps: float) -> None:
     require(lambda: eps > 0, f"eps={eps} must be above 0")
 
 
-def _standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Lets optax's bias correction, float ** int32, pass where strict dtype promotion is on."""
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    tx = optax.scale_by_adam(b1, b2, eps)
 
     def update(updates, state, params=None):
-        with jax.numpy_dtype_promotion("standard"):
+        with jax.numpy_dtype_promotion("standard"):  # of the bias correction, float ** int32
             return tx.update(updates, state, params)
 
     return optax.GradientTransformation(tx.init, update)
+
+
+def scale_by_rate(rate: Rate) -> optax.GradientTransformationExtraArgs:
+    """Multiplies every update by -rate(step), where `update` is given the training step.
+
+    The state holds no count of updates: all updates of one training step have the same rate.
+    """
+
+    def update(updates, state, params=None, *, step, **extra_args):
+        del params, extra_args
+        factor = -1 * rate(step)
+        return jax.tree.map(lambda u: jnp.array(factor, dtype=u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lamb": lamb, "muon": muon}
@@ -124,7 +149,8 @@ SETTINGS = ("name", "lr", "lr_batch_size", "momentum", "weight_decay", "schedule
 class Optimizer(NamedTuple):
     """What `make_optimizer` makes.
 
-    tx: the optax transformation; its state holds arrays only.
+    tx: the optax transformation, `tx.update(grads, opt_state, params, step=step)`. Schedules see
+        the training step `step`, however often a step updates. Its state holds arrays only.
     lr: step -> {"lr": rate of "base", "lr/<group>": rate of each other group in use}, for logs.
     ends: the steps before the last from which on the rate of some group stays 0, ascending.
     stop_gradients: (params, step) -> params that let no gradient through where the rate stays 0
