@@ -27,7 +27,7 @@ from tests.conftest import ROOT
         ("--config=configs/digits.py --config.lr=3", r"no key 'lr'.*'optim\.lr'"),
         ("--config configs/digits.py --config.data.nam=x", r"'data\.nam'.*'data\.name'"),
         ("--config=configs/digits.py:smok", r"'smoke' or none, not 'smok'"),
-        ("--config=configs/digits.py --config.seed", r"--config\.seed lacks its value"),
+        ("--config=configs/digits.py --config.seed", r"--config\.seed has no value"),
         ("--config=configs/digits.py --config.seed=abc", r"seed='abc' must be a whole number"),
         ("--config=configs/digits.py --config.num_seeds=two", r"num_seeds='two' must be a whole"),
         ("--config=configs/digits.py --config.data.num_val=1.5", r"num_val='1\.5' must be a whole"),
@@ -37,7 +37,7 @@ from tests.conftest import ROOT
         ("--config=configs/digits.py --config.init_form=x", r"'init_form'.*'init_from'"),
         ("--config=configs/digits.py --config.label_seed=1", r"'label_seed'.*'data\.label_seed'"),
         ("--config=configs/digits.py --config.data.label_fraction=all", r"='all' must be a finite"),
-        ("--config=tests/conftest.py", r"tests/conftest\.py makes no config \(KeyError"),
+        ("--config=tests/conftest.py", r"tests/conftest\.py builds no config \(KeyError"),
     ],
 )
 def test_a_mistyped_command_line_names_the_nearest(monkeypatch, line, message):
@@ -158,6 +158,6 @@ def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
 
     Path("runs/cifar10").write_text("")
     with pytest.raises(
-        UserError, match=r"runs/cifar10/20260101-000000 cannot be made \(.*--workdir"
+        UserError, match=r"runs/cifar10/20260101-000000 cannot be created \(.*--workdir"
     ):
         make_default_workdir("configs/cifar10.py")

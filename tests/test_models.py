@@ -434,7 +434,7 @@ def test_spec_arguments_reach_the_model():
     ("text", "message"),
     [
         ("n49", "Did you mean 'n96'. There are: lenet, n94, n96, resnet18, resnet50, wrn28_10"),
-        ("resnet18(depth=3)", r"'depth'.*It is written resnet18\(stem: str = 'cifar'\)"),
+        ("resnet18(depth=3)", r"'depth'.*Write it as resnet18\(stem: str = 'cifar'\)"),
         ("resnet50(stem='mnist')", "stem is one of cifar, imagenet, not 'mnist'"),
         ("n94(widths=(64, 0))", r"widths are one or more, each from 1 to 65536, not \(64, 0\)"),
         ("n94(widths=64)", r"widths=64 must be tuple\[int, \.\.\.\]"),

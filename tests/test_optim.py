@@ -304,10 +304,10 @@ def test_rate_may_be_traced():
     [
         ({"schedule": "cosin"}, "Unknown config.optim.schedule 'cosin'. Did you mean 'cosine'"),
         ({"schedule": "cosine(2.0)"}, "config.optim.schedule 'cosine': 2.0 is not between 0 and"),
-        ({"schedule": "linear(until=0)"}, "'linear': until must be above 0. It is written lin"),
-        ({"schedule": "step(at=0.5)"}, "config.optim.schedule 'step': .* It is written step"),
+        ({"schedule": "linear(until=0)"}, "'linear': until must be above 0. Write it as lin"),
+        ({"schedule": "step(at=0.5)"}, "config.optim.schedule 'step': .* Write it as step"),
         ({"name": "sdg"}, "Unknown config.optim.name 'sdg'. Did you mean 'sgd'"),
-        ({"name": "sgd(nestorov=True)"}, r"It is written sgd\(nesterov: bool = False\)"),
+        ({"name": "sgd(nestorov=True)"}, r"Write it as sgd\(nesterov: bool = False\)"),
         ({"name": "sgd(momentum=0.5)"}, "config.optim.name 'sgd': got an unexpected keyword"),
         ({"warmup": "5 epoks"}, "'5 epoks' is not a duration"),
         ({"groups": {"head": {"name": "adm"}}}, "Unknown config.optim.groups.head.name 'adm'"),
