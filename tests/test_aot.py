@@ -258,7 +258,7 @@ def test_digits_on_one_and_on_eight_chips(tmp_path, monkeypatch):
     assert json.loads(file.read_text())["train"]["flops"] == flops
 
     for arguments, message in (
-        (("--config.batch_size=60",), "the nearest that do: 56, 64"),
+        (("--config.batch_size=60",), "set a size that does: 56, 64"),
         (("--topology=v5e:2x2x2x2",), "--topology=v5e:2x2x2x2: "),
     ):
         wrong = _aot(*command, *arguments)

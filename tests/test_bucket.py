@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_kept_aside_and_half_of_one_removed(server, run,
 def test_a_permission_that_is_taken_away_is_named(server, run):
     checkpoints = Checkpoints(run, 2)
     server.refuses = True
-    sentence = f"{run} cannot be used any further: .*Forbidden"
+    sentence = f"cannot write to {run}: .*Forbidden"
     with pytest.raises(UserError, match=sentence), storage_errors(run), checkpoints:
         checkpoints.save(_state(3), {}, None)
     with pytest.raises(UserError, match=rf"Nothing can be written in {run} \(Forbidden"):

@@ -122,8 +122,8 @@ def test_a_work_directory_keeps_to_its_config(tmp_path):
     config.optim.lr, config.seed = 0.2, 3
     with pytest.raises(UserError) as error:
         adopt_workdir(tmp_path / "a", config)
-    assert "optim.lr: there 0.1, here 0.2" in str(error.value)
-    assert "seed: there 0, here 3" in str(error.value)
+    assert "optim.lr: stored 0.1, now 0.2" in str(error.value)
+    assert "seed: stored 0, now 3" in str(error.value)
     assert "epochs" not in str(error.value)
     assert json.loads((tmp_path / "a/config.json").read_text())["seed"] == 0
 

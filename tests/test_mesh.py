@@ -69,7 +69,7 @@ def test_a_batch_divides_over_the_devices_that_share_it(size, nearest):
     if nearest is None:
         check_batch_size(size, eight)
         return
-    with pytest.raises(UserError, match=f"over 8 devices; the nearest that do: {nearest}.$"):
+    with pytest.raises(UserError, match=f"over 8 devices; set a size that does: {nearest}.$"):
         check_batch_size(size, eight)
 
 

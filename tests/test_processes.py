@@ -131,8 +131,8 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
         assert "another task died" in said
         return
     assert code == LOST, said
-    assert "process 0 of 2 has lost another one" in said
-    assert "The same command goes on from the last checkpoint." in said
+    assert "process 0 of 2 has lost another process" in said
+    assert "Repeat the command to resume from the last checkpoint." in said
 
 
 @pytest.mark.slow
