@@ -167,5 +167,5 @@ def test_a_place_of_another_kind_or_without_gcsfs_is_refused(monkeypatch):
 def test_a_work_directory_below_the_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert str(work_directory("~/runs/a")) == "/home/somebody/runs/a"
-    with pytest.raises(UserError, match="~nobody-here/a: the home directory ~nobody-here is not"):
+    with pytest.raises(UserError, match="~nobody-here/a: the home directory ~nobody-here is unk"):
         work_directory("~nobody-here/a")
