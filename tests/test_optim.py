@@ -63,6 +63,7 @@ def make_config(**changes):
             "warmup": "never",
             "clip_norm": 0.0,
             "ema": 0.0,
+            "ema_of": ".*",
             "rules": ((".*", "base"),),
             "groups": {},
         }
@@ -314,7 +315,7 @@ def test_rate_may_be_traced():
         ({"groups": {"head": {"schedule": "x"}}}, "Unknown config.optim.groups.head.schedule 'x'"),
         (
             {"groups": {"head": {"momentun": 0.5}}},
-            "groups.head.momentun: .* Did you mean 'momentum'",
+            "groups.head.momentun is not .* Did you mean 'momentum'",
         ),
         ({"groups": {"frozen": {"lr": 1.0}}}, "config.optim.groups.frozen: the name 'frozen' is"),
         ({"rules": ((".*", "bas"),)}, "unknown group 'bas'. Did you mean 'base'.*: base, frozen"),
@@ -478,6 +479,18 @@ def test_ema_is_the_weighted_mean_of_the_updated_parameters():
                 for n in SHAPES
             }
             assert_same(flatten(ema_params(state)), expected)
+
+
+def test_ema_of_averages_only_the_parameters_that_it_matches():
+    history, state = train(make(ema=0.5, ema_of="(conv|head)/.*", schedule="constant"))
+    whole = flatten(ema_params(train(make(ema=0.5, schedule="constant"))[1]))
+    average = flatten(ema_params(state))
+    for name in SHAPES:
+        expected = whole if name.startswith(("conv", "head")) else history[-1]
+        np.testing.assert_array_equal(average[name], expected[name])
+        assert not np.array_equal(whole[name], history[-1][name])
+    with pytest.raises(UserError, match=r"config.optim.ema_of: '\(' is not a regular expression"):
+        make(ema=0.5, ema_of="(")
 
 
 def test_ema_changes_no_update():

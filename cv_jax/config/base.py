@@ -41,6 +41,7 @@ def base_config() -> ml_collections.ConfigDict:
     optim.clip_norm = 0.0  # largest norm of the whole gradient; 0: off
     optim.skip_nonfinite = False  # skip a step whose loss or new state is not finite
     optim.ema = 0.0  # decay of the averaged parameters that evaluation uses; 0: off
+    optim.ema_of = ".*"  # regex of the paths of parameters to average; others are used as they are
     # (regex of a parameter's path, group): the first match counts; "group?" may match none
     optim.rules = ((".*", "base"),)
     optim.groups = ml_collections.ConfigDict()  # group -> settings that differ from optim's

@@ -188,7 +188,7 @@ def make_optimizer(
 
     The gradient of all parameters that are not frozen is clipped to the global norm `clip_norm`.
     Every group then applies its own optimizer. With `ema` > 0 the state keeps an average of the
-    updated parameters (`ema_params`). The peak rate of a group is
+    updated parameters (`ema_params`) whose paths `ema_of` matches. The peak rate of a group is
     lr * batch_size / lr_batch_size, or lr where lr_batch_size is 0.
 
     Args:
@@ -229,8 +229,9 @@ def make_optimizer(
     if config_optim.clip_norm:
         trained = jax.tree.map(lambda group: group != "frozen", labels)
         chain.insert(0, optax.masked(optax.clip_by_global_norm(config_optim.clip_norm), trained))
+    averaged = set(_match("ema_of", config_optim.ema_of, list(sizes)))
     if config_optim.ema:
-        chain.append(average_params(config_optim.ema))
+        chain.append(average_params(config_optim.ema, averaged.__contains__))
 
     logged = {
         "lr" if g == "base" else f"lr/{g}": r for g, r in rates.items() if g in {*used, "base"}
@@ -280,12 +281,7 @@ def _apply_rules(
                 f"config.optim.rules: unknown group {group!r}.{nearest(group, groups)} "
                 f"There are: {', '.join(sorted(groups))}."
             )
-        try:
-            matched = [name for name in left if re.fullmatch(pattern, name)]
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"config.optim.rules: {pattern!r} is not a regular expression: {error}."
-            ) from error
+        matched = _match("rules", pattern, left)
         if not matched and pattern != ".*" and group == text:
             raise UserError(
                 f"config.optim.rules: {pattern!r} matches no parameter. Correct or remove the "
@@ -300,6 +296,16 @@ def _apply_rules(
             "Add a last rule, for example ('.*', 'base')."
         )
     return decisions
+
+
+def _match(key: str, pattern: str, names: list[str]) -> list[str]:
+    """Returns the names that a regular expression in `config.optim` matches as a whole."""
+    try:
+        return [name for name in names if re.fullmatch(pattern, name)]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"config.optim.{key}: {pattern!r} is not a regular expression: {error}."
+        ) from error
 
 
 def _rate(
@@ -373,7 +379,9 @@ class EmaState(NamedTuple):
     count: jax.Array
 
 
-def average_params(decay: float) -> optax.GradientTransformation:
+def average_params(
+    decay: float, averaged: Callable[[str], bool] = lambda name: True
+) -> optax.GradientTransformation:
     """Keeps an average of the updated parameters; comes last in a chain and changes no update.
 
     After T updates, with p_t the parameters after update t,
@@ -383,6 +391,11 @@ def average_params(decay: float) -> optax.GradientTransformation:
     This is the usual ema <- decay ema + (1 - decay) p without its bias towards the start: the
     initial parameters have weight 0, however short the training. Before the first update, the
     average is the initial parameters.
+
+    Args:
+        decay: in (0, 1).
+        averaged: path -> whether this parameter is averaged; else `ema_params` holds its last
+            value.
     """
 
     def init(params):
@@ -394,9 +407,12 @@ def average_params(decay: float) -> optax.GradientTransformation:
         # (1 - decay) / (1 - decay^count), written so that float32 keeps its digits.
         weight = (1 - decay) / -jnp.expm1(count.astype(jnp.float32) * math.log(decay))
         new = optax.apply_updates(params, updates)
-        # The difference form keeps the bits of a parameter that never changes.
-        average = jax.tree.map(lambda old, p: old + weight * (p - old), state.ema_params, new)
-        return updates, EmaState(average, count)
+
+        def average(path, old, p):
+            # The difference form keeps the bits of a parameter that never changes.
+            return old + weight * (p - old) if averaged(_name(path)) else p
+
+        return updates, EmaState(jax.tree.map_with_path(average, state.ema_params, new), count)
 
     return optax.GradientTransformation(init, update)
 

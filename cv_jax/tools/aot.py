@@ -374,7 +374,7 @@ def cost(program: Callable, args: tuple, resident: int, chip: str, n: int) -> di
 
 
 def estimate(text: str, chip: Chip, n: int, flops: float) -> dict[str, Any]:
-    """Estimates a compiled program's time from its text, as the docstring above says.
+    """Estimates a compiled program's time from its text, as the module's docstring defines.
 
     Args:
         text: the scheduled HLO of one chip's share.
