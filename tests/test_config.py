@@ -131,7 +131,7 @@ def test_a_work_directory_keeps_to_its_config(tmp_path):
 @pytest.mark.parametrize("damaged", [b"", b"{", b"7", b"\xff"])
 def test_a_damaged_config_is_named(damaged, tmp_path):
     (tmp_path / "config.json").write_bytes(damaged)
-    with pytest.raises(UserError, match=r"config\.json is damaged .*delete it"):
+    with pytest.raises(UserError, match=r"config\.json is damaged .*Delete it"):
         adopt_workdir(tmp_path, base_config())
 
 
