@@ -106,7 +106,7 @@ def check_platform() -> None:
 
 
 def _silence_background_threads() -> None:
-    """Silences the tracebacks of orbax's threads; orbax raises the error itself when it saves next.
+    """Silences the tracebacks of orbax's threads; orbax still raises the error when asked.
 
     The tracebacks come from a log, from abandoned coroutines and from their callbacks. gcsfs also
     logs the errors that it raises.
