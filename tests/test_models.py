@@ -501,7 +501,7 @@ def test_compute_dtype(monkeypatch):
     for platform in ("tpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         assert compute_dtype("auto") == BF16
-    with pytest.raises(UserError, match="config.dtype='float16' must be"):
+    with pytest.raises(UserError, match=r"config\.dtype='float16' must be"):
         compute_dtype("float16")
 
 

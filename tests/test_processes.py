@@ -33,7 +33,7 @@ SMALL = ("--config.model=n94(widths=(8,))",)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("host:1", None, 0), "--num_processes missing: --coordinator, "),
+        (("host:1", None, 0), "--num_processes missing: give all of --coordinator, "),
         ((None, 2, None), "--coordinator and --process_id missing: "),
         (("host", 2, 1), "--coordinator='host' must be HOST:PORT"),
         (("host:1", 2, 2), "--process_id=2 must be between 0 and 1"),
