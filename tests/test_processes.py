@@ -15,12 +15,12 @@ from cv_jax.data.fingerprint import of_data
 from cv_jax.runtime.processes import (
     LOST,
     Largest,
-    all_do,
-    check_same,
-    first_does,
-    first_says,
+    assert_equal_on_processes,
+    broadcast,
     join,
     leave,
+    on_all_processes,
+    on_process_0,
 )
 from cv_jax.train.fingerprint import of_program
 from cv_jax.trained.load import load_trained
@@ -46,10 +46,10 @@ def test_flags_that_make_no_sense(flags, message):
 
 
 def test_a_process_alone_agrees_with_itself():
-    assert first_says("here") == "here"
-    assert all_do(lambda: 1) == first_does(lambda: 1) == 1
+    assert broadcast("here") == "here"
+    assert on_all_processes(lambda: 1) == on_process_0(lambda: 1) == 1
     assert [Largest()(x) for x in (3, 2)] == [3, 2]
-    check_same(lambda: pytest.fail("read through for nothing"))
+    assert_equal_on_processes(lambda: pytest.fail("read through for nothing"))
 
 
 def test_facts_name_what_differs(tmp_path):

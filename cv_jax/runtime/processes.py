@@ -87,7 +87,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         faulthandler.disable()
 
 
-def all_do(function: Callable[[], Any]) -> Any:
+def on_all_processes(function: Callable[[], Any]) -> Any:
     """Calls `function` in every process; returns this process's result.
 
     Raises:
@@ -105,21 +105,21 @@ def all_do(function: Callable[[], Any]) -> Any:
     return result
 
 
-def first_does(function: Callable[[], Any]) -> Any:
+def on_process_0(function: Callable[[], Any]) -> Any:
     """Calls `function` on process 0 while the others wait; the others return None.
 
     Raises:
         UserError: `function` raised UserError on process 0. All processes then raise it.
     """
-    return all_do(function if jax.process_index() == 0 else lambda: None)
+    return on_all_processes(function if jax.process_index() == 0 else lambda: None)
 
 
-def first_says(text: str) -> str:
+def broadcast(text: str) -> str:
     """Returns the text of process 0, on all processes."""
     return _texts(text)[0]
 
 
-def check_same(facts: Callable[[], dict[str, Any]]) -> None:
+def assert_equal_on_processes(facts: Callable[[], dict[str, Any]]) -> None:
     """Raises UserError on all processes where some process's facts differ from process 0's.
 
     Args:
