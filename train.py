@@ -50,13 +50,13 @@ from cv_jax.learn.inputs import check_augmented
 from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.mesh import check_batch_size
 from cv_jax.runtime.processes import (
-    all_do,
-    check_same,
-    first_does,
-    first_says,
+    assert_equal_on_processes,
+    broadcast,
     join,
     leave,
     lost_process_ends_this,
+    on_all_processes,
+    on_process_0,
 )
 from cv_jax.runtime.signals import Stopped, StopRequest, raise_when_signalled
 from cv_jax.runtime.startup import jit_once, prepare_jax
@@ -105,15 +105,15 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 
 def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0) -> dict:
     """Trains as `config` says, from where `workdir` stopped if it did. Returns the result."""
-    check_same(partial(of_program, config, workdir))
+    assert_equal_on_processes(partial(of_program, config, workdir))
     check(config)
     sweep = make_sweep(config)
     runs = make_runs(config, sweep)
     check_batch_size(config.batch_size, runs.mesh)
     clock = Clock()
     with clock("data"):
-        data = all_do(partial(load_dataset, config.data))
-        check_same(partial(data_fingerprint, data))
+        data = on_all_processes(partial(load_dataset, config.data))
+        assert_equal_on_processes(partial(data_fingerprint, data))
     with clock("init"):
         task = build_task(config, data.spec)
     metric = task.metrics.get(task.headline, Metric())
@@ -131,7 +131,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         Checkpoints(workdir, config.keep_checkpoints, metric) as checkpoints,
         lost_process_ends_this(),  # before the checkpoints wait for it
     ):
-        changes = first_does(partial(adopt_workdir, workdir, config))
+        changes = on_process_0(partial(adopt_workdir, workdir, config))
         layout = runs.state_sharding(jax.eval_shape(programs.init, runs.own))
         init = jit_once(programs.init, out_shardings=layout)
         restored = checkpoints.restore_latest(like=init.eval_shape(runs.own))
@@ -142,7 +142,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, profile_steps: int = 0
         if result := finished_result(workdir, int(state.step), intervals.total):
             return result
 
-        first_does(partial(write_environment, workdir, goes_on=bool(restored)))
+        on_process_0(partial(write_environment, workdir, goes_on=bool(restored)))
         train_chunk = compile_train_chunk(
             programs.train_chunk, runs.own, state, batches, runs.mesh, clock
         )
@@ -226,7 +226,9 @@ def main(argv: list[str]) -> None:
     try:
         prepare_jax(num_runs(_CONFIG.value))
         join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        workdir = all_do(partial(work_directory, first_says(first_does(choose_workdir) or "")))
+        workdir = on_all_processes(
+            partial(work_directory, broadcast(on_process_0(choose_workdir) or ""))
+        )
         with lost_process_ends_this():
             result = run(_CONFIG.value, workdir, _PROFILE_STEPS.value)
         if jax.process_index() == 0:

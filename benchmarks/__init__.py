@@ -1,1 +1,1 @@
-"""Measurements beside PyTorch and beside plain lax; nothing here is needed to train."""
+"""Measurements against PyTorch and plain lax; training needs nothing from here."""

@@ -1,10 +1,10 @@
-"""The input side alone: batches and augmentation without a network, and reading the data set.
+"""Measures the input side alone: batches and augmentation without a network, and loading.
 
     python -m benchmarks.input --config=configs/cifar10.py --batch_sizes=128,500,2000
 
-"resident" and "stream" are the two ways of cv_jax/data/batches.py under the loop that trains, whose
-step here augments the batch and adds its pixels up. "load" is `load_dataset` in a fresh process,
-imports of JAX not counted: "first" decodes, "cached" maps what the first has kept.
+"resident" and "stream" are the two kinds of batches in cv_jax/data/batches.py. They run in the
+training loop, whose step here only augments the batch and sums its pixels. "load" is `load_dataset`
+in a fresh process, without the import of JAX: "first" decodes, "cached" maps the decoded files.
 """
 
 import itertools
@@ -45,13 +45,13 @@ print(time.perf_counter() - start)
 
 
 class Counter(NamedTuple):
-    """All the state that batches need."""
+    """The only state that batches need: the step."""
 
     step: jax.Array
 
 
 def make_step(augment: str, num_classes: int) -> Callable:
-    """A "training step" that only augments; its metric is the mean pixel, so that all are made."""
+    """Builds a training step that only augments; its metric, the mean pixel, needs all pixels."""
     op = make_augment(augment)
 
     def step(state, batch, key):
@@ -66,13 +66,13 @@ def make_step(augment: str, num_classes: int) -> Callable:
 def time_batches(
     config: ml_collections.ConfigDict, data: Dataset, num_steps: int, rounds: int
 ) -> dict[str, Any]:
-    """Images per second of `config`'s batches and augmentation, and the seconds of each round."""
+    """Measures images per second of `config`'s batches and augmentation, and seconds per round."""
     keys = derive_keys(config.seed)
     batches = make_batches(config, data.train, keys.order, make_mesh())
     step = make_step(config.augment, data.spec.num_classes)
     steps = loop(step, batches, Counter(jnp.int32(0)), keys.step)
     marks = []
-    for _ in range(rounds + 1):  # the first is not counted
+    for _ in range(rounds + 1):  # the first round is not counted
         steps(num_steps)
         marks.append(time.perf_counter())
     seconds = [end - start for start, end in itertools.pairwise(marks)]
@@ -87,7 +87,7 @@ def measure(
     num_images: int,
     rounds: int,
 ) -> dict[str, dict[str, Any]]:
-    """`time_batches` of about `num_images` a round: {"resident/500": ..., "stream/500": ...}."""
+    """Measures all batch sizes, with about `num_images` a round: {"resident/500": ..., ...}."""
     results = {}
     for size in batch_sizes:
         for way in ("resident", "stream"):
@@ -98,7 +98,7 @@ def measure(
 
 
 def time_load(config: ml_collections.ConfigDict) -> dict[str, float]:
-    """Seconds of reading the data set: {"first", "cached"}, with a cache that starts empty."""
+    """Measures the seconds of loading the data set: {"first", "cached"}, from an empty cache."""
     command = [sys.executable, "-c", LOAD, json.dumps(config.data.to_dict())]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "CV_JAX_CACHE": cache}
@@ -109,11 +109,11 @@ def time_load(config: ml_collections.ConfigDict) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures, prints, and writes the record where it is asked for."""
+    """Measures and prints; writes the record if --out is given."""
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--config", default="configs/cifar10.py")
     parser.add_argument("--batch_sizes", default="4,128,500,2000")
-    parser.add_argument("--images", type=int, default=20_000, help="in a round")
+    parser.add_argument("--images", type=int, default=20_000, help="images in a round")
     args = parser.parse_args()
     prepare_jax()
     config = runpy.run_path(args.config)["get_config"]()

@@ -1,13 +1,13 @@
-"""The classic tutorial's whole program beside train.py --config=configs/cifar10_lenet.py.
+"""Compares PyTorch's tutorial program with train.py --config=configs/cifar10_lenet.py.
 
     python -m benchmarks.lenet --epochs=1 --rounds=3
 
-Both train on all 50,000 images of CIFAR-10, four a step, and classify the 10,000 test images; the
-tutorial normalises to [-1, 1], the config leaves [0, 1]. In each round one follows the other.
+Both train on all 50,000 images of CIFAR-10, four a step, and classify the 10,000 test images. The
+tutorial normalises to [-1, 1], the config to [0, 1]. Each round runs one after the other.
 "wall" is the seconds from command to exit: start, imports, reading the decoded data, compiling
-(the cache of compiled programs is empty each time), training, evaluation. "epoch" is the seconds of
-an epoch's steps alone, "whole_epoch" those of reading, training and evaluation divided by the
-epochs; PyTorch's steps read as they go.
+(with an empty cache of compiled programs), training, evaluation. "epoch" is the seconds of an
+epoch's steps alone. "whole_epoch" is the seconds of reading, training and evaluation divided by the
+epochs; PyTorch reads during its steps.
 """
 
 import json
@@ -28,7 +28,7 @@ from cv_jax.data import load_dataset
 
 
 def write_data(directory: Path) -> None:
-    """Writes CIFAR-10 as the .npy files that the PyTorch program reads; fills cv_jax's cache."""
+    """Writes CIFAR-10 as .npy files for the PyTorch program, and fills cv_jax's cache."""
     config = base_config()
     config.data.name = "cifar10"
     data = load_dataset(config.data)
@@ -38,7 +38,7 @@ def write_data(directory: Path) -> None:
 
 
 def timed_run(command: list[str], **environment: str) -> tuple[float, str]:
-    """Runs a Python program to its end; returns the seconds of wall time and what it printed."""
+    """Runs a Python program to its end; returns the seconds of wall time and its output."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     start = time.perf_counter()
     output = subprocess.check_output(
@@ -48,14 +48,14 @@ def timed_run(command: list[str], **environment: str) -> tuple[float, str]:
 
 
 def run_torch(data: Path, epochs: int) -> dict[str, Any]:
-    """One run of the tutorial's program."""
+    """Runs the tutorial's program once."""
     wall, output = timed_run(["benchmarks/torch_lenet.py", str(data), f"--epochs={epochs}"])
     result = json.loads(output.splitlines()[-1])
     return {"wall": wall, **per_epoch(result["seconds"], epochs), **result}
 
 
 def run_ours(epochs: int) -> dict[str, Any]:
-    """One run of train.py in a work directory of its own, with nothing compiled before."""
+    """Runs train.py once, in a new work directory, with an empty compilation cache."""
     with tempfile.TemporaryDirectory() as scratch:
         command = ["train.py", "--config=configs/cifar10_lenet.py", f"--config.epochs={epochs}.0"]
         command.append(f"--workdir={scratch}/run")
@@ -66,13 +66,13 @@ def run_ours(epochs: int) -> dict[str, Any]:
 
 
 def per_epoch(seconds: dict[str, float], epochs: int) -> dict[str, float]:
-    """What the docstring above calls "epoch" and "whole_epoch", of the seconds of a run."""
+    """Computes "epoch" and "whole_epoch", see above, from the seconds of a run."""
     whole = seconds.get("data", 0) + seconds["train"] + seconds["eval"]
     return {"epoch": seconds["train"] / epochs, "whole_epoch": whole / epochs}
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians of each side, PyTorch's seconds by ours in each round, and {side: runs} itself."""
+    """Computes each side's medians and the ratios of PyTorch's seconds to ours; adds the runs."""
 
     def column(side, key):
         return [run[key] for run in runs[side]]
@@ -90,7 +90,7 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs both programs in turn, prints the medians, and writes the record where it is asked."""
+    """Runs both programs in turn and prints the medians; writes the record if --out is given."""
     parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--epochs", type=int, default=1)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Counts lines of code by room: neither blank lines, nor comments, nor docstrings.
+"""Counts lines of code by room, without blank lines, comments and docstrings.
 
 python -m benchmarks.lines            # each room of cv_jax, and train.py
-python -m benchmarks.lines --files    # each file, too
+python -m benchmarks.lines --files    # each file as well
 """
 
 import argparse
@@ -23,7 +23,7 @@ _NO_CODE = {
 
 
 def lines_of_code(source: str) -> int:
-    """Counts the lines of a Python source that hold code; a text over n lines counts n."""
+    """Counts the lines of a Python source that hold code; a string over n lines counts n."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in _NO_CODE:
@@ -39,7 +39,7 @@ def lines_of_code(source: str) -> int:
 def main() -> None:
     """Prints the counts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--files", action="store_true", help="each file, too")
+    parser.add_argument("--files", action="store_true", help="count each file as well")
     by_file = parser.parse_args().files
     files = {
         path.relative_to(ROOT): lines_of_code(path.read_text())

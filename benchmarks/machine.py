@@ -1,4 +1,4 @@
-"""What every benchmark shares: its command line, its record, and the ratio of paired rounds."""
+"""The command line, the record and the paired ratios shared by all benchmarks."""
 
 import argparse
 import os
@@ -17,29 +17,29 @@ from cv_jax.workdir.result import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch")
-# Of the CPU: what decides how fast float32 and bfloat16 products are.
+# CPU flags that decide the speed of float32 and bfloat16 products.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 
 
 def make_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
-    """A parser with --rounds and --out, which every benchmark has."""
+    """Builds a parser with --rounds and --out, which every benchmark has."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=rounds, help="behind each median")
-    parser.add_argument("--out", help="a file for the record, as JSON")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds behind each median")
+    parser.add_argument("--out", help="JSON file for the record")
     return parser
 
 
 def save(name: str, args: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Writes the record of a benchmark to the file that --out names, if it names one."""
+    """Writes the record of a benchmark to the file --out, if given."""
     if args.out:
         write_json(Path(expand(args.out)), record(name, vars(args), results))
         print(f"written {args.out}")
 
 
 def record(name: str, settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, how often (n rounds), with what settings, versions and machine."""
+    """Returns the record: results, number of rounds (n), settings, versions and machine."""
     info = Path("/proc/cpuinfo").read_text()
     cpu = re.search(r"model name\s*: (.*)", info)
     commit, dirty = git_commit()
@@ -68,9 +68,9 @@ def _version(package: str) -> str | None:
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
-    """The median over rounds of numerator / denominator, and the ratio of each round.
+    """Computes numerator / denominator of each round, and the median over rounds.
 
-    A round measures both one after the other: what slows the machine for longer than that cancels.
+    A round measures both one after the other, so a slower machine cancels out.
     """
     ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
     return {"median": statistics.median(ratios), "rounds": ratios}

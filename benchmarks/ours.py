@@ -1,4 +1,4 @@
-"""cv_jax's side of the benchmarks: the program of train.py, and the same on plain lax."""
+"""cv_jax's side of the benchmarks: the program of train.py, also on plain lax."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ from cv_jax.train.chunks import make_train_chunk
 
 
 def step_config(model: str, batch_size: int, dtype: str) -> ml_collections.ConfigDict:
-    """What both sides run: no augmentation, SGD with Nesterov momentum at a constant rate."""
+    """Returns the config of both sides: no augmentation, SGD with Nesterov, a constant rate."""
     config = base_config()
     config.model, config.batch_size, config.dtype = model, batch_size, dtype
     config.optim.name = "sgd(nesterov=True)"
@@ -35,7 +35,7 @@ def step_config(model: str, batch_size: int, dtype: str) -> ml_collections.Confi
 
 
 def build(config: ml_collections.ConfigDict, num_train: int) -> tuple[Task, Batches, Keys]:
-    """The task and the resident batches of random images."""
+    """Builds the task, resident batches of random images, and the keys."""
     image, label = random_images(num_train)
     mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
     train = {"image": image, "label": label}
@@ -50,7 +50,7 @@ def build(config: ml_collections.ConfigDict, num_train: int) -> tuple[Task, Batc
 
 
 def loop(train_step: Callable, batches: Batches, state: Any, key: jax.Array) -> Callable:
-    """The loop of train.py; returns num_steps -> {metric: mean of the last step}."""
+    """Builds train.py's loop as a function num_steps -> {metric: mean of the last step}."""
     train_chunk = jax.jit(make_train_chunk(train_step, batches), donate_argnums=0)
 
     def steps(num_steps: int) -> dict[str, float]:
@@ -68,7 +68,7 @@ def loop(train_step: Callable, batches: Batches, state: Any, key: jax.Array) -> 
 
 
 def jax_steps(model: str, batch_size: int, dtype: str) -> Steps:
-    """As many steps in a dispatch as are asked for, unless an epoch ends between."""
+    """Builds the steps; a call runs all its steps in one dispatch unless an epoch ends between."""
     prepare_jax()
     task, batches, keys = build(step_config(model, batch_size, dtype), NUM_TRAIN)
     state = jax.jit(task.init)(keys.init)
@@ -77,9 +77,9 @@ def jax_steps(model: str, batch_size: int, dtype: str) -> Steps:
 
 
 def check_loss(model: str, batch_size: int, num_steps: int = 20) -> dict[str, list[float]]:
-    """Trains in float32 on cv_jax.ops and on plain lax, from the same start on the same batches.
+    """Trains in float32 on cv_jax.models.ops and on plain lax, with the same start and batches.
 
-    Prints a line for each step, and returns the losses and their relative differences.
+    Prints a line for each step; returns the losses and their relative differences.
     """
     config = step_config(model, batch_size, "float32")
     task, batches, keys = build(config, num_steps * batch_size)

@@ -1,11 +1,10 @@
-"""predict and report on a trained network: how long they take, from the command to its end.
+"""Measures predict and report on a trained network, from the command to its end.
 
     python -m benchmarks.predict --workdir=runs/cifar10 --tta=none
 
-Writes the test set as PNG files and asks predict for all of them, as a user's command and with huge
-pages (GLIBC_TUNABLES) in turn, and counts the right answers beside those of the evaluation that
-train.py makes. Then it has the report written. A first time of each, which may compile, does not
-count.
+Writes the test set as PNG files and runs predict on all of them, plainly and with huge pages
+(GLIBC_TUNABLES) in turn. Counts the correct predictions, and those of train.py's evaluation. Then
+runs report. The first run of each command, which may compile, is not counted.
 """
 
 import json
@@ -35,13 +34,13 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def write_images(split: Examples, folder: Path) -> None:
-    """Each image as a PNG file whose name ends with its label."""
+    """Writes each image as a PNG file whose name ends with the label."""
     for i, (image, label) in enumerate(zip(split["image"], split["label"], strict=True)):
         Image.fromarray(image.squeeze()).save(folder / f"{i:06d}-{label}.png")
 
 
 def count_right(workdir: str, tta: str, test: Examples) -> int:
-    """How many test images the evaluation of train.py answers right."""
+    """Counts the test images that train.py's evaluation predicts correctly."""
     trained = load_trained(epath.Path(workdir), tta=tta)
     evaluate = partial(jax.jit(trained.task.evals["final"]), trained.state)
     batches = padded_batches(test, trained.spec.fields, trained.config.eval_batch_size)
@@ -49,7 +48,7 @@ def count_right(workdir: str, tta: str, test: Examples) -> int:
 
 
 def run(tool: str, *arguments: str, **environment: str) -> tuple[float, str]:
-    """Seconds that a tool of cv_jax takes, and what it prints."""
+    """Runs a tool of cv_jax; returns its seconds and its output."""
     command = [sys.executable, "-m", f"cv_jax.tools.{tool}", *arguments]
     start = time.perf_counter()
     done = subprocess.run(
@@ -62,7 +61,7 @@ def run(tool: str, *arguments: str, **environment: str) -> tuple[float, str]:
 
 
 def measure(workdir: str, tta: str, rounds: int, scratch: Path) -> dict[str, Any]:
-    """All rounds of predict, then of report."""
+    """Runs all rounds of predict, then of report."""
     trained = load_trained(epath.Path(workdir))
     test = load_dataset(trained.config.data).test
     (scratch / "images").mkdir()
@@ -101,9 +100,9 @@ def _median(times: list[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints, and writes the record where it is asked for."""
+    """Measures and prints; writes the record if --out is given."""
     parser = make_parser(__doc__, rounds=5)
-    parser.add_argument("--workdir", required=True, help="of a complete run")
+    parser.add_argument("--workdir", required=True, help="work directory of a finished run")
     parser.add_argument("--tta", default="none", choices=tuple(TTA), help="views of an image")
     args = parser.parse_args()
     prepare_jax()

@@ -1,14 +1,14 @@
-"""One program on several devices and processes: the same curve, one end, no silent wait.
+"""Checks one program on several devices and processes: equal losses, one end, no silent wait.
 
     python -m benchmarks.processes --out=results/processes.json
 
-curves      20 steps, logged one by one, on 1, 2, 4 and 8 CPU devices of one process, and on 2 and 4
-            processes that exchange by gloo: how far the loss is at most from that on one device,
-            relative to it; and how many images the final evaluation counts.
-signalled   SIGTERM to one of two processes: the seconds until both have ended, and whether they
-            agree on the step.
-lost        the seconds from the end of one of two processes to that of the other: killed, stopped
-            for good (SIGSTOP) as a machine that hangs, and for both the first and the second.
+curves      20 steps, each logged, on 1, 2, 4 and 8 CPU devices of one process, and on 2 and 4
+            processes connected by gloo: the largest difference of the loss from one device's,
+            relative to it, and the number of images in the final evaluation.
+signalled   SIGTERM to one of two processes: the seconds until both have ended. Both must stop at
+            the same step.
+lost        seconds from the end of one of two processes to the end of the other. The process is
+            killed, or stopped with SIGSTOP like a machine that hangs; process 0 and process 1.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ CONFIGS = {
     "digits": ["--config=configs/digits.py"],
     "cifar10_lenet": ["--config=configs/cifar10_lenet.py", "--config.batch_size=64"],
 }
-# Takes minutes, in steps of milliseconds: whatever ends it comes before its end.
+# Takes minutes, in steps of milliseconds: a signal always arrives before its end.
 LONG = ["--config=configs/digits.py", "--config.epochs=3000", "--config.checkpoint_every=never"]
 
 
@@ -44,9 +44,14 @@ def start(
     devices: int = 1,
     last: tuple[str, ...] = (),
 ) -> Iterator[list[subprocess.Popen]]:
-    """train.py in so many processes of so many CPU devices; what is left of them is killed.
+    """Starts train.py in several processes; kills the processes that are left at the end.
 
-    The last process is given the arguments `last` beside those of all.
+    Args:
+        workdir: work directory of the run.
+        arguments: arguments of every process.
+        processes: number of processes.
+        devices: CPU devices of each process.
+        last: further arguments of the last process.
     """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "train.py", f"--workdir={workdir}", *arguments]
@@ -76,7 +81,7 @@ def start(
 
 
 def printed(workdir: Path, process: int = 0) -> str:
-    """What a process of `start` has printed."""
+    """Reads the output of a process of `start`."""
     return (workdir.parent / f"{workdir.name}-{process}.log").read_text()
 
 
@@ -87,31 +92,31 @@ def _free_port() -> int:
 
 
 def finish(workdir: Path, arguments: list[str], processes: int = 1, devices: int = 1) -> None:
-    """Runs `start` to its end; an AssertionError with what was printed where it fails."""
+    """Runs `start` to its end; raises AssertionError with the output of a process that fails."""
     with start(workdir, arguments, processes, devices) as running:
         for i, process in enumerate(running):
             assert process.wait() == 0, printed(workdir, i)
 
 
 def losses(workdir: Path) -> list[float]:
-    """The training loss of each row."""
+    """Reads the training loss of each row of metrics.jsonl."""
     records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [record["values"]["loss"] for record in records if record["split"] == "train"]
 
 
 def counts(workdir: Path) -> dict[str, int]:
-    """How many images the final evaluation counted, by split."""
+    """Reads the number of images in the final evaluation, by split."""
     result = json.loads((workdir / "result.json").read_text())
     return {split: result[split]["count"] for split in ("val", "test") if result[split]}
 
 
 def largest_difference(losses: list[float], reference: list[float]) -> float:
-    """Of two curves, relative to the second."""
+    """Computes the largest difference of two curves, relative to the second."""
     return max(abs(x - y) / abs(y) for x, y in zip(losses, reference, strict=True))
 
 
 def curves(scratch: Path, config: str) -> dict[str, Any]:
-    """The curve of a config in each layout beside that on one device."""
+    """Compares the loss curve of a config in each layout with the curve on one device."""
     arguments = [*CONFIGS[config], f"--config.steps={STEPS}", "--config.log_every=1 steps"]
     layouts = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (2, 4)]
     results, reference = {}, None
@@ -129,7 +134,7 @@ def curves(scratch: Path, config: str) -> dict[str, Any]:
 
 
 def wait_until_it_trains(workdir: Path, running: list[subprocess.Popen], rows: int = 1) -> None:
-    """Waits for so many rows of metrics.jsonl."""
+    """Waits until metrics.jsonl has at least `rows` rows."""
     path = workdir / "metrics.jsonl"
     while not (path.exists() and path.read_text().count("\n") >= rows):
         assert all(process.poll() is None for process in running), printed(workdir)
@@ -139,7 +144,7 @@ def wait_until_it_trains(workdir: Path, running: list[subprocess.Popen], rows: i
 def signalled(
     scratch: Path, process: int, *arguments: str, rows: int = 1, devices: int = 1
 ) -> dict[str, Any]:
-    """SIGTERM to one of two processes of so many devices, after so many rows of the log."""
+    """Sends SIGTERM to one of two processes once metrics.jsonl has `rows` rows."""
     workdir = scratch / f"signalled-{process}"
     with start(workdir, [*LONG, *arguments], 2, devices) as running:
         wait_until_it_trains(workdir, running, rows)
@@ -157,7 +162,7 @@ def signalled(
 
 
 def lost(scratch: Path, process: int, signum: signal.Signals, *arguments: str) -> dict[str, Any]:
-    """One of two processes dies or hangs: how and when the other ends."""
+    """Kills or stops one of two processes; reports how and when the other ends."""
     workdir = scratch / f"lost-{process}-{signum.name}"
     with start(workdir, [*LONG, *arguments], processes=2) as running:
         wait_until_it_trains(workdir, running)
@@ -176,7 +181,7 @@ def lost(scratch: Path, process: int, signum: signal.Signals, *arguments: str) -
 
 
 def main() -> None:
-    """Measures all of it, prints it, and writes the record where it is asked."""
+    """Measures and prints everything; writes the record if --out is given."""
     args = make_parser(__doc__, rounds=1).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -1,10 +1,10 @@
-"""The page's server: how long an answer takes, and what a thousand bad requests get.
+"""Measures the page's server: the time of a response, and the responses to 1,000 bad requests.
 
     python -m benchmarks.serve --workdir=runs/cifar10
 
-Starts `cv_jax.tools.serve` on the run and sends it random images of the size of the network's as
-PNG, one after the other; a time is that from the connection to the whole answer. Then bad requests
-of each kind in turn, 1,000 of them, and a good one again.
+Starts `cv_jax.tools.serve` on the run and sends random PNG images of the network's size, one after
+the other. A time runs from the connection to the whole response. Then sends 1,000 bad requests, of
+each kind in turn, and one good request.
 """
 
 import argparse
@@ -30,14 +30,14 @@ HANG_UP = "hangs up"  # in place of a body: the connection is closed in the midd
 
 
 def encode(kind: str, size: tuple[int, int]) -> bytes:
-    """A file with a random image of (w, h)."""
+    """Encodes a random image of size (w, h) as a file."""
     pixels = np.frombuffer(random.randbytes(3 * size[0] * size[1]), np.uint8)
     Image.fromarray(pixels.reshape(size[1], size[0], 3)).save(file := BytesIO(), kind)
     return file.getvalue()
 
 
 def bomb(side: int) -> bytes:
-    """A PNG file of `side` black pixels a side in few bytes."""
+    """Builds a small PNG file of `side` black pixels a side."""
 
     def chunk(kind, data):
         crc = zlib.crc32(kind + data).to_bytes(4, "big")
@@ -51,7 +51,7 @@ def bomb(side: int) -> bytes:
 
 
 def request(body: bytes, length: Any = None, *headers: str, line: str = "POST /predict") -> bytes:
-    """An HTTP request; its Content-Length is `length`, or that of the body, or "" for none."""
+    """Builds an HTTP request. Content-Length is `length`; None: that of the body; "": absent."""
     length = len(body) if length is None else length
     lines = [f"{line} HTTP/1.1", *headers]
     if not any(header.startswith("Host") for header in headers):
@@ -61,7 +61,7 @@ def request(body: bytes, length: Any = None, *headers: str, line: str = "POST /p
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-# Each makes a request, anew for each call where it is random.
+# Kind -> function that builds such a request; a random one differs at each call.
 BAD: dict[str, Callable[[], bytes]] = {
     "random bytes": lambda: request(random.randbytes(3000)),
     "half a PNG": lambda: request(encode("PNG", (32, 32))[:1500]),
@@ -89,14 +89,14 @@ BAD: dict[str, Callable[[], bytes]] = {
 
 
 def ask(port: int, sent: bytes, hang_up: bool = False) -> str:
-    """Sends a request; returns the status of the answer, or what became of it."""
+    """Sends a request; returns the status, or "closed", "reset" or "none" without a response."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         try:
             connection.sendall(sent)
             if hang_up:
                 return "none"
         except ConnectionError:
-            pass  # it answers before it has heard all
+            pass  # the server responds before it has read all
         try:
             reply = b"".join(iter(lambda: connection.recv(65536), b""))
         except ConnectionError:
@@ -105,7 +105,7 @@ def ask(port: int, sent: bytes, hang_up: bool = False) -> str:
 
 
 def time_answers(port: int, size: tuple[int, int], count: int) -> list[float]:
-    """Milliseconds of each of `count` answers to images of (w, h); ten before do not count."""
+    """Measures the milliseconds of `count` responses to images of (w, h), after ten uncounted."""
     times = []
     for _ in range(count + 10):
         sent = request(encode("PNG", size))
@@ -118,7 +118,7 @@ def time_answers(port: int, size: tuple[int, int], count: int) -> list[float]:
 
 
 def send_bad(port: int, count: int) -> dict[str, dict[str, int]]:
-    """How often each kind of bad request got what."""
+    """Counts the statuses that each kind of bad request got."""
     got: dict[str, Counter] = {kind: Counter() for kind in BAD}
     for i in range(count):
         kind = list(BAD)[i % len(BAD)]
@@ -127,7 +127,7 @@ def send_bad(port: int, count: int) -> dict[str, dict[str, int]]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Starts the server, asks it, and stops it."""
+    """Starts the server, sends the requests, and stops the server."""
     command = [sys.executable, "-m", "cv_jax.tools.serve", f"--workdir={args.workdir}", "--port=0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
@@ -159,10 +159,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints, and writes the record where it is asked for."""
+    """Measures and prints; writes the record if --out is given."""
     parser = make_parser(__doc__, rounds=200)
-    parser.add_argument("--workdir", required=True, help="of a run of colour images")
-    parser.add_argument("--bad", type=int, default=1000, help="bad requests")
+    parser.add_argument("--workdir", required=True, help="work directory of a run on colour images")
+    parser.add_argument("--bad", type=int, default=1000, help="number of bad requests")
     args = parser.parse_args()
     random.seed(0)
     results = measure(args)

@@ -1,14 +1,14 @@
-"""The training step beside the same network in PyTorch, on the CPU.
+"""Compares the training step with the same network in PyTorch, on the CPU.
 
     python -m benchmarks.step --model=n94 --batch_size=500 --rounds=10 --steps=4
-    python -m benchmarks.step --model=n94 --batch_size=500,2000       # what an image costs in each
+    python -m benchmarks.step --model=n94 --batch_size=500,2000       # cost of an image in each
     python -m benchmarks.step --model=n94 --check_loss                # against plain lax
 
-Every variant is a process with all cores to itself in turn: in each round each makes `steps` steps
-while the others sleep, after one that is not counted. Both sides take random uint8 images that are
-resident, normalise them in the step, and train by SGD with Nesterov momentum on the cross-entropy.
-A step's seconds are wall time of `steps` steps in a row, divided by their number; compilation is
-not in them.
+Every variant is a process. In each round, each process in turn makes one uncounted step, then
+`steps` steps, with all cores to itself while the others sleep. Both sides take random resident
+uint8 images, normalise them in the step, and train by SGD with Nesterov momentum on the
+cross-entropy. A step's seconds are the wall time of `steps` steps in a row, divided by their
+number, without compilation.
 """
 
 import argparse
@@ -31,7 +31,7 @@ VARIANTS = (*OURS, *TORCH_FLOAT32, *TORCH_BFLOAT16)
 
 
 class Case(NamedTuple):
-    """One side of the comparison."""
+    """A variant at a batch size."""
 
     variant: str
     batch_size: int
@@ -84,11 +84,11 @@ class Worker:
         if line := self._process.stdout.readline():
             return json.loads(line)
         self.stop()
-        raise WorkerEnded(f"The worker of {self._case} ended; its message stands above.")
+        raise WorkerEnded(f"The worker of {self._case} ended; see its message above.")
 
 
 def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[Case, dict[str, Any]]:
-    """Warms every case up, times those that are not far too slow; see `summarize`."""
+    """Warms up every case and times those that are not far too slow; see `summarize`."""
     answers: dict[Case, list[dict]] = {}
     too_slow: dict[Case, dict[str, Any]] = {}
     fastest = float("inf")  # seconds per image
@@ -113,10 +113,10 @@ def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[Case, dict[
 
 
 def summarize(rows: Sequence[dict[str, float]], steps: int, case: Case) -> dict[str, Any]:
-    """What the rounds of one case come to: the seconds of a step in each, their median, and more.
+    """Summarizes the rounds of one case: seconds of a step in each round, their median, and more.
 
-    A case that was too slow to be timed has warm_up_seconds instead, of its last step, and
-    whether it was given up before that step ended.
+    A case that is too slow to time has other entries: warm_up_seconds of its last step, and
+    given_up, whether that step was ended early.
     """
     seconds = [row["seconds"] / steps for row in rows]
     median = statistics.median(seconds)
@@ -130,13 +130,14 @@ def summarize(rows: Sequence[dict[str, float]], steps: int, case: Case) -> dict[
 
 
 def compare(results: dict[Case, dict[str, Any]]) -> dict[str, Any]:
-    """Paired ratios over the rounds; the best of several cases is the one of least median.
+    """Computes paired ratios over the rounds; the best of several cases has the least median.
 
     Returns:
         "speed": for each of our cases, the time of the best PyTorch float32 variant of the same
-            batch size, divided by ours; "best_speed": the same for the best of ours against the
-            best of PyTorch's, whatever the dtypes. "image_cost": for each of our cases of a
-            further batch size, seconds per image divided by those of the same variant's first.
+            batch size, divided by ours.
+        "best_speed": the time of the best PyTorch variant divided by that of our best, any dtype.
+        "image_cost": for each of our cases beyond a variant's first batch size, seconds per image
+            divided by those at the first batch size.
     """
     timed = {case: result for case, result in results.items() if "rounds" in result}
     ours = [case for case in timed if case.variant in OURS]
@@ -166,7 +167,7 @@ def compare(results: dict[Case, dict[str, Any]]) -> dict[str, Any]:
 
 
 def report(results: dict[Case, dict[str, Any]], ratios: dict[str, Any]) -> str:
-    """A table of the cases, and a line for each ratio."""
+    """Formats a table of the cases, and a line for each ratio."""
     lines = [f"{'case':<34} {'s/step':>8} {'images/s':>9} {'peak GB':>8} {'loss':>8}"]
     for case, result in results.items():
         if "rounds" in result:
@@ -191,14 +192,16 @@ def report(results: dict[Case, dict[str, Any]], ratios: dict[str, Any]) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; `batch_size` and `variants` become lists."""
+    """Parses the command line; `batch_size` and `variants` become lists."""
     parser = make_parser(__doc__, rounds=10)
     parser.add_argument("--model", choices=("n94", "resnet18"), default="n94")
     parser.add_argument("--batch_size", default="500", help="images a step; several: A,B")
     parser.add_argument("--steps", type=int, default=4, help="steps of a variant in a round")
     parser.add_argument("--variants", help=f"some of {','.join(VARIANTS)}")
-    parser.add_argument("--cap", type=float, default=10, help="not timed: so many times slower")
-    parser.add_argument("--limit", type=float, default=300, help="seconds of a warm-up, at most")
+    parser.add_argument(
+        "--cap", type=float, default=10, help="slowest timed case, in times fastest"
+    )
+    parser.add_argument("--limit", type=float, default=300, help="most seconds of a warm-up step")
     parser.add_argument("--check_loss", action="store_true", help="compare losses with plain lax")
     args = parser.parse_args(argv)
     args.batch_size = [int(size) for size in args.batch_size.split(",")]
@@ -210,7 +213,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, and writes the record where it is asked for."""
+    """Measures and prints; writes the record if --out is given."""
     args = parse()
     if args.check_loss:
         from benchmarks.ours import check_loss

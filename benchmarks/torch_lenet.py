@@ -3,11 +3,11 @@
     python benchmarks/torch_lenet.py DIRECTORY --epochs=1
 
 https://pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html: four images a step, SGD, two
-loader processes. The data set and its transforms are torchvision's, written out: every image is
-turned into a PIL image, a float tensor and a normalised one each time it is read.
+loader processes. The data set and its transforms are torchvision's, written out: each read turns
+an image into a PIL image, a float tensor and a normalised tensor.
 
-DIRECTORY holds {train,test}.{image,label}.npy. The last line printed is JSON: accuracy on test,
-seconds of the training loop and of the evaluation.
+DIRECTORY holds {train,test}.{image,label}.npy. The last line of the output is JSON: accuracy on
+test, seconds of the training loop and of the evaluation.
 """
 
 import argparse
@@ -39,13 +39,13 @@ class CIFAR10(Dataset):
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """torchvision.transforms.ToTensor: (h, w, c) in 0..255 -> (c, h, w) float32 in [0, 1]."""
+    """Converts (h, w, c) in 0..255 to (c, h, w) float32 in [0, 1], as transforms.ToTensor."""
     array = torch.from_numpy(np.array(image, np.uint8, copy=True))
     return array.permute((2, 0, 1)).contiguous().to(torch.get_default_dtype()).div(255)
 
 
 def normalize(image: torch.Tensor) -> torch.Tensor:
-    """torchvision.transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))."""
+    """Applies torchvision.transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))."""
     mean, std = (torch.as_tensor((0.5, 0.5, 0.5), dtype=image.dtype) for _ in range(2))
     return image.clone().sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
@@ -87,7 +87,7 @@ def train(network: nn.Module, loader: DataLoader, epochs: int) -> None:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, loader: DataLoader) -> float:
-    """Accuracy in [0, 1]."""
+    """Returns the accuracy in [0, 1]."""
     correct = total = 0
     for images, labels in loader:
         correct += (network(images).argmax(1) == labels).sum().item()
@@ -96,7 +96,7 @@ def evaluate(network: nn.Module, loader: DataLoader) -> float:
 
 
 def main() -> None:
-    """Trains, evaluates, and prints what came of it."""
+    """Trains, evaluates, and prints accuracy and seconds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--epochs", type=int, default=2)

@@ -1,7 +1,7 @@
-"""PyTorch's side of benchmarks.step: the same networks, as a user of PyTorch would write them.
+"""PyTorch's side of benchmarks.step: the same networks, as a PyTorch user would write them.
 
-For 32x32 images. Submodules have the names of the Flax modules; tests/test_benchmarks.py copies
-parameters over and compares logits, gradients and training steps.
+The images are 32x32. Submodules have the names of the Flax modules; tests/test_benchmarks.py copies
+parameters and compares logits, gradients and training steps.
 """
 
 import itertools
@@ -122,7 +122,7 @@ def make_step(network: nn.Module, dtype: str, layout: torch.memory_format) -> Ca
 def torch_steps(
     model: str, batch_size: int, dtype: str, channels_last: bool, num_threads: int
 ) -> Steps:
-    """Eager steps on batches of resident images, with autocast where the dtype is bfloat16."""
+    """Builds eager steps on batches of resident images, with autocast for bfloat16."""
     torch.set_num_threads(num_threads)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     image, label = map(torch.from_numpy, random_images(NUM_TRAIN))

@@ -1,11 +1,11 @@
-"""A process that makes training steps of one variant when it is told to; benchmarks.step starts it.
+"""Makes training steps of one variant on request; benchmarks.step starts this process.
 
     python -m benchmarks.worker VARIANT MODEL BATCH_SIZE
 
-It prints {} when it is ready. Each line on stdin is a number of steps; it makes one that does not
-count, then these, and answers with a line of JSON: seconds, loss (of the last step), peak_bytes.
-The one finds cold caches, and memory that a virtual machine may have taken back while the others
-had their turn. No side imports the other.
+The worker prints {} when it is ready. Each line on stdin is a number of steps. The worker makes one
+uncounted step, then these steps, and prints a line of JSON: seconds, loss (of the last step),
+peak_bytes. The uncounted step warms cold caches, and memory that a virtual machine may have taken
+back while other workers ran. No side imports the other.
 """
 
 import json
@@ -22,11 +22,15 @@ NUM_TRAIN = 50_000  # resident images, as many as CIFAR-10's
 MEAN, STD = (0.49, 0.50, 0.51), (0.20, 0.21, 0.22)  # per channel, in [0, 1]
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 
-Steps = Callable[[int], float]  # makes so many steps; returns the loss of the last
+Steps = Callable[[int], float]  # makes this many steps; returns the loss of the last step
 
 
 def random_images(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(count, 32, 32, 3) uint8, a pattern for each of 10 classes under noise; (count,) int32."""
+    """Draws images (count, 32, 32, 3) uint8, a pattern for each of 10 classes under noise.
+
+    Returns:
+        The images, and their labels (count,) int32.
+    """
     rng = np.random.default_rng(0)
     label = rng.integers(0, 10, count, np.int32)
     pattern = rng.integers(0, 128, (10, 32, 32, 3), np.uint8)
@@ -47,16 +51,16 @@ def make_steps(variant: str, model: str, batch_size: int) -> Steps:
 
 
 def peak_bytes() -> int:
-    """The most memory that this program has had resident.
+    """Reads the largest resident memory of this process so far.
 
-    By VmHWM and not ru_maxrss, which on Linux starts from what the parent had at the fork.
+    From VmHWM, not ru_maxrss: on Linux the latter starts from the parent's value at the fork.
     """
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def main(variant: str, model: str, batch_size: str) -> None:
-    """Answers until stdin ends."""
+    """Answers requests until stdin ends."""
     steps = make_steps(variant, model, int(batch_size))
     print("{}", flush=True)
     for line in sys.stdin:

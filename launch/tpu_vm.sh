@@ -5,34 +5,35 @@
 #     bash launch/tpu_vm.sh
 #
 # Before: `gcloud auth login`, `gcloud config set project PROJECT`, TPU quota in the zone, and a bucket
-# that the TPU's service account may write. The loop runs here: use a machine that stays up. The slice is
-# deleted when training is done; wherever the script ends before that, it prints the command that does it.
-# To stop in order, with a checkpoint, and free the slice:
+# that the TPU's service account may write. The loop runs here: use a machine that stays up. The script
+# deletes the slice when training is done; if it ends earlier, it prints the command that deletes the slice.
+# To stop with a checkpoint and free the slice:
 #   gcloud compute tpus tpu-vm ssh cv-jax --zone=ZONE --worker=all --command='pkill -f train.py'
 #   gcloud compute tpus queued-resources delete cv-jax --zone=ZONE --force
 set -euo pipefail
 
-: "${CONFIG:?such as configs/cifar10.py}" "${WORKDIR:?such as gs://BUCKET/cifar10}"
-: "${REPO:?what the workers clone, such as https://github.com/YOU/cv_jax}"
+: "${CONFIG:?set a config file, such as configs/cifar10.py}"
+: "${WORKDIR:?set a directory in a bucket, such as gs://BUCKET/cifar10}"
+: "${REPO:?set the repository that the workers clone, such as https://github.com/YOU/cv_jax}"
 REVISION=${REVISION:-main}                # better: a commit, so that a restart runs the same code
 ZONE=${ZONE:-us-west4-a}
 NAME=${NAME:-cv-jax}
 ACCELERATOR=${ACCELERATOR:-v5litepod-16}  # 16 chips of v5e: 4 hosts with 4 chips each
-RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}   # its image; v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e
+RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}   # image of v5e; v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e
 SPOT=${SPOT---spot}                       # SPOT= for a slice that is not preempted
-POLL=${POLL:-60}                          # seconds; a preemption shows this late
+POLL=${POLL:-60}                          # seconds between two looks at the slice
 
-# All that can be wrong is looked for before a slice is requested, which costs money from then on.
+# A slice costs money once it is requested, so all settings are checked before.
 fail() { echo "tpu_vm.sh: $1" >&2; exit 2; }
 case $WORKDIR in
   gs://?*) ;;
-  *) fail "WORKDIR=$WORKDIR is not gs://BUCKET/PATH; a directory of the slice is deleted with it." ;;
+  *) fail "WORKDIR=$WORKDIR must be gs://BUCKET/PATH: directories on the slice are deleted with it." ;;
 esac
 for program in gcloud git; do
-  command -v "$program" >/dev/null || fail "$program is not installed here."
+  command -v "$program" >/dev/null || fail "$program is missing: install it on this machine."
 done
 GIT_TERMINAL_PROMPT=0 git ls-remote "$REPO" >/dev/null ||
-  fail "REPO=$REPO cannot be cloned; see git's message above."
+  fail "REPO=$REPO cannot be cloned: correct it, see git's message above."
 
 request() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
 state() { request describe --format='value(state.state)' 2>/dev/null || echo NONE; }
@@ -45,12 +46,12 @@ install="test -d cv_jax || git clone -q '$REPO' cv_jax; cd cv_jax && git checkou
 train="cd cv_jax && .venv/bin/python train.py --config='$CONFIG' --workdir='$WORKDIR'"
 
 say_what_is_left() {
-  echo "tpu_vm.sh: the slice $NAME may still be there, and cost money. To delete it:" >&2
+  echo "tpu_vm.sh: the slice $NAME may still exist and cost money. Delete it with:" >&2
   echo "  gcloud compute tpus queued-resources delete $NAME --zone=$ZONE --force" >&2
 }
 trap say_what_is_left EXIT
 trap 'exit 129' HUP
-trap 'exit 130' INT # gcloud may end by Ctrl-C as if by an error of its own
+trap 'exit 130' INT # after Ctrl-C gcloud may exit as after an error of its own
 trap 'exit 143' TERM
 
 while true; do
@@ -65,10 +66,10 @@ while true; do
     ACTIVE)
       on_all_workers "$install" && on_all_workers "$train" && break
       sleep "$POLL"
-      # A slice that is still there was not preempted: what failed says so above.
+      # An active slice was not preempted: the command failed, and printed its error above.
       [ "$(state)" != ACTIVE ] || exit 1
       ;;
-    *) sleep "$POLL" ;; # waiting, being made, being deleted
+    *) sleep "$POLL" ;; # waiting, being created, being deleted
   esac
 done
 request delete --force --quiet

@@ -143,6 +143,7 @@ _RIGHT = {
     "optim.clip_norm": ("0", "1", "1e-30", "-1"),
     "optim.skip_nonfinite": ("true", "false"),
     "optim.ema": ("0", "0.5", "0.999", "1e-30", "1"),
+    "optim.ema_of": (".*", "head/.*", "nothing", "("),
     "optim.rules": (
         "(('.*', 'base'),)",
         "(('whiten/.*', 'frozen'), ('.*', 'base'))",

@@ -128,8 +128,8 @@ def test_the_clocks_follow_from_the_peaks():
     ("topology", "message"),
     [
         ("v5", r"no chip 'v5'\. Did you mean 'v5\w'\? There are: v4, v5e, v5p, v6e\."),
-        ("v5e:2y4", r"sides are numbers, such as v5e:2x4"),
-        ("v5e:0x4", r"sides are numbers, such as v5e:2x4"),
+        ("v5e:2y4", r"write the sides as numbers, such as v5e:2x4"),
+        ("v5e:0x4", r"write the sides as numbers, such as v5e:2x4"),
     ],
 )
 def test_a_wrong_topology_is_named(topology, message):
@@ -201,7 +201,10 @@ def test_a_program_too_large_for_the_chip_ends_with_1(monkeypatch, capsys):
     monkeypatch.setattr(aot, "examine", lambda *_: aot.cost(program, (x,), 0, "small", 1))
     monkeypatch.chdir(ROOT)
     assert _main(monkeypatch, "--config=configs/digits.py", "--topology=v5e") == 1
-    assert capsys.readouterr().err == "aot: small: 2.10 MB of memory are needed, of 1.05 MB.\n"
+    assert capsys.readouterr().err == (
+        "aot: small: the program needs 2.10 MB of memory, and the chip has 1.05 MB. Lower "
+        "config.batch_size or use more chips.\n"
+    )
 
 
 def _aot(*arguments):
@@ -258,7 +261,7 @@ def test_digits_on_one_and_on_eight_chips(tmp_path, monkeypatch):
     assert json.loads(file.read_text())["train"]["flops"] == flops
 
     for arguments, message in (
-        (("--config.batch_size=60",), "the nearest that do: 56, 64"),
+        (("--config.batch_size=60",), "set a size that does: 56, 64"),
         (("--topology=v5e:2x2x2x2",), "--topology=v5e:2x2x2x2: "),
     ):
         wrong = _aot(*command, *arguments)

@@ -220,7 +220,7 @@ def test_ops_run_in_order_each_with_its_own_key():
     [
         ("crp(4)", "Unknown config.augment 'crp'. Did you mean 'crop'? There are: affine, "),
         ("flip(2)", r"p=2 must lie in [0, 1]"),
-        ("alternating_flip(0.5)", "It is written alternating_flip()."),
+        ("alternating_flip(0.5)", "Write it as alternating_flip()."),
         ("crop", "missing a required argument: 'padding'"),
         ("crop(-1)", "padding=-1 must be a whole number of pixels, 0 to 256"),
         ("crop(1.5)", "padding=1.5 must be int"),

@@ -184,6 +184,6 @@ def test_a_model_without_a_feature_map_is_described():
             return x[:, 0, 0, :0], {"pooled": x.mean((1, 2))}
 
     model = Autoencoder(Flat(), 12, (8, 6))
-    message = r"Flat\.__call__ returned the features \{'pooled': float32 \(1, 3\)\}: add one"
+    message = r"Flat\.__call__ returned the features \{'pooled': float32 \(1, 3\)\}\. Add a"
     with pytest.raises(UserError, match=message):
         model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)

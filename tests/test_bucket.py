@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_kept_aside_and_half_of_one_removed(server, run,
 def test_a_permission_that_is_taken_away_is_named(server, run):
     checkpoints = Checkpoints(run, 2)
     server.refuses = True
-    sentence = f"{run} cannot be used any further: .*Forbidden"
+    sentence = f"cannot write to {run}: .*Forbidden"
     with pytest.raises(UserError, match=sentence), storage_errors(run), checkpoints:
         checkpoints.save(_state(3), {}, None)
     with pytest.raises(UserError, match=rf"Nothing can be written in {run} \(Forbidden"):
@@ -167,5 +167,5 @@ def test_a_place_of_another_kind_or_without_gcsfs_is_refused(monkeypatch):
 def test_a_work_directory_below_the_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert str(work_directory("~/runs/a")) == "/home/somebody/runs/a"
-    with pytest.raises(UserError, match="~nobody-here/a: the home directory ~nobody-here is not"):
+    with pytest.raises(UserError, match="~nobody-here/a: the home directory ~nobody-here is unk"):
         work_directory("~nobody-here/a")

@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_in_the_background_leaves_whole_checkpoints(tmp_path
 
 def test_a_directory_that_is_not_the_first_process_s(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "cv_jax.workdir.checkpoints.first_says", lambda text: "process 7 on elsewhere"
+        "cv_jax.workdir.checkpoints.broadcast", lambda text: "process 7 on elsewhere"
     )
     with pytest.raises(UserError, match="is another directory here than in process 0"):
         Checkpoints(tmp_path, 1)

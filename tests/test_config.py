@@ -27,7 +27,7 @@ from tests.conftest import ROOT
         ("--config=configs/digits.py --config.lr=3", r"no key 'lr'.*'optim\.lr'"),
         ("--config configs/digits.py --config.data.nam=x", r"'data\.nam'.*'data\.name'"),
         ("--config=configs/digits.py:smok", r"'smoke' or none, not 'smok'"),
-        ("--config=configs/digits.py --config.seed", r"--config\.seed lacks its value"),
+        ("--config=configs/digits.py --config.seed", r"--config\.seed has no value"),
         ("--config=configs/digits.py --config.seed=abc", r"seed='abc' must be a whole number"),
         ("--config=configs/digits.py --config.num_seeds=two", r"num_seeds='two' must be a whole"),
         ("--config=configs/digits.py --config.data.num_val=1.5", r"num_val='1\.5' must be a whole"),
@@ -37,7 +37,7 @@ from tests.conftest import ROOT
         ("--config=configs/digits.py --config.init_form=x", r"'init_form'.*'init_from'"),
         ("--config=configs/digits.py --config.label_seed=1", r"'label_seed'.*'data\.label_seed'"),
         ("--config=configs/digits.py --config.data.label_fraction=all", r"='all' must be a finite"),
-        ("--config=tests/conftest.py", r"tests/conftest\.py makes no config \(KeyError"),
+        ("--config=tests/conftest.py", r"tests/conftest\.py builds no config \(KeyError"),
     ],
 )
 def test_a_mistyped_command_line_names_the_nearest(monkeypatch, line, message):
@@ -122,8 +122,8 @@ def test_a_work_directory_keeps_to_its_config(tmp_path):
     config.optim.lr, config.seed = 0.2, 3
     with pytest.raises(UserError) as error:
         adopt_workdir(tmp_path / "a", config)
-    assert "optim.lr: there 0.1, here 0.2" in str(error.value)
-    assert "seed: there 0, here 3" in str(error.value)
+    assert "optim.lr: stored 0.1, now 0.2" in str(error.value)
+    assert "seed: stored 0, now 3" in str(error.value)
     assert "epochs" not in str(error.value)
     assert json.loads((tmp_path / "a/config.json").read_text())["seed"] == 0
 
@@ -131,7 +131,7 @@ def test_a_work_directory_keeps_to_its_config(tmp_path):
 @pytest.mark.parametrize("damaged", [b"", b"{", b"7", b"\xff"])
 def test_a_damaged_config_is_named(damaged, tmp_path):
     (tmp_path / "config.json").write_bytes(damaged)
-    with pytest.raises(UserError, match=r"config\.json is damaged .*delete it"):
+    with pytest.raises(UserError, match=r"config\.json is damaged .*Delete it"):
         adopt_workdir(tmp_path, base_config())
 
 
@@ -158,6 +158,6 @@ def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
 
     Path("runs/cifar10").write_text("")
     with pytest.raises(
-        UserError, match=r"runs/cifar10/20260101-000000 cannot be made \(.*--workdir"
+        UserError, match=r"runs/cifar10/20260101-000000 cannot be created \(.*--workdir"
     ):
         make_default_workdir("configs/cifar10.py")

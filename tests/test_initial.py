@@ -205,9 +205,7 @@ def test_an_unknown_run_or_part_is_named(run, tmp_path):
     )
     message = refused(config_of(init_from=f"{tmp_path}/none:backbone"))
     assert f"config.init_from='{tmp_path}/none:backbone': " in message
-    assert f"{tmp_path}/none/config.json is not there: is {tmp_path}/none the --workdir of" in (
-        message
-    )
+    assert f"{tmp_path}/none/config.json is not there: choose the work directory" in (message)
 
 
 def test_a_teacher_is_no_part_to_start_from(tmp_path):

@@ -329,10 +329,10 @@ DELETE = "gcloud compute tpus queued-resources delete cv-jax --zone=us-west4-a -
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"REPO": ""}, "REPO: what the workers clone"),
+        ({"REPO": ""}, "REPO: set the repository that the workers clone"),
         ({"REPO": "gone"}, "REPO=gone cannot be cloned"),
-        ({"CONFIG": ""}, "CONFIG: such as"),
-        ({"WORKDIR": "runs/it"}, "WORKDIR=runs/it is not gs://BUCKET/PATH"),
+        ({"CONFIG": ""}, "CONFIG: set a config file"),
+        ({"WORKDIR": "runs/it"}, "WORKDIR=runs/it must be gs://BUCKET/PATH"),
     ],
 )
 def test_no_slice_is_requested_for_a_wrong_setting(wrong, message, platform):

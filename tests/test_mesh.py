@@ -57,7 +57,9 @@ def test_sizes_of_the_mesh_are_those_of_the_config():
     assert dict(make_mesh(1, _sizes(), _devices(8)).shape) == {"seed": 1, "data": 8, "fsdp": 1}
     with pytest.raises(UserError, match=r"config.mesh.seed=4 does not divide the number of runs"):
         make_mesh(6, _sizes(seed=4), _devices(8))
-    with pytest.raises(UserError, match=r"1 \(seed\) x 3 \(data\) x 2 \(fsdp\) are not the 8 dev"):
+    with pytest.raises(
+        UserError, match=r"1 \(seed\) x 3 \(data\) x 2 \(fsdp\) devices, but there are 8"
+    ):
         make_mesh(1, _sizes(data=3, fsdp=2), _devices(8))
 
 
@@ -69,7 +71,7 @@ def test_a_batch_divides_over_the_devices_that_share_it(size, nearest):
     if nearest is None:
         check_batch_size(size, eight)
         return
-    with pytest.raises(UserError, match=f"over 8 devices; the nearest that do: {nearest}.$"):
+    with pytest.raises(UserError, match=f"over 8 devices; set a size that does: {nearest}.$"):
         check_batch_size(size, eight)
 
 

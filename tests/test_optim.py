@@ -63,6 +63,7 @@ def make_config(**changes):
             "warmup": "never",
             "clip_norm": 0.0,
             "ema": 0.0,
+            "ema_of": ".*",
             "rules": ((".*", "base"),),
             "groups": {},
         }
@@ -84,12 +85,12 @@ def train(optimizer, grads=GRADS):
 
     @jax.jit
     @chex.assert_max_traces(1)
-    def update(params, state, grad):
-        updates, state = optimizer.tx.update(grad, state, params)
+    def update(params, state, grad, step):
+        updates, state = optimizer.tx.update(grad, state, params, step=step)
         return optax.apply_updates(params, updates), state
 
-    for grad in grads:
-        params, state = update(params, state, to_jax(grad))
+    for step, grad in enumerate(grads):
+        params, state = update(params, state, to_jax(grad), jnp.int32(step))
         history.append(flatten(params))
     return history, state
 
@@ -232,14 +233,15 @@ def test_muon_moves_every_singular_value_about_alike():
 
 def test_muon_refuses_vectors():
     optimizer = make(name="muon")
-    with pytest.raises(UserError, match="two or more axes, and norm/bias has 1: give it to a gr"):
+    with pytest.raises(UserError, match="two or more axes, but norm/bias has 1: give it to a gr"):
         optimizer.tx.init(to_jax(START))
 
 
 def test_muon_leaves_a_zero_parameter_finite():
     optimizer = make(name="muon(normalize_weights=True)", rules=MUON_RULES)
     params = jax.tree.map(jnp.zeros_like, to_jax(START))
-    updates, _ = optimizer.tx.update(to_jax(GRADS[0]), optimizer.tx.init(params), params)
+    state = optimizer.tx.init(params)
+    updates, _ = optimizer.tx.update(to_jax(GRADS[0]), state, params, step=0)
     assert 0.1 < np.linalg.norm(updates["head"]["kernel"]) < 0.2  # 0.1 sqrt(3 values near 1)
 
 
@@ -303,29 +305,29 @@ def test_rate_may_be_traced():
     [
         ({"schedule": "cosin"}, "Unknown config.optim.schedule 'cosin'. Did you mean 'cosine'"),
         ({"schedule": "cosine(2.0)"}, "config.optim.schedule 'cosine': 2.0 is not between 0 and"),
-        ({"schedule": "linear(until=0)"}, "'linear': until must be above 0. It is written lin"),
-        ({"schedule": "step(at=0.5)"}, "config.optim.schedule 'step': .* It is written step"),
+        ({"schedule": "linear(until=0)"}, "'linear': until must be above 0. Write it as lin"),
+        ({"schedule": "step(at=0.5)"}, "config.optim.schedule 'step': .* Write it as step"),
         ({"name": "sdg"}, "Unknown config.optim.name 'sdg'. Did you mean 'sgd'"),
-        ({"name": "sgd(nestorov=True)"}, r"It is written sgd\(nesterov: bool = False\)"),
+        ({"name": "sgd(nestorov=True)"}, r"Write it as sgd\(nesterov: bool = False\)"),
         ({"name": "sgd(momentum=0.5)"}, "config.optim.name 'sgd': got an unexpected keyword"),
         ({"warmup": "5 epoks"}, "'5 epoks' is not a duration"),
         ({"groups": {"head": {"name": "adm"}}}, "Unknown config.optim.groups.head.name 'adm'"),
         ({"groups": {"head": {"schedule": "x"}}}, "Unknown config.optim.groups.head.schedule 'x'"),
         (
             {"groups": {"head": {"momentun": 0.5}}},
-            "groups.head.momentun: .* Did you mean 'momentum'",
+            "groups.head.momentun is not .* Did you mean 'momentum'",
         ),
         ({"groups": {"frozen": {"lr": 1.0}}}, "config.optim.groups.frozen: the name 'frozen' is"),
         ({"rules": ((".*", "bas"),)}, "unknown group 'bas'. Did you mean 'base'.*: base, frozen"),
         ({"rules": (("(", "base"),)}, "config.optim.rules: '\\(' is not a regular expression"),
-        ({"rules": (("kernel", "base"), (".*", "base"))}, "rules: 'kernel' decides no parameter"),
+        ({"rules": (("kernel", "base"), (".*", "base"))}, "rules: 'kernel' matches no parameter"),
         (
             {"rules": ((".*/kernel", "base"), ("conv/.*", "frozen"), (".*", "base"))},
-            "'conv/.\\*' decides no parameter. .* left by the rules before it: norm/bias",
+            "'conv/.\\*' matches no parameter. .* Not matched by earlier rules: norm/bias",
         ),
         (
             {"rules": (("(conv|wide)/.*", "base"),)},
-            "config.optim.rules cover every parameter but these: head/kernel, norm/bias. Add a",
+            "config.optim.rules match none of these parameters: head/kernel, norm/bias. Add",
         ),
     ],
 )
@@ -362,7 +364,7 @@ def test_rule_must_match_the_whole_path():
     assert optimizer.frozen == {"conv/kernel", "head/kernel"}
     history, _ = train(optimizer, GRADS[:1])
     np.testing.assert_array_equal(history[0]["head/kernel"], np.float32(START["head/kernel"]))
-    with pytest.raises(UserError, match=r"'conv' decides no parameter.*write its group 'frozen\?'"):
+    with pytest.raises(UserError, match=r"'conv' matches no parameter.*write its group 'frozen\?'"):
         make(rules=(("conv", "frozen"), (".*", "base")))
     allowed = make(rules=(("conv", "frozen?"), (".*", "base?")))
     assert [row.split()[:3] for row in allowed.report.splitlines()[1:]] == [
@@ -391,6 +393,25 @@ def test_groups_differ_from_base_only_where_they_say_so():
         direction = adam_direction(grads["conv/kernel"][: t + 1], 0.9, 0.999, 1e-8)
         p = p - lr * (direction + 0.05 * p)
     np.testing.assert_allclose(history[-1]["conv/kernel"], p, 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "muon"])
+def test_two_updates_in_a_step_have_the_same_rate(name):
+    rules = ((".*/bias", "base"), (".*", "group"))
+    optimizer = make(momentum=0.0, rules=rules, groups={"group": {"name": name}})
+    grads, params = to_jax(GRADS[0]), to_jax(START)
+
+    def moved(state, step):
+        updates, state = optimizer.tx.update(grads, state, params, step=step)
+        return flatten(updates), state
+
+    first, state = moved(optimizer.tx.init(params), 3)
+    second, state = moved(state, 3)
+    later, _ = moved(state, 8)
+    # Equal gradients make equal updates of all these rules, up to the bias correction of Adam.
+    for path in ("norm/bias", "conv/kernel"):
+        np.testing.assert_allclose(second[path], first[path], rtol=1e-4)
+        np.testing.assert_allclose(later[path], first[path] * rate(8) / rate(3), rtol=1e-4)
 
 
 def test_rates_to_log_are_those_of_the_groups_in_use():
@@ -460,6 +481,18 @@ def test_ema_is_the_weighted_mean_of_the_updated_parameters():
             assert_same(flatten(ema_params(state)), expected)
 
 
+def test_ema_of_averages_only_the_parameters_that_it_matches():
+    history, state = train(make(ema=0.5, ema_of="(conv|head)/.*", schedule="constant"))
+    whole = flatten(ema_params(train(make(ema=0.5, schedule="constant"))[1]))
+    average = flatten(ema_params(state))
+    for name in SHAPES:
+        expected = whole if name.startswith(("conv", "head")) else history[-1]
+        np.testing.assert_array_equal(average[name], expected[name])
+        assert not np.array_equal(whole[name], history[-1][name])
+    with pytest.raises(UserError, match=r"config.optim.ema_of: '\(' is not a regular expression"):
+        make(ema=0.5, ema_of="(")
+
+
 def test_ema_changes_no_update():
     with_average, _ = train(make(ema=0.9))
     without, _ = train(make())
@@ -517,12 +550,14 @@ def test_networks_side_by_side_train_as_one_alone():
     optimizer = make(**EVERYTHING)
 
     def run(params, grads):
-        def step(carry, grad):
+        def update(carry, step_and_grad):
             params, state = carry
-            updates, state = optimizer.tx.update(grad, state, params)
+            step, grad = step_and_grad
+            updates, state = optimizer.tx.update(grad, state, params, step=step)
             return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(step, (params, optimizer.tx.init(params)), grads)[0][0]
+        steps = jnp.arange(len(GRADS))
+        return jax.lax.scan(update, (params, optimizer.tx.init(params)), (steps, grads))[0][0]
 
     def stack(trees):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -15,12 +15,12 @@ from cv_jax.data.dataset import data_fingerprint
 from cv_jax.runtime.processes import (
     LOST,
     Largest,
-    all_do,
-    check_same,
-    first_does,
-    first_says,
+    assert_equal_on_processes,
+    broadcast,
     join,
     leave,
+    on_all_processes,
+    on_process_0,
 )
 from cv_jax.train.fingerprint import of_program
 from cv_jax.trained.load import load_trained
@@ -33,7 +33,7 @@ SMALL = ("--config.model=n94(widths=(8,))",)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("host:1", None, 0), "--num_processes missing: --coordinator, "),
+        (("host:1", None, 0), "--num_processes missing: give all of --coordinator, "),
         ((None, 2, None), "--coordinator and --process_id missing: "),
         (("host", 2, 1), "--coordinator='host' must be HOST:PORT"),
         (("host:1", 2, 2), "--process_id=2 must be between 0 and 1"),
@@ -46,10 +46,10 @@ def test_flags_that_make_no_sense(flags, message):
 
 
 def test_a_process_alone_agrees_with_itself():
-    assert first_says("here") == "here"
-    assert all_do(lambda: 1) == first_does(lambda: 1) == 1
+    assert broadcast("here") == "here"
+    assert on_all_processes(lambda: 1) == on_process_0(lambda: 1) == 1
     assert [Largest()(x) for x in (3, 2)] == [3, 2]
-    check_same(lambda: pytest.fail("read through for nothing"))
+    assert_equal_on_processes(lambda: pytest.fail("read through for nothing"))
 
 
 def test_facts_name_what_differs(tmp_path):
@@ -131,8 +131,8 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
         assert "another task died" in said
         return
     assert code == LOST, said
-    assert "process 0 of 2 has lost another one" in said
-    assert "The same command goes on from the last checkpoint." in said
+    assert "process 0 of 2 has lost another process" in said
+    assert "Repeat the command to resume from the last checkpoint." in said
 
 
 @pytest.mark.slow

@@ -47,10 +47,12 @@ def check_divided():
 
 def test_no_selection_and_wrong_ones():
     assert make_select("") is None
-    with pytest.raises(UserError, match=r"5 of 4 cannot be kept.*hardest\(keep: int, \*, of: int"):
+    with pytest.raises(
+        UserError, match=r"keep=5 must be from 1 to of=4.*hardest\(keep: int, \*, of: int"
+    ):
         make_select("hardest(5, of=4)")
     batch = {"rows": {"index": jnp.arange(6)}}
-    with pytest.raises(UserError, match=r"config\.batch_size that is a multiple of 4, not 6"):
+    with pytest.raises(UserError, match=r"config\.batch_size=6 must be a multiple of 4"):
         make_select("hardest(2, of=4)")(batch, jnp.zeros(6))
 
 

@@ -93,7 +93,7 @@ def test_wrong_arguments_show_how_the_call_is_written(text):
     with pytest.raises(UserError) as error:
         build(text, TABLE, "augmentation")
     assert str(error.value).startswith(f"augmentation {name!r}: ")
-    assert str(error.value).endswith(f"It is written {written}")
+    assert str(error.value).endswith(f"Write it as {written}")
 
 
 def test_the_reason_that_a_function_gives_is_shown():
@@ -103,7 +103,7 @@ def test_the_reason_that_a_function_gives_is_shown():
     with pytest.raises(UserError) as error:
         build("crop(-1)", {"crop": crop}, "augmentation")
     assert str(error.value) == (
-        "augmentation 'crop': padding=-1 must be >= 0. It is written crop(padding: int)."
+        "augmentation 'crop': padding=-1 must be >= 0. Write it as crop(padding: int)."
     )
 
 
@@ -119,7 +119,7 @@ def test_context_goes_to_the_functions_that_name_it_wherever_they_do():
 
 def test_context_is_neither_set_nor_shown():
     table = {"lenet": lambda num_classes, width=8: None}
-    with pytest.raises(UserError, match=r"It is written lenet\(width=8\)\.") as error:
+    with pytest.raises(UserError, match=r"Write it as lenet\(width=8\)\.") as error:
         build("lenet(num_classes=3)", table, "model", num_classes=10)
     assert "unexpected keyword argument 'num_classes'" in str(error.value)
 
@@ -134,7 +134,7 @@ def test_build_one_wants_exactly_one_call():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("f('a')", "number='a' must be float, with numbers that 32 bits can hold"),
+        ("f('a')", "number='a' must be float, with numbers of at most 32 bits"),
         ("f(True)", "number=True must be float"),
         ("f(1e999)", "number=inf must be float"),
         ("f(1, whole=1.0)", "whole=1.0 must be int"),

@@ -67,7 +67,7 @@ def test_a_platform_that_cannot_be_used(error, reason, monkeypatch):
     with pytest.raises(UserError) as said:
         check_platform()
     assert str(said.value).startswith(
-        f"JAX_PLATFORMS=cpu: JAX cannot use this platform ({reason}); install what it needs"
+        f"JAX_PLATFORMS=cpu: JAX cannot use this platform ({reason}). Install its package"
     )
 
 

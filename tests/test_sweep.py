@@ -90,12 +90,12 @@ def test_numbers_of_the_step_can_be_swept(config, key, values):
         ("optim__clip_norm", (0.0, 1.0), "it decides what the program is"),
         ("augment", ("flip", "flip|crop(1)"), "differ in more than numbers"),
         ("optim__warmup", ("1 epoch", "2 epochs"), "'1 epoch' is not understood"),
-        ("optim__lr", (0.1,), "two values or more"),
-        ("optim__lr", (0.1, 0.1), "all the same"),
+        ("optim__lr", (0.1,), "two or more values"),
+        ("optim__lr", (0.1, 0.1), "all values are equal"),
         ("optim__lr", (0.1, -0.1), "config.optim.lr=-0.1 must be above 0"),
         ("augment", ("flip(0.5)", "flip(1.5)"), "p=1.5 must lie in"),
         ("optim__lr", ({1: 2, "a": 3}, 0.1), "config.optim.lr cannot be swept"),
-        ("optim__momentum", (0, 2**31), "2147483648 is more than 32 bits can hold"),
+        ("optim__momentum", (0, 2**31), "2147483648 does not fit into 32 bits"),
     ],
 )
 def test_what_cannot_be_swept_says_why(config, key, values, message):

@@ -102,7 +102,7 @@ def test_a_longer_run_goes_on_and_says_what_changed(train_py, tmp_path):
 
     other = train_py(*TINY, "--config.steps=6", "--config.seed=1", f"--workdir={tmp_path}")
     assert other.returncode == 2
-    assert "seed: there 0, here 1" in other.stderr
+    assert "seed: stored 0, now 1" in other.stderr
     assert _result(tmp_path)["config"]["seed"] == 0
 
 

@@ -1,4 +1,4 @@
-"""What to do: every leaf with default and unit, its check, the command line, durations, sweeps.
+"""Configs: every leaf with its default and unit, checks, the command line, durations, sweeps.
 
-Imports no other room. Visitors start in base.py (all leaves) and rules.py (their checks).
+Imports no other room. Start reading in base.py (all leaves) and rules.py (their checks).
 """

@@ -8,82 +8,85 @@ import ml_collections
 
 from cv_jax.config.errors import UserError
 
-# The leaves in which runs of one experiment differ.
+# Leaves that may differ between runs of one experiment.
 SEED_KEYS = {"seed", "num_seeds", "data.label_seed"}
 
 
 def base_config() -> ml_collections.ConfigDict:
-    """Returns the config that every experiment starts from: all leaves there are.
+    """Returns the config that every experiment starts from, with all leaves.
 
-    Durations are texts such as "2 epochs", "500 steps", "1e6 examples" or "never"; settings that
-    choose a thing and its arguments are texts such as "crop(4)|flip" (see `cv_jax.config.calls`).
+    Durations are texts such as "2 epochs", "500 steps", "1e6 examples" or "never". Settings that
+    name a function and its arguments are texts such as "crop(4)|flip"; see `cv_jax.config.calls`.
     """
     data = ml_collections.ConfigDict()
     data.name = "digits"  # digits, or an image-classification data set of TFDS
-    data.dir = ""  # where TFDS keeps its data; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.dir = ""  # directory of the TFDS data; "": TFDS_DATA_DIR or ~/tensorflow_datasets
     data.num_val = 0  # examples held out of train, the same for every seed
-    data.limit = 0  # only so many examples of each split; 0: all
-    data.label_fraction = 0.0  # of the training examples have labels; 0: all
-    data.labels_per_class = 0  # so many of each class have labels instead, when above zero
-    data.label_seed = 0  # which examples they are
-    data.keep_unlabelled = False  # train on the others, too: for tasks without labels
-    data.normalize = True  # to mean 0 and std 1 per channel of train; else [0, 1]
+    data.limit = 0  # most examples of each split; 0: all
+    data.label_fraction = 0.0  # fraction of the training examples that keep their label; 0: all
+    data.labels_per_class = 0  # labelled examples per class, when above 0; else label_fraction
+    data.label_seed = 0  # seed that chooses the labelled examples
+    data.keep_unlabelled = False  # also train on the unlabelled examples: for tasks without labels
+    data.normalize = True  # scale to mean 0 and std 1 per channel of train; False: [0, 1]
     data.stream = False  # feed batches from the host instead of keeping train on the device
 
     optim = ml_collections.ConfigDict()
     optim.name = "sgd(nesterov=True)"  # one of cv_jax.optim.optimizers.OPTIMIZERS
     optim.lr = 0.1  # peak learning rate for lr_batch_size examples a step
-    optim.lr_batch_size = 256  # the rate is lr * batch_size / lr_batch_size; 0: lr as it is
+    optim.lr_batch_size = 256  # the rate is lr * batch_size / lr_batch_size; 0: the rate is lr
     optim.momentum = 0.9  # b1 of the Adam family
     optim.weight_decay = 0.0
     optim.schedule = "cosine"  # one of cv_jax.optim.schedules.SCHEDULES
-    optim.warmup = "never"  # a duration; linear from 0
-    optim.clip_norm = 0.0  # of the whole gradient; 0: off
-    optim.skip_nonfinite = False  # go on without a step whose loss or new state is not finite
+    optim.warmup = "never"  # duration of the linear warm-up from 0
+    optim.clip_norm = 0.0  # largest norm of the whole gradient; 0: off
+    optim.skip_nonfinite = False  # skip a step whose loss or new state is not finite
     optim.ema = 0.0  # decay of the averaged parameters that evaluation uses; 0: off
-    # (regex of the parameter's path, group): the first match; a rule may match none for "group?"
+    optim.ema_of = ".*"  # regex of the paths of parameters to average; others are used as they are
+    # (regex of a parameter's path, group): the first match counts; "group?" may match none
     optim.rules = ((".*", "base"),)
-    optim.groups = ml_collections.ConfigDict()  # group -> the settings in which it differs
+    optim.groups = ml_collections.ConfigDict()  # group -> settings that differ from optim's
 
     seeds = ml_collections.ConfigDict()
-    seeds.mode = "auto"  # how a device treats its runs: batched, in_turn; auto: in_turn on a CPU
+    seeds.mode = "auto"  # how one device executes its runs: batched, in_turn; auto: in_turn on CPU
 
-    mesh = ml_collections.ConfigDict()  # devices along each axis; a product of all there are
-    mesh.seed = 0  # which take runs of their own; 0: as many as divide the runs
-    mesh.data = 0  # which share every batch; 0: all that the others leave
-    mesh.fsdp = 1  # which share every batch, the parameters and the optimizer's state
+    mesh = ml_collections.ConfigDict()  # devices along each axis; their product is all devices
+    mesh.seed = 0  # each trains different runs; 0: the largest number that divides the runs
+    mesh.data = 0  # these share every batch; 0: all devices that the other axes leave
+    mesh.fsdp = 1  # these share every batch, the parameters and the optimizer's state
 
     parts = {"data": data, "optim": optim, "seeds": seeds, "mesh": mesh}
     config = ml_collections.ConfigDict(parts)
     config.task = "classification"  # a file in cv_jax/tasks
     config.method = ""  # how a task without labels learns: "simclr", ..., see the task
-    config.init_from = ""  # RUN or RUN:SUBTREE: the work directory whose parameters to start from
-    config.init_allow = ""  # regex of parameters that may be missing or of other shape there
-    config.init_anew = ""  # regex of parameters to draw anew in any case
-    config.seed = 0  # of the first run
+    config.init_from = ""  # RUN or RUN:SUBTREE: work directory with the initial parameters
+    config.init_allow = ""  # regex of parameters that RUN may lack or have in another shape
+    config.init_anew = ""  # regex of parameters that are always initialised, not taken from RUN
+    config.seed = 0  # seed of the first run
     config.num_seeds = 1  # runs in one program, with the seeds seed, seed + 1, ...
     config.sweep = ()  # (key, values) pairs, written --config.sweep.KEY="(value, value, ...)"
     config.epochs = 10.0  # length of the training; an epoch is num_train // batch_size steps
-    config.steps = 0  # length in steps instead, when above zero
+    config.steps = 0  # length in steps, when above 0; else epochs
     config.batch_size = 128  # examples a step, over all devices
     config.eval_batch_size = 1000  # examples
     config.augment = ""  # a chain of cv_jax.augment.chain.AUGMENTATIONS
-    config.select = ""  # examples of a batch to train on, e.g. "hardest(10, of=16)"; "": all
+    # Which examples of a batch to train on; "": all. "hardest(10, of=16)" keeps the 10 of every
+    # 16 whose last loss was highest.
+    config.select = ""
     config.progressive_resizing = ""  # smaller images at first, e.g. "size(24, until=0.5)"
     config.model = "lenet"  # one of cv_jax.models.MODELS
-    config.dtype = "auto"  # of the computation: auto (bfloat16 on TPU and GPU), float32, bfloat16
+    config.dtype = "auto"  # compute dtype: float32, bfloat16; auto: bfloat16 on TPU and GPU
     config.label_smoothing = 0.0  # in [0, 1)
     config.tta = "none"  # views in the final evaluation: none, mirror, mirror_translate
     config.log_every = "1 epoch"
-    config.eval_every = "1 epoch"  # on val
+    config.eval_every = "1 epoch"  # evaluations on val
     config.checkpoint_every = "1 epoch"
-    config.histograms_every = "never"  # of the parameters, in TensorBoard
-    config.keep_checkpoints = 2  # the newest so many are kept, and the best on val
+    config.histograms_every = "never"  # histograms of the parameters in TensorBoard
+    config.keep_checkpoints = 2  # newest checkpoints kept, beside the best on val
     return config
 
 
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Cuts an experiment down to seconds: the same code on a few examples, for a first try."""
+    """Shortens an experiment to seconds: the same code on a few examples, for a first try."""
     config.steps = 4
     config.batch_size = 16
     config.eval_batch_size = 64
@@ -96,7 +99,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def choose(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
-    """The variants that every config file offers: "" as it is, "smoke" cut down to seconds."""
+    """Returns the variant that a config file's argument names: "" unchanged, "smoke" shortened."""
     if arg == "smoke":
         return smoke(config)
     if arg:
@@ -105,7 +108,7 @@ def choose(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"optim.lr": 0.1, ...} of a nested config; an empty sub-config has no leaves."""
+    """Returns the leaves {"optim.lr": 0.1, ...} of a config; an empty sub-config has none."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping | ml_collections.ConfigDict):

@@ -1,7 +1,7 @@
 """The mini-language of config strings: "crop(4) | flip | cutout(8, fill=0.5)".
 
-A spec is a chain of calls with literal arguments. Augmentations, models, optimizers and schedules
-are all named this way, so that one string on the command line chooses a thing and its settings.
+A spec is a chain of calls with literal arguments. It names augmentations, models, optimizers and
+schedules, so that one string on the command line chooses a function and its arguments.
 """
 
 import ast
@@ -29,10 +29,16 @@ class Call(NamedTuple):
 
 
 def parse(text: str | list[Call], kind: str = "") -> list[Call]:
-    """Parses a spec into its calls; "" is the empty chain. Raises UserError on anything else.
+    """Parses a spec into its calls; "" is the empty chain.
 
-    Calls are returned as they are, so that their arguments may be traced. `kind` is for messages,
-    see `build`.
+    A list of calls is returned unchanged, so that their arguments may be traced.
+
+    Args:
+        text: the spec, such as "crop(4)|flip".
+        kind: the config key of the spec, for messages.
+
+    Raises:
+        UserError: the text is not a chain of calls with literal arguments.
     """
     if not isinstance(text, str):
         return text
@@ -81,17 +87,17 @@ def _calls(node: ast.expr) -> list[Call]:
 def build(
     text: str | list[Call], table: Mapping[str, Callable], kind: str, **context: Any
 ) -> list[Any]:
-    """Calls, for each call of the spec, the function of that name in `table`.
+    """Calls the functions of `table` that a spec names, in the spec's order.
 
     Args:
-        text: the spec, e.g. "crop(4)|flip".
+        text: the spec, such as "crop(4)|flip".
         table: the functions that the spec may name.
-        kind: what they are, for messages: the config's key, as a rule.
-        context: what every function is given beside the spec's arguments, if it has a parameter
-            of that name. The spec cannot set these, and messages do not show them.
+        kind: the config key of the spec, for messages.
+        context: further arguments, given to each function that has a parameter of that name. The
+            spec cannot set them, and messages do not show them.
 
     Raises:
-        UserError: an unknown name or bad arguments; the message lists what exists.
+        UserError: an unknown name or bad arguments; the message lists the known names.
     """
     return [_apply(call, table, kind, context) for call in parse(text, kind)]
 
@@ -99,7 +105,7 @@ def build(
 def build_one(
     text: str | list[Call], table: Mapping[str, Callable], kind: str, **context: Any
 ) -> Any:
-    """`build` for a spec that must be a single call."""
+    """Calls the one function that a spec names; see `build`."""
     built = build(text, table, kind, **context)
     if len(built) != 1:
         raise UserError(f"{kind} {text!r}: expected one of {', '.join(sorted(table))}.")
@@ -107,9 +113,9 @@ def build_one(
 
 
 def require(condition: Callable[[], bool], message: str) -> None:
-    """Raises ValueError with the message where an argument of a spec does not fulfil a condition.
+    """Raises ValueError with the message unless an argument of a spec fulfils the condition.
 
-    A swept number, which is traced, passes: each of its values was looked at by itself.
+    A swept number is traced and passes: each of its values has been checked on its own.
     """
     try:
         holds = bool(condition())
@@ -134,24 +140,24 @@ def _apply(call: Call, table: Mapping[str, Callable], kind: str, context: dict[s
         return function(*bound.args, **bound.kwargs)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{kind} {call.name!r}: {error}. It is written {call.name}{shown}."
+            f"{kind} {call.name!r}: {error}. Write it as {call.name}{shown}."
         ) from error
 
 
 def _check_argument(parameter: inspect.Parameter, value: Any) -> None:
-    """Raises ValueError where a literal is not what the parameter's annotation says."""
+    """Raises ValueError where a literal is not of the type in the parameter's annotation."""
     annotation = parameter.annotation
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         return
     if annotation is not parameter.empty and not _fits(value, annotation):
         raise ValueError(
             f"{parameter.name}={value!r} must be {inspect.formatannotation(annotation)}, with "
-            "numbers that 32 bits can hold"
+            "numbers of at most 32 bits"
         )
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a literal is of a type; an int is a float, too, and a swept number any number."""
+    """Returns whether a literal is of a type; an int is also a float, a swept number is both."""
     if isinstance(annotation, types.UnionType):
         return any(_fits(value, one) for one in get_args(annotation))
     if get_origin(annotation) is tuple:

@@ -18,11 +18,11 @@ from cv_jax.config.rules import _check_key, _check_type
 
 
 def check_command_line(argv: list[str]) -> None:
-    """Checks --config and every --config.KEY of a command line, before it is parsed.
+    """Checks --config and every --config.KEY of a command line before absl parses it.
 
     Raises:
-        UserError: no config, a file that is not there or does not make one, a key that the config
-            lacks, or a value that is not of the key's type.
+        UserError: --config is missing, its file does not exist or builds no config, the config
+            lacks a key, or a value is not of the key's type.
     """
     arguments = [f"--{a.lstrip('-')}" if a.startswith("-") else a for a in argv[1:]]
     if any(a.startswith("--help") for a in arguments):
@@ -32,7 +32,10 @@ def check_command_line(argv: list[str]) -> None:
         chosen.append(arguments[arguments.index("--config") + 1])
     files = sorted(str(path) for path in Path("configs").glob("*.py"))
     if not chosen:
-        raise UserError(f"Say which experiment, --config=FILE. There are: {', '.join(files)}.")
+        raise UserError(
+            f"--config is missing: choose an experiment, --config=FILE. There are: "
+            f"{', '.join(files)}."
+        )
     path, *arg = chosen[-1].split(":", 1)
     if not os.path.isfile(path):
         raise UserError(
@@ -45,7 +48,7 @@ def check_command_line(argv: list[str]) -> None:
             key, equals, text = argument.removeprefix("--config.").partition("=")
             _check_key(key, leaves)
             if not equals:
-                raise UserError(f"--config.{key} lacks its value: write --config.{key}=VALUE.")
+                raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE.")
             _check_text(key, text, leaves[key])
 
 
@@ -56,16 +59,16 @@ def _load(path: str, *arg: str) -> ml_collections.ConfigDict:
         raise
     except Exception as error:  # whatever the file does
         raise UserError(
-            f"{path} makes no config ({type(error).__name__}: {error}). It needs a function "
+            f"{path} builds no config ({type(error).__name__}: {error}). Define a function "
             "get_config(arg='') that returns one, as the files in configs/ do."
         ) from error
     if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"{path}: get_config returns {config!r} and not a ConfigDict.")
+        raise UserError(f"{path}: get_config returned {config!r}; return a ConfigDict.")
     return config
 
 
 def _check_text(key: str, text: str, default: Any) -> None:
-    """Checks that a text of the command line can be read as the type of the key's default."""
+    """Checks that a command-line value parses as the type of the key's default."""
     read = {
         bool: flags.BooleanParser().parse,
         int: flags.IntegerParser().parse,
@@ -80,10 +83,10 @@ def _check_text(key: str, text: str, default: Any) -> None:
 
 
 def gather_sweeps(argv: list[str]) -> list[str]:
-    """Puts every --config.sweep.KEY=(VALUE, VALUE, ...) together into one --config.sweep.
+    """Combines all --config.sweep.KEY=(VALUE, VALUE, ...) into one --config.sweep.
 
     Raises:
-        UserError: values that Python does not read as a tuple of numbers or texts.
+        UserError: the values are not a Python tuple of numbers or texts.
     """
     others, sweeps = [], []
     for argument in argv:
@@ -99,18 +102,18 @@ def gather_sweeps(argv: list[str]) -> list[str]:
             sweeps.append((key, tuple(values)))
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
             raise UserError(
-                f'{argument}: write the values as "(0.1, 0.2)", and texts in quotes of their own.'
+                f'{argument}: write the values as "(0.1, 0.2)", each text in its own quotes.'
             ) from error
     return [*others, f"--config.sweep={tuple(sweeps)}"] if sweeps else others
 
 
 def make_default_workdir(config_file: str) -> Path:
-    """Makes runs/<config>/<time> for a config file such as "configs/digits.py:smoke".
+    """Creates runs/<config>/<time> for a config file such as "configs/digits.py:smoke".
 
     A run that starts in the same second gets runs/<config>/<time>-2, and so on.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: the directory cannot be created.
     """
     path, _, arg = config_file.partition(":")
     name = Path(path).stem + (f"-{arg}" if arg else "")
@@ -123,18 +126,19 @@ def make_default_workdir(config_file: str) -> Path:
         except OSError as error:
             if not directory.is_dir():
                 raise UserError(
-                    f"{directory} cannot be made ({error.strerror}); choose a place with --workdir."
+                    f"{directory} cannot be created ({error.strerror}); choose another directory "
+                    "with --workdir."
                 ) from error
         number += 1
         directory = first.with_name(f"{first.name}-{number}")
 
 
 def resume_command(argv: list[str], workdir: epath.Path | None) -> str:
-    """Returns the command line that takes up the run again, to be pasted into a shell.
+    """Returns the shell command that resumes the run.
 
     Args:
-        argv: of this program.
-        workdir: of the run; None where it was stopped before it had one.
+        argv: arguments of this program.
+        workdir: work directory of the run; None where it stopped before it had one.
     """
     given = any(argument.lstrip("-").partition("=")[0] == "workdir" for argument in argv)
     return "python " + shlex.join(argv if given or not workdir else [*argv, f"--workdir={workdir}"])

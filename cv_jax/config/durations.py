@@ -14,7 +14,7 @@ _MAX_STEPS = 2**31 - 1
 
 
 def is_duration(text: str) -> bool:
-    """Whether `steps` understands the text."""
+    """Returns whether a text is a duration that `steps` can convert."""
     text = text.strip()
     return text.lower() in ("", "never") or bool(_DURATION.fullmatch(text))
 
@@ -22,8 +22,8 @@ def is_duration(text: str) -> bool:
 def steps(duration: str, batch_size: int, num_train: int) -> int:
     """Converts a duration to whole optimizer steps.
 
-    An epoch is `num_train // batch_size` steps: the last incomplete batch is dropped. Anything
-    above zero lasts at least one step.
+    An epoch is `num_train // batch_size` steps: the last incomplete batch is dropped. A duration
+    above zero is at least one step.
 
     Args:
         duration: "2 epochs", "0.5 epoch", "500 steps", "1e6 examples"; "never" or "" is 0 steps.
@@ -31,7 +31,7 @@ def steps(duration: str, batch_size: int, num_train: int) -> int:
         num_train: examples in the training split.
 
     Raises:
-        UserError: the text is none of these, or more steps than can be counted.
+        UserError: the text is not a duration, or is more than 2^31 - 1 steps.
     """
     if not is_duration(duration):
         raise UserError(
@@ -45,15 +45,15 @@ def steps(duration: str, batch_size: int, num_train: int) -> int:
     per_unit = {"step": 1.0, "epoch": num_train // batch_size, "example": 1 / batch_size}
     total = count * per_unit[match["unit"].lower()]
     if total > _MAX_STEPS:
-        raise UserError(f"{duration!r} is more than {_MAX_STEPS} steps.")
+        raise UserError(f"{duration!r} is more than {_MAX_STEPS} steps: choose a shorter duration.")
     return max(1, round(total))
 
 
 def total_steps(config: ml_collections.ConfigDict, num_train: int) -> int:
-    """Length of the training in steps: `config.steps` where set, else `config.epochs`."""
+    """Returns the length of the training in steps, from `config.steps` or else `config.epochs`."""
     return config.steps or steps(f"{config.epochs} epochs", config.batch_size, num_train)
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens `every` so many steps (0: never) happens after `step`."""
+    """Returns whether an event that recurs every `every` steps (0: never) is due after `step`."""
     return every > 0 and step % every == 0

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""Errors that the user can correct, and the parts of their messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can mend; train.py prints the message alone, without a traceback.
+    """An error that the user can correct; programs print its message without a traceback.
 
-    The message is one clear sentence that names the key, file or record and says what to do.
+    The message names the key, file or record that is wrong and says what to do.
     """
 
-    exit_code = 2  # of the program that it ends
+    exit_code = 2  # of the program that ends with this error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -21,12 +21,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The type of an error and the first line of what it says, for a message."""
+    """Returns the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def describe(value: Any) -> str:
-    """Describes what somebody's function returned: "float32 (4, 10)", "(float32 (4,), None)"."""
+    """Describes a value that a function returned: "float32 (4, 10)", "(float32 (4,), None)"."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype} {value.shape}"
     if isinstance(value, dict):

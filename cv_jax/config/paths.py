@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Paths as users write them."""
 
 import argparse
 import os
@@ -8,23 +8,23 @@ from cv_jax.config.errors import UserError
 
 
 def expand(path: str) -> str:
-    """Returns the path with the home directory in place of a ~ or ~USER that it begins with.
+    """Replaces a leading ~ or ~USER by the home directory.
 
     Raises:
-        UserError: there is no such home directory, as in a container whose user has no name.
+        UserError: the home directory is unknown, as in a container whose user has no name.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
         raise UserError(
-            f"{path}: the home directory {user} is not known here; set HOME or write the whole "
-            f"path, and ./{path} for a directory of this name."
+            f"{path}: the home directory {user} is unknown here. Set HOME or write the whole "
+            f"path; write ./{path} for a directory of this name."
         )
     return expanded
 
 
 def path_argument(text: str) -> Path:
-    """Returns the path of a command-line argument, for argparse's `type`."""
+    """Converts a command-line argument to a path, as the `type` of an argparse argument."""
     try:
         return Path(expand(text))
     except UserError as error:

@@ -7,12 +7,12 @@ import ml_collections
 
 from cv_jax.config import durations
 
-# The most steps in a dispatch; their metrics are kept step by step, so it bounds that memory too.
+# Most steps in a dispatch. Metrics are kept for each step, so this also bounds their memory.
 MAX_STEPS = 512
 
 
 class Intervals(NamedTuple):
-    """The length of the training and how often what happens, in steps; 0 is never."""
+    """The length of the training and the intervals of its events, in steps; 0 is never."""
 
     total: int
     log: int
@@ -22,7 +22,7 @@ class Intervals(NamedTuple):
 
 
 def make_intervals(config: ml_collections.ConfigDict, num_train: int, num_val: int) -> Intervals:
-    """Converts the durations of the config to steps; without val there is nothing to evaluate."""
+    """Converts the durations of the config to steps; without val, `eval` is 0."""
 
     def steps(duration):
         return durations.steps(duration, config.batch_size, num_train)
@@ -37,7 +37,7 @@ def make_intervals(config: ml_collections.ConfigDict, num_train: int, num_val: i
 
 
 class Chunk(NamedTuple):
-    """The steps from `start` up to `end`, run in one dispatch, and what is due after them."""
+    """The steps from `start` up to `end`, run in one dispatch, and the events due after them."""
 
     start: int
     end: int
@@ -54,13 +54,13 @@ class Chunk(NamedTuple):
 def plan_chunks(
     start: int, intervals: Intervals, limit: Callable[[int], int], pace: Callable[[], int]
 ) -> Iterator[Chunk]:
-    """Yields chunks from step `start` to the end, each up to the next thing that is due.
+    """Yields chunks from step `start` to the end, each up to the next event that is due.
 
     Args:
         start: steps already made.
-        intervals: what is due when; the end logs and saves in any case.
-        limit: step -> the most steps that the batches allow from there on.
-        pace: () -> the steps that make a dispatch of pleasant length.
+        intervals: intervals of the events; the last chunk always logs and saves.
+        limit: step -> the most steps that the batches allow from this step on.
+        pace: () -> the number of steps that fill a dispatch.
     """
     total = intervals.total
     while start < total:

@@ -1,4 +1,4 @@
-"""Checks every leaf of a config: its type, its range, and what it may be combined with."""
+"""Checks every leaf of a config: its type and its range."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ def _check_key(key: str, leaves: Mapping[str, Any]) -> None:
     if key in leaves:
         return
     parent, _, last = key.rpartition(".")
-    # The last part alone finds a leaf that stands under another parent.
+    # The last part alone finds a leaf under another parent.
     elsewhere = [leaf for leaf in leaves if leaf.rpartition(".")[2] == last]
     close = f" Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, leaves)
     siblings = [leaf for leaf in leaves if leaf.rpartition(".")[0] == parent]
@@ -25,24 +25,24 @@ def _check_key(key: str, leaves: Mapping[str, Any]) -> None:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for a key that there is not, or a value that no run could use, naming it.
+    """Raises UserError for an unknown key, or for a value that no run could use.
 
-    A leaf has the type of its default in `base_config`, and keeps to its rule in RULES. What a text
-    names is looked at where it is built.
+    A leaf must have the type of its default in `base_config` and obey its rule in RULES. A text
+    that names a function is checked where the function is called.
     """
     known, leaves = flatten(base_config()), flatten(config)
     for key in known:
         if key not in leaves:
             raise UserError(
-                f"config lacks the key {key!r}; begin with cv_jax.config.base.base_config()."
+                f"config lacks the key {key!r}: start from cv_jax.config.base.base_config()."
             )
     for key, value in leaves.items():
         like = _in_base(key)
         if key.startswith("optim.groups") and like not in known:
             if key.count(".") == 3:
-                continue  # the optimizer says what a group may set
+                continue  # the optimizer checks the settings of a group
             raise UserError(
-                f"config.{key}={value!r} must be the settings of a group by their names, such as "
+                f"config.{key}={value!r} must be a group's settings by name, such as "
                 '{"head": {"lr": 0.1}} for config.optim.groups.'
             )
         _check_key(like, known)
@@ -53,18 +53,19 @@ def check(config: ml_collections.ConfigDict) -> None:
     last = config.seed + config.num_seeds - 1
     if last > _MAX_INT:
         raise UserError(
-            f"config.num_seeds={config.num_seeds}: the last seed, {last}, is too large."
+            f"config.num_seeds={config.num_seeds}: the last seed, {last}, is above {_MAX_INT}. "
+            "Lower config.seed."
         )
 
 
 def _in_base(key: str) -> str:
-    """The leaf of `base_config` that gives a leaf its type and rule, also in a group."""
+    """Returns the leaf of `base_config` whose type and rule apply to a leaf, also in a group."""
     parts = key.split(".")
     in_group = parts[:2] == ["optim", "groups"] and len(parts) == 4
     return f"optim.{parts[3]}" if in_group else key
 
 
-# For the type of a leaf's default: the types of a value, and what it must be, in words.
+# Type of a leaf's default -> (types of a valid value, the words for them in a message).
 _TYPES = {
     bool: (bool, "true or false"),
     int: (int, "a whole number of at most 32 bits"),
@@ -110,17 +111,17 @@ _DURATION: _Rule = (
     "is not a duration: write '2 epochs', '500 steps', '1e6 examples' or 'never'",
 )
 
-# Leaf -> (whether a value of the right type can be used, what is said of one that cannot).
+# Leaf -> (whether a value of the right type is valid, the words of the message if not).
 RULES: dict[str, _Rule] = {
     "seed": _NOT_NEGATIVE,
-    "num_seeds": (lambda v: 0 < v <= 10_000, "must be above 0, and 10000 at most"),
+    "num_seeds": (lambda v: 0 < v <= 10_000, "must be from 1 to 10000"),
     "seeds.mode": (
         lambda v: v in ("auto", "batched", "in_turn"),
         "must be auto, batched or in_turn",
     ),
     "sweep": (
         lambda v: _are_pairs(v, tuple | list) and len({key for key, _ in v}) == len(v),
-        'must be pairs of a key, each once, and its values, such as (("optim.lr", (0.1, 0.2)),)',
+        'must be pairs of a key and its values, each key once, such as (("optim.lr", (0.1, 0.2)),)',
     ),
     "epochs": _ABOVE_0,
     "steps": _NOT_NEGATIVE,

@@ -1,8 +1,8 @@
 """Sweeps: the values of config leaves in which the runs of one program differ.
 
-A swept leaf is a number, or a text of `config.calls` in which numbers differ, such as "rotate(5)"
-and "rotate(10)". The numbers become arrays, and a task is built from a config that holds them in
-the place of the leaf while its functions are traced.
+A swept leaf is a number, or a text of `config.calls` whose values differ in numbers, such as
+"rotate(5)" and "rotate(10)". The numbers become arrays. While a task's functions are traced, its
+config holds these arrays in place of the leaf.
 """
 
 import functools
@@ -18,7 +18,7 @@ from cv_jax.config.base import flatten
 from cv_jax.config.calls import parse
 from cv_jax.config.errors import UserError, nearest
 
-# What is read outside of the training step, by prefix: all runs of a program share it.
+# Prefixes of the leaves that are read outside the training step: all runs of a program share them.
 _SHARED = (
     "data.",
     "mesh.",
@@ -40,13 +40,13 @@ _SHARED = (
 
 
 class Leaf(NamedTuple):
-    """The values of one swept config leaf, taken apart.
+    """The v values of one swept config leaf, split into parts.
 
     Attributes:
-        values: as the config has them.
-        structure: of a value, all have the same.
-        parts: of a value, in the order of `structure`; where the values differ in it, None.
-        numbers: of each part in which they differ, its numbers, (v,) float32 or int32.
+        values: the values as written in the config.
+        structure: pytree structure, equal for all values.
+        parts: leaves of a value, in the order of `structure`; None where the values differ.
+        numbers: for each part that differs, its number in each value, (v,) float32 or int32.
     """
 
     values: tuple[Any, ...]
@@ -60,8 +60,8 @@ class Sweep(NamedTuple):
 
     Attributes:
         leaves: {config key: Leaf}.
-        settings: the points of the grid, {config key: value}; the last key changes fastest. Where
-            nothing is swept, one, without keys.
+        settings: points of the grid, {config key: value}; the last key changes fastest. Without
+            a swept leaf, the grid is one point without keys.
     """
 
     leaves: dict[str, Leaf]
@@ -69,7 +69,7 @@ class Sweep(NamedTuple):
 
     @property
     def values(self) -> dict[str, list[np.ndarray]]:
-        """The numbers of each leaf at each point of the grid: {config key: [(points,), ...]}."""
+        """Returns each leaf's numbers at all points of the grid: {config key: [(points,), ...]}."""
         positions = itertools.product(*(range(len(leaf.values)) for leaf in self.leaves.values()))
         columns = zip(*positions, strict=True) if self.leaves else ()
         return {
@@ -80,7 +80,7 @@ class Sweep(NamedTuple):
     def apply(
         self, config: ml_collections.ConfigDict, values: dict[str, list[Any]]
     ) -> ml_collections.ConfigDict:
-        """The config with these numbers, arrays as a rule, in the swept leaves."""
+        """Returns the config with these numbers, usually arrays, in the swept leaves."""
         put = {}
         for key, numbers in values.items():
             numbers = iter(numbers)
@@ -93,7 +93,7 @@ class Sweep(NamedTuple):
 def with_values(
     config: ml_collections.ConfigDict, values: dict[str, Any]
 ) -> ml_collections.ConfigDict:
-    """A copy of the config with these leaves in it, of any type."""
+    """Returns a copy of the config with these leaves, of any type."""
     copy = config.copy_and_resolve_references()
     with copy.unlocked(), copy.ignore_type():
         for key, value in values.items():
@@ -106,7 +106,8 @@ def make_sweep(config: ml_collections.ConfigDict) -> Sweep:
     """Reads `config.sweep`, pairs of a key and its values.
 
     Raises:
-        UserError: an unknown key, a value that is wrong by itself, or one that no array can be.
+        UserError: an unknown key, a leaf that cannot be swept, or values that differ in more than
+            numbers.
     """
     leaves = {key: _take_apart(key, values, config) for key, values in config.sweep}
     points = itertools.product(*(leaf.values for leaf in leaves.values()))
@@ -120,10 +121,10 @@ def _take_apart(key: str, values: Any, config: ml_collections.ConfigDict) -> Lea
     if key.startswith(_SHARED):
         raise refusal(key, "all runs of a program share it")
     if not isinstance(values, tuple | list) or len(values) < 2:
-        raise UserError(f"config.sweep.{key}={values!r}: give two values or more, as (0.1, 0.2).")
+        raise UserError(f"config.sweep.{key}={values!r}: give two or more values: (0.1, 0.2).")
     try:
         taken = [jax.tree.flatten(parse(v) if isinstance(v, str) else v) for v in values]
-    except (UserError, ValueError) as error:  # ValueError: keys of a dict that have no order
+    except (UserError, ValueError) as error:  # ValueError: dict keys that cannot be sorted
         raise refusal(key, str(error)) from error
     structure = taken[0][1]
     if any(other != structure for _, other in taken):
@@ -137,37 +138,40 @@ def _take_apart(key: str, values: Any, config: ml_collections.ConfigDict) -> Lea
             raise refusal(key, f"{column[0]!r} is not a number")
         whole = all(isinstance(part, int) for part in column)
         if whole and any(abs(part) >= 2**31 for part in column):
-            raise refusal(key, f"{max(column, key=abs)} is more than 32 bits can hold")
+            raise refusal(key, f"{max(column, key=abs)} does not fit into 32 bits")
         parts.append(None)
         numbers.append(np.array(column, np.int32 if whole else np.float32))
     if not numbers:
-        raise UserError(f"config.sweep.{key}={values!r}: these values are all the same.")
+        raise UserError(
+            f"config.sweep.{key}={values!r}: all values are equal; give different ones."
+        )
     return Leaf(tuple(values), structure, tuple(parts), numbers)
 
 
 def refusal(key: str, reason: str) -> UserError:
+    """Returns the error of a leaf that cannot be swept."""
     return UserError(
-        f"config.{key} cannot be swept: {reason}. Run train.py once for each of its values, and "
-        "hold the runs against each other with python -m cv_jax.tools.compare."
+        f"config.{key} cannot be swept: {reason}. Run train.py once for each value and compare "
+        "the runs with python -m cv_jax.tools.compare."
     )
 
 
 def num_runs(config: ml_collections.ConfigDict) -> int:
-    """How many runs the config asks for."""
+    """Returns the number of runs: sweep settings times seeds."""
     return len(make_sweep(config).settings) * config.num_seeds
 
 
 def run_values(config: ml_collections.ConfigDict, sweep: Sweep) -> list[dict[str, Any]]:
-    """What the runs differ in, such as {"optim.lr": 0.1, "seed": 3}, in their order."""
+    """Returns the swept values and seed of each run, such as {"optim.lr": 0.1, "seed": 3}."""
     seeds = range(config.seed, config.seed + config.num_seeds)
     return [{**setting, "seed": seed} for setting in sweep.settings for seed in seeds]
 
 
 def run_names(config: ml_collections.ConfigDict, sweep: Sweep) -> list[str]:
-    """The names of the runs, such as "optim.lr=0.1 seed=3", in their order."""
+    """Returns the name of each run, such as "optim.lr=0.1 seed=3"."""
     return [run_name(values) for values in run_values(config, sweep)]
 
 
 def run_name(values: dict[str, Any]) -> str:
-    """The name of the run with these values, see `run_values`."""
+    """Returns the name of the run with these values, see `run_values`."""
     return " ".join(f"{key}={value}" for key, value in values.items())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def align(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Lines of cells in columns two spaces apart; those of the columns `right` end together."""
+    """Aligns rows of cells in columns, two spaces apart; the columns `right` align to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -142,7 +142,8 @@ def apply_gradients(
     tx: optax.GradientTransformation, grads: Any, state: TrainState
 ) -> tuple[Any, Any]:
     """Returns new parameters and optimizer state; learning rates are those of `state.step`."""
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    update = optax.with_extra_args_support(tx).update
+    updates, opt_state = update(grads, state.opt_state, state.params, step=state.step)
     return optax.apply_updates(state.params, updates), opt_state
 
 

@@ -3,14 +3,14 @@
 A model is a Flax module, `module(x, train) -> (logits, intermediates)`:
     x: (b, h, w, c) float32, normalised images.
     train: normalise by the batch and update the "batch_stats" collection, if there is one.
-    logits: (b, n) float32; of a network for 0 classes, which has no head, (b, 0).
-    intermediates: features by name, in the model's compute dtype; "pooled" is what the head sees.
+    logits: (b, n) float32; (b, 0) for 0 classes, where the network has no head.
+    intermediates: features by name, in the model's compute dtype; "pooled" is the head's input.
 
 A model may have `params_from_images(images) -> params`: the part of its initial parameters that
 depends on the (normalised, float32) training images.
 
-Imports config; its sub-room `ops` holds the kernels that the layers use. A new model is a new file
-and a line in MODELS.
+Imports config; its sub-room `ops` holds the kernels of the layers. A new model is a new file and
+a line in MODELS.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ def build_model(text: str, num_classes: int, dtype: jnp.dtype) -> nn.Module:
     """Builds the model that a spec names, such as "n94" or "resnet18(stem='imagenet')".
 
     Args:
-        text: a name of MODELS, with arguments or without.
+        text: a name of MODELS, with or without arguments.
         num_classes: width of the logits.
-        dtype: what the model computes in; its parameters, statistics and logits are float32.
+        dtype: compute dtype of the model; its parameters, statistics and logits are float32.
 
     Raises:
         UserError: an unknown name or bad arguments.
@@ -50,7 +50,7 @@ def build_model(text: str, num_classes: int, dtype: jnp.dtype) -> nn.Module:
     model = build_one(text, MODELS, "config.model", num_classes=num_classes, dtype=dtype)
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"config.model={text!r}: its function returned {describe(model)} and not a Flax module."
+            f"config.model={text!r}: its function returned {describe(model)}; return a Flax module."
         )
     return model
 
@@ -58,12 +58,12 @@ def build_model(text: str, num_classes: int, dtype: jnp.dtype) -> nn.Module:
 def checked_outputs(
     text: str, path: tuple[str, ...], num_classes: int
 ) -> contextlib.AbstractContextManager:
-    """While it is entered, raises UserError where a model returns what no model should.
+    """Checks what a model returns, inside the returned context; raises UserError.
 
     Args:
         text: `config.model`.
-        path: of the model in the module that is traced; (): it is that module.
-        num_classes: of the model.
+        path: path of the model in the traced module; (): the model is that module.
+        num_classes: width of the model's logits.
     """
 
     def intercept(method, args, kwargs, context):
@@ -77,20 +77,20 @@ def checked_outputs(
                     return out
         raise UserError(
             f"config.model={text!r}: {type(context.module).__name__}.__call__ returned "
-            f"{describe(out)} for {describe(args[0])}; expected are logits ({b}, {num_classes}) "
-            f"and a dict of features that has 'pooled' ({b}, d)."
+            f"{describe(out)} for {describe(args[0])}; return logits ({b}, {num_classes}) and a "
+            f"dict of features with 'pooled' ({b}, d)."
         )
 
     return nn.intercept_methods(intercept)
 
 
 def compute_dtype(text: str) -> jnp.dtype:
-    """The dtype that "float32", "bfloat16" or "auto" names.
+    """Returns the dtype that "float32", "bfloat16" or "auto" names.
 
     "auto" is bfloat16 on TPU and GPU, and float32 on the CPU (slow at bfloat16 elementwise work).
     """
     if text == "auto":
         text = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if text not in ("float32", "bfloat16"):
-        raise UserError(f"config.dtype is 'auto', 'float32' or 'bfloat16', not {text!r}.")
+        raise UserError(f"config.dtype={text!r} must be 'auto', 'float32' or 'bfloat16'.")
     return jnp.dtype(text)

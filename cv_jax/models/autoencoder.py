@@ -9,31 +9,31 @@ import jax.numpy as jnp
 from cv_jax.config.errors import UserError, describe
 from cv_jax.models.layers import batch_norm, conv, dense
 
-SMALLEST = 4  # pixels a side at most, from which the decoder begins
+SMALLEST = 4  # the decoder starts from images of at most this many pixels a side
 
 
 class Autoencoder(nn.Module):
-    """Shapes in the comments are those of 32x32x3 images and n94.
+    """Encodes an image as a vector and decodes it. Comments: shapes of 32x32x3 images and n94.
 
-    The latent vector sees the backbone's last feature map, place by place: what its pooled features
-    have lost of where things are could not be drawn again.
+    The latent vector is computed from the backbone's last feature map, with its positions. Pooled
+    features have lost the positions, and no decoder could restore them.
     """
 
     backbone: nn.Module  # without a head
-    latent: int  # its width
-    widths: tuple[int, ...]  # of the decoder from the smallest images on; the last repeats
+    latent: int  # width of the latent vector
+    widths: tuple[int, ...]  # channels of the decoder, smallest images first; the last repeats
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Normalised images (b, h, w, c) to reconstructions of them, and "latent", "pooled"."""
+        """Maps normalised images (b, h, w, c) to reconstructions and {"latent", "pooled"}."""
         _, h, w, c = x.shape
         _, features = self.backbone(x, train)
         spatial = [f for f in features.values() if f.ndim == 4]
         if not spatial:
             raise UserError(
-                f"An autoencoder needs a feature map (b, h, w, c) of its model, and "
+                f"An autoencoder needs a feature map (b, h, w, c) of its model, but "
                 f"{type(self.backbone).__name__}.__call__ returned the features "
-                f"{describe(features)}: add one, or choose another config.model."
+                f"{describe(features)}. Add a feature map, or choose another config.model."
             )
         spatial = spatial[-1]  # b 3 3 256
         latent = dense(spatial.reshape(len(x), -1), self.latent, name="latent")  # b 128
@@ -52,7 +52,7 @@ class Autoencoder(nn.Module):
 
 
 def _sides(h: int, w: int) -> list[tuple[int, int]]:
-    """The sizes that halving gives, from the images' down to at most 4 pixels a side."""
+    """Returns the image sizes (h, w), each half the one before, down to at most 4 pixels a side."""
     sides = [(h, w)]
     while max(sides[-1]) > SMALLEST:
         h, w = sides[-1]

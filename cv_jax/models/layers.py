@@ -1,7 +1,7 @@
-"""The layers that all models are made of.
+"""The layers of all models.
 
-Every model calls these and not `nn` or `lax` itself, so that a faster lowering for one platform is
-put in once, here. Parameters are float32; a layer computes in the dtype of its input.
+Models call these layers and not `nn` or `lax`, so that a faster lowering for one platform is
+written once, here. Parameters are float32; a layer computes in the dtype of its input.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def conv(
 
 
 def _convolution(x, kernel, strides, padding, **defaults):
-    del defaults  # flax names dilations, groups and precision, which no layer here changes
+    del defaults  # dilations, groups and precision, which no layer here changes
     return ops.conv(x, kernel, tuple(strides), tuple(map(tuple, padding)))
 
 
@@ -74,7 +74,7 @@ def dense(
     use_bias: bool = True,
     kernel_init: nn.initializers.Initializer = uniform_fan_in,
 ) -> jax.Array:
-    """Linear layer, (b, c) -> (b, features). A bias starts as U(-1/sqrt(c), 1/sqrt(c))."""
+    """Applies a linear layer, (b, c) -> (b, features); a bias starts as U(-1, 1) / sqrt(c)."""
     return nn.Dense(
         features,
         use_bias=use_bias,
@@ -86,9 +86,9 @@ def dense(
 
 
 def head(x: jax.Array, num_classes: int, **kwargs: Any) -> jax.Array:
-    """The linear layer "head", (b, c) -> (b, n); without classes there is none, and n is 0.
+    """Applies the linear layer "head", (b, c) -> (b, n); for 0 classes there is no layer, (b, 0).
 
-    `kwargs`: as of `dense`.
+    `kwargs`: arguments of `dense`.
     """
     return dense(x, num_classes, name="head", **kwargs) if num_classes else x[:, :0]
 
@@ -106,27 +106,28 @@ def batch_norm(
     epsilon: float = 1e-5,
     use_scale: bool = True,
 ) -> jax.Array:
-    """Batch normalisation over all axes but the last.
+    """Normalises over all axes but the last, by the batch or by the running averages.
 
     `train` normalises with the batch's own mean and (biased) variance and moves the averages in
     "batch_stats": average = momentum * average + (1 - momentum) * batch. Statistics are float32.
 
     The variance is E[x^2] - E[x]^2, which loses digits where |mean| is far above the standard
     deviation: over 4,096 values the result's standard deviation is right to 0.1 % for a ratio of
-    100 and to 5 % for 1,000, and says nothing for 10,000. Inputs such as float images around 1,000
-    have to be normalised before, which `config.data.normalize` does.
+    100 and to 5 % for 1,000, and meaningless for 10,000. Inputs such as float images around 1,000
+    must be normalised before; `config.data.normalize` does this.
     """
     norm = nn.BatchNorm(momentum=momentum, epsilon=epsilon, use_scale=use_scale, name=name)
     return norm(x.astype(jnp.float32), use_running_average=not train).astype(x.dtype)
 
 
 def frozen_statistics(frozen: Set[str]) -> contextlib.AbstractContextManager:
-    """While it is entered, normalisations whose parameters are frozen keep their averages.
+    """Freezes the averages of normalisations with frozen parameters, inside the returned context.
 
-    They normalise with them, too, as in evaluation: what is frozen is the same function for ever.
+    These layers also normalise with their averages, as in evaluation, so that a frozen layer
+    stays the same function.
 
     Args:
-        frozen: the paths of parameters that are not trained, such as "group1/norm1/bias".
+        frozen: paths of the parameters that are not trained, such as "group1/norm1/bias".
     """
 
     def intercept(method, args, kwargs, context):
@@ -140,7 +141,10 @@ def frozen_statistics(frozen: Set[str]) -> contextlib.AbstractContextManager:
 
 
 def max_pool(x: jax.Array, size: int, strides: int | None = None, padding: int = 0) -> jax.Array:
-    """Maximum of size x size windows, `strides` (default: `size`) apart; padding never wins."""
+    """Takes the maximum of size x size windows, `strides` (default: `size`) apart.
+
+    Padding is never the maximum.
+    """
     strides = strides or size
     if strides == size and not padding:
         return ops.max_pool(x, size)
@@ -148,18 +152,18 @@ def max_pool(x: jax.Array, size: int, strides: int | None = None, padding: int =
 
 
 def global_max_pool(x: jax.Array) -> jax.Array:
-    """(b, h, w, c) -> (b, c) float32, the maximum over h and w."""
+    """Takes the maximum over h and w: (b, h, w, c) -> (b, c) float32."""
     return x.max(axis=(1, 2)).astype(jnp.float32)
 
 
 def global_avg_pool(x: jax.Array) -> jax.Array:
-    """(b, h, w, c) -> (b, c) float32, the mean over h and w."""
+    """Takes the mean over h and w: (b, h, w, c) -> (b, c) float32."""
     return x.mean(axis=(1, 2), dtype=jnp.float32)
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x * Phi(x) with Phi the normal distribution function: exact, not the tanh approximation."""
+    """Computes x * Phi(x), Phi the normal distribution function: exact, no tanh approximation."""
     return x * _normal_cdf(x)
 
 
@@ -169,7 +173,7 @@ def _gelu_backward(x, g):
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    # By erf: jax.nn.gelu takes erfc, which needs 2.5 times as long in XLA's CPU code.
+    # By erf: jax.nn.gelu uses erfc, which takes 2.5 times as long in XLA's CPU code.
     return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
@@ -181,7 +185,7 @@ def check_image_size(x: jax.Array, model: str, least: int) -> None:
     _, h, w, _ = x.shape
     if min(h, w) < least:
         raise UserError(
-            f"Model {model!r} needs images of at least {least}x{least} pixels and got {h}x{w}: "
+            f"Model {model!r} needs images of at least {least}x{least} pixels, but got {h}x{w}: "
             "choose another config.model."
         )
 
@@ -190,9 +194,9 @@ MAX_WIDTH = 65_536
 
 
 def checked_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """Returns the widths of layers; raises ValueError unless there are some, each above 0."""
+    """Returns the widths of layers; raises ValueError if one is out of range or there is none."""
     require(
         lambda: widths and all(0 < width <= MAX_WIDTH for width in widths),
-        f"widths are one or more, each from 1 to {MAX_WIDTH}, not {widths!r}",
+        f"widths={widths!r} must be one or more numbers, each from 1 to {MAX_WIDTH}",
     )
     return tuple(widths)

@@ -18,7 +18,7 @@ from cv_jax.models.layers import (
 
 
 class LeNet(nn.Module):
-    """Shapes in the comments are those of 32x32 images; 16x16 is the least."""
+    """LeNet. Images have at least 16x16 pixels; comments give the shapes of 32x32 images."""
 
     num_classes: int
     dtype: jnp.dtype
@@ -38,5 +38,5 @@ class LeNet(nn.Module):
 
 
 def lenet(*, num_classes: int, dtype: jnp.dtype) -> nn.Module:
-    """62,006 parameters for 32x32x3 images and 10 classes."""
+    """Builds LeNet: 62,006 parameters for 32x32x3 images and 10 classes."""
     return LeNet(num_classes, dtype)

@@ -1,8 +1,8 @@
 """N94 and N96: the networks of the fastest CIFAR-10 trainings to 94 % and 96 % accuracy.
 
 K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498
-(without the scaling of biases): a frozen whitening layer and three groups of convolutions, two in
-each for 94 %; for 96 % three, wider, the last two with a residual connection around them.
+(without the scaling of biases): a frozen whitening layer and three groups of convolutions. N94's
+groups have two convolutions. N96's have three wider ones, the last two with a residual connection.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ WHITEN_EPSILON = 5e-4
 
 
 class N94(nn.Module):
-    """Shapes in the comments are those of 32x32x3 images and the default widths of n94.
+    """N94 or N96. Comments give the shapes of 32x32x3 images and n94's default widths.
 
-    Smaller images leave out the pools for which no 2x2 window is left (8x8: 7 -> 3 -> 1), so that
-    anything from 2x2 pixels works; larger images are pooled globally at the end.
+    Images have at least 2x2 pixels: a pool is skipped where no 2x2 window is left (8x8 images:
+    7 -> 3 -> 1). Larger images are pooled globally at the end.
     """
 
     widths: tuple[int, ...]
@@ -59,7 +59,7 @@ class N94(nn.Module):
         return logits / self.widths[-1], features  # b n
 
     def params_from_images(self, images: np.ndarray) -> dict[str, Any]:
-        """Returns the parameters that start from the data: {"whiten": {"kernel"}}.
+        """Returns the initial parameters that depend on the data: {"whiten": {"kernel"}}.
 
         Args:
             images: (m, h, w, c) float32, normalised training images; the first 5,000 are used.
@@ -68,9 +68,9 @@ class N94(nn.Module):
 
 
 class Group(nn.Module):
-    """3x3 convolutions that halve h and w (rounded down) while a 2x2 window fits.
+    """Two or three 3x3 convolutions; halves h and w (rounded down) where a 2x2 window fits.
 
-    Two of them; with `residual` three, and what enters the second is added to the third's.
+    With `residual` there are three, and the second's input is added to the third's output.
     """
 
     width: int
@@ -79,7 +79,7 @@ class Group(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         pools = min(x.shape[1:3]) >= 2
-        # What the pool would leave out, an odd last row and column, is not computed: 11 % of all.
+        # An odd last row and column, which the pool would drop, is not computed: 11 % of all work.
         padding = [(1, 1 - side % 2 if pools else 1) for side in x.shape[1:3]]
         x = conv(x, self.width, 3, padding=padding, kernel_init=identity_init, name="conv1")
         x = max_pool(x, 2) if pools else x
@@ -97,15 +97,15 @@ def _norm(x: jax.Array, train: bool, name: str) -> jax.Array:
 
 
 def whitening_kernel(images: np.ndarray) -> np.ndarray:
-    """The filters that decorrelate the 2x2 patches of `images`, and their negatives.
+    """Computes the filters that decorrelate the 2x2 patches of `images`, and their negatives.
 
     With the second moments C = E[p p^T] = sum_i l_i v_i v_i^T of all patches p, filter i is
-    v_i / sqrt(l_i + 5e-4), by decreasing l_i, so that the responses of the first 4c filters have
-    the identity as their second moments (section 3.2 of the paper). Of v_i and -v_i, which are both
-    eigenvectors, v_i is the one whose largest entry is positive.
+    v_i / sqrt(l_i + 5e-4), by decreasing l_i. The responses of the first 4c filters then have the
+    identity as their second moments (section 3.2 of the paper). v_i and -v_i are both
+    eigenvectors; v_i is the one whose largest entry is positive.
 
-    Computed in float64: the eigenvectors of values that are close to each other would otherwise
-    depend on the order of the sum, and a run on how many threads and devices there are.
+    Computed in float64: in float32, eigenvectors of close eigenvalues would depend on the order of
+    the sum, and a run on the number of threads and devices.
 
     Args:
         images: (m, h, w, c) float32.
@@ -115,7 +115,7 @@ def whitening_kernel(images: np.ndarray) -> np.ndarray:
     """
     _, h, w, c = images.shape
     total = np.zeros((PATCH * PATCH * c,) * 2)
-    for start in range(0, len(images), 500):  # little enough to stay in memory as float64
+    for start in range(0, len(images), 500):  # few enough to fit into memory as float64
         part = images[start : start + 500].astype(np.float64)
         shifted = [
             part[:, dy : h - PATCH + 1 + dy, dx : w - PATCH + 1 + dx]
@@ -134,7 +134,7 @@ def whitening_kernel(images: np.ndarray) -> np.ndarray:
 
 
 def identity_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    """PyTorch's default, but the first min(c, features) filters pass their channel through."""
+    """Draws PyTorch's default, but the first min(c, features) filters copy their channel."""
     h, w, c, features = shape
     kernel = uniform_fan_in(key, shape, dtype)
     passed = min(c, features)
@@ -143,7 +143,7 @@ def identity_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax
 
 
 def unit_std_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    """Uniform around 0, divided by its own standard deviation."""
+    """Draws uniformly around 0 and divides by the standard deviation of the values drawn."""
     kernel = jax.random.uniform(key, shape, dtype, -1, 1)
     return kernel / kernel.std()
 
@@ -151,14 +151,20 @@ def unit_std_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax
 def n94(
     widths: tuple[int, ...] = (64, 256, 256), *, num_classes: int, dtype: jnp.dtype
 ) -> nn.Module:
-    """1,971,640 parameters for RGB images and 10 classes; `widths`: the channels of each group."""
+    """Builds N94: 1,971,640 parameters for RGB images and 10 classes.
+
+    `widths`: channels of each group.
+    """
     return _build(widths, False, num_classes, dtype)
 
 
 def n96(
     widths: tuple[int, ...] = (128, 384, 512), *, num_classes: int, dtype: jnp.dtype
 ) -> nn.Module:
-    """9,915,704 parameters for RGB images and 10 classes; `widths` as of `n94`."""
+    """Builds N96: 9,915,704 parameters for RGB images and 10 classes.
+
+    `widths`: channels of each group.
+    """
     return _build(widths, True, num_classes, dtype)
 
 

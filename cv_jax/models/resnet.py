@@ -22,14 +22,14 @@ STEMS = ("cifar", "imagenet")
 
 
 class ResNet(nn.Module):
-    """Shapes in the comments are those of ResNet-50 on 32x32 images with the CIFAR stem."""
+    """A ResNet. Comments give the shapes of ResNet-50 on 32x32 images with the CIFAR stem."""
 
     depths: tuple[int, ...]  # blocks of each group
     bottleneck: bool
     stem: str
     num_classes: int
     dtype: jnp.dtype
-    width: int = 64  # of the stem and the first group
+    width: int = 64  # channels of the stem and the first group
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -67,7 +67,7 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut; gives 4 * `features` channels."""
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut, with 4 * `features` output channels."""
 
     features: int
     strides: int
@@ -84,14 +84,14 @@ class BottleneckBlock(nn.Module):
 
 
 def _shortcut(x: jax.Array, features: int, strides: int, train: bool) -> jax.Array:
-    """`x` itself, or a 1x1 convolution where the block changes its shape."""
+    """Returns `x`, or a 1x1 convolution of `x` where the block changes the shape."""
     if x.shape[-1] == features and strides == 1:
         return x
     return batch_norm(conv(x, features, 1, strides, "shortcut"), train, name="shortcut_norm")
 
 
 def conv(x: jax.Array, features: int, size: int, strides: int, name: str) -> jax.Array:
-    """The convolution of residual networks: no bias, h' = ceil(h / strides) for odd sizes."""
+    """Convolves without a bias, as all residual networks; h' = ceil(h / strides) for odd sizes."""
     return layers.conv(
         x,
         features,
@@ -104,16 +104,22 @@ def conv(x: jax.Array, features: int, size: int, strides: int, name: str) -> jax
 
 
 def resnet18(stem: str = "cifar", *, num_classes: int, dtype: jnp.dtype) -> nn.Module:
-    """11,173,962 parameters (CIFAR stem, 10 classes) or 11,689,512 (ImageNet stem, 1,000)."""
+    """Builds ResNet-18.
+
+    11,173,962 parameters (CIFAR stem, 10 classes) or 11,689,512 (ImageNet stem, 1,000).
+    """
     return ResNet((2, 2, 2, 2), False, _known_stem(stem), num_classes, dtype)
 
 
 def resnet50(stem: str = "cifar", *, num_classes: int, dtype: jnp.dtype) -> nn.Module:
-    """23,520,842 parameters (CIFAR stem, 10 classes) or 25,557,032 (ImageNet stem, 1,000)."""
+    """Builds ResNet-50.
+
+    23,520,842 parameters (CIFAR stem, 10 classes) or 25,557,032 (ImageNet stem, 1,000).
+    """
     return ResNet((3, 4, 6, 3), True, _known_stem(stem), num_classes, dtype)
 
 
 def _known_stem(stem: str) -> str:
     if stem not in STEMS:
-        raise ValueError(f"stem is one of {', '.join(STEMS)}, not {stem!r}")
+        raise ValueError(f"stem={stem!r} must be one of {', '.join(STEMS)}")
     return stem

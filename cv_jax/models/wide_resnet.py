@@ -1,8 +1,8 @@
 """Wide residual networks (Zagoruyko and Komodakis, https://arxiv.org/abs/1605.07146).
 
-The variant of the authors' code: normalisation and ReLU before each convolution; where a block
-changes the shape, its 1x1 shortcut starts from the activated input too; no biases but the head's;
-no dropout. Convolutions start as N(0, 2 / fan_out).
+As in the authors' code: normalisation and ReLU before each convolution; where a block changes the
+shape, its 1x1 shortcut also starts from the activated input; only the head has a bias; no dropout.
+Convolutions start as N(0, 2 / fan_out).
 """
 
 import flax.linen as nn
@@ -14,10 +14,10 @@ from cv_jax.models.resnet import conv
 
 
 class WideResNet(nn.Module):
-    """Shapes in the comments are those of 32x32 images and width 10."""
+    """A wide ResNet. Comments give the shapes of 32x32 images and width 10."""
 
     depth: int  # 6 * (blocks of each group) + 4
-    width: int  # channels are 16, 32 and 64 times this
+    width: int  # the groups have 16, 32 and 64 times as many channels
     num_classes: int
     dtype: jnp.dtype
 
@@ -53,5 +53,5 @@ class PreActivationBlock(nn.Module):
 
 
 def wrn28_10(*, num_classes: int, dtype: jnp.dtype) -> nn.Module:
-    """36,479,194 parameters for RGB images and 10 classes (36.5M in the paper)."""
+    """Builds WRN-28-10: 36,479,194 parameters for RGB images, 10 classes (36.5M in the paper)."""
     return WideResNet(28, 10, num_classes, dtype)

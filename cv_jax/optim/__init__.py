@@ -1,4 +1,4 @@
-"""From a gradient to the next parameters: the state, optimizers, schedules, groups of parameters.
+"""From a gradient to the next parameters: the state, optimizers, schedules, parameter groups.
 
-Imports config. A new optimizer is a function in optimizers.py, a new schedule one in schedules.py.
+Imports config. Add an optimizer as a function in optimizers.py, a schedule as one in schedules.py.
 """

@@ -1,8 +1,8 @@
-"""Muon: momentum whose matrices are orthogonalized before they are applied (Jordan et al. 2024).
+"""Muon: orthogonalizes the momentum of each matrix before applying it (Jordan et al. 2024).
 
 The optimizer of https://kellerjordan.github.io/posts/muon. optax.contrib.scale_by_muon corrects
-the bias of its Nesterov momentum, which turns the direction of the first steps; the published
-CIFAR-10 recipe does not, so the rule is written out here.
+the bias of its Nesterov momentum, which turns the direction of the first steps. The published
+CIFAR-10 recipe does not correct it, so the rule is written out here.
 """
 
 import jax
@@ -35,9 +35,9 @@ def orthogonalize(matrix: jax.Array, ns_steps: int) -> jax.Array:
 
 
 def scale_by_orthogonalization(ns_steps: int) -> optax.GradientTransformation:
-    """Orthogonalizes every update as the matrix (all other axes, last axis = output channels).
+    """Orthogonalizes every update as a matrix (all other axes, last axis = output channels).
 
-    Its `init` raises UserError for parameters of fewer than two axes.
+    The transformation's `init` raises UserError for parameters of fewer than two axes.
     """
 
     def init(params):
@@ -45,8 +45,8 @@ def scale_by_orthogonalization(ns_steps: int) -> optax.GradientTransformation:
             if leaf.ndim < 2:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(
-                    f"Muon needs parameters of two or more axes, and {name} has {leaf.ndim}: "
-                    "give it to a group of another optimizer in config.optim.rules."
+                    f"Muon needs parameters of two or more axes, but {name} has {leaf.ndim}: "
+                    "give it to a group with another optimizer in config.optim.rules."
                 )
         return optax.EmptyState()
 
@@ -62,21 +62,21 @@ def scale_by_orthogonalization(ns_steps: int) -> optax.GradientTransformation:
 
 
 def from_normalized_weights(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformation:
-    """Brings every parameter to norm sqrt(output channels), then lets `inner` update it.
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales every parameter to norm sqrt(output channels), then lets `inner` update it.
 
         q = p * sqrt(c) / ||p||,   p <- q + inner's update of q
 
-    with c the length of the last axis. A parameter that is all zero is left as it is.
+    with c the length of the last axis. A parameter that is all zero stays zero before the update.
     """
 
     def normalize(p):
         return p * (p.shape[-1] ** 0.5 / jnp.maximum(jnp.linalg.norm(p.ravel()), 1e-12))
 
-    def update(updates, state, params):
+    def update(updates, state, params, **extra_args):
         normalized = jax.tree.map(normalize, params)
-        updates, state = inner.update(updates, state, normalized)
+        updates, state = inner.update(updates, state, normalized, **extra_args)
         return jax.tree.map(lambda u, q, p: u + (q - p), updates, normalized, params), state
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -1,4 +1,4 @@
-"""The optimizer of a config: an optax transformation, its learning rates, its parameter groups."""
+"""Builds the optimizer of a config: an optax transformation, learning rates, parameter groups."""
 
 import math
 import re
@@ -21,26 +21,27 @@ from cv_jax.optim.state import TrainState
 
 Rate = Callable[[ArrayLike], jax.Array]  # step -> learning rate
 
-_STEPS_AT_ONCE = 1_000_000  # whose rates are looked at together: that bounds the memory
+_STEPS_AT_ONCE = 1_000_000  # steps whose rates are computed together; bounds the memory
 
 
 def sgd(
     nesterov: bool = False, *, rate: Rate, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Stochastic gradient descent with momentum and L2 regularization, as torch.optim.SGD.
+    """Builds stochastic gradient descent with momentum and L2 regularization, as torch.optim.SGD.
 
     g <- g + weight_decay p;   m <- momentum m + g;   p <- p - rate (g + momentum m, or m)
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        optax.sgd(rate, momentum, nesterov),
+        optax.trace(momentum, nesterov),
+        scale_by_rate(rate),
     )
 
 
 def adam(
     b2: float = 0.999, eps: float = 1e-8, *, rate: Rate, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015) with b1 = momentum and L2 regularization, as torch.optim.Adam.
+    """Builds Adam (Kingma & Ba 2015), b1 = momentum, with L2 regularization, as torch.optim.Adam.
 
     g <- g + weight_decay p;   m, v <- the averages of g, g^2;   p <- p - rate m' / (sqrt(v') + eps)
     where m', v' are corrected for their start at zero.
@@ -48,31 +49,41 @@ def adam(
     _check_adam(b2, eps)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        _standard_promotion(optax.adam(rate, momentum, b2, eps)),
+        _scale_by_adam(momentum, b2, eps),
+        scale_by_rate(rate),
     )
 
 
 def adamw(
     b2: float = 0.999, eps: float = 1e-8, *, rate: Rate, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), b1 = momentum.
+    """Builds Adam with decoupled weight decay (Loshchilov & Hutter 2019), b1 = momentum.
 
     p <- p - rate (m' / (sqrt(v') + eps) + weight_decay p)
     """
     _check_adam(b2, eps)
-    return _standard_promotion(optax.adamw(rate, momentum, b2, eps, weight_decay=weight_decay))
+    return optax.chain(
+        _scale_by_adam(momentum, b2, eps),
+        optax.add_decayed_weights(weight_decay),
+        scale_by_rate(rate),
+    )
 
 
 def lamb(
     b2: float = 0.999, eps: float = 1e-6, *, rate: Rate, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """LAMB (You et al. 2020), b1 = momentum: AdamW's step, as long as the parameter is, per array.
+    """Builds LAMB (You et al. 2020), b1 = momentum: AdamW's step, scaled to the parameter's norm.
 
     u = m' / (sqrt(v') + eps) + weight_decay p;   p <- p - rate u ||p|| / ||u||
-    where the ratio is 1 if either norm is 0.
+    for each array p; the ratio is 1 if either norm is 0.
     """
     _check_adam(b2, eps)
-    return _standard_promotion(optax.lamb(rate, momentum, b2, eps, weight_decay=weight_decay))
+    return optax.chain(
+        _scale_by_adam(momentum, b2, eps),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_trust_ratio(),
+        scale_by_rate(rate),
+    )
 
 
 def muon(
@@ -84,53 +95,70 @@ def muon(
     momentum: float,
     weight_decay: float,
 ) -> optax.GradientTransformation:
-    """Muon for filters and matrices, with decoupled weight decay; see cv_jax/optim/muon.py.
+    """Builds Muon with decoupled weight decay, for filters and matrices; see cv_jax/optim/muon.py.
 
     m <- momentum m + g;   p <- p - rate (orthogonalize(g + momentum m, or m) + weight_decay p)
-    With `normalize_weights` p is first brought to norm sqrt(output channels), as in the published
-    CIFAR-10 recipe (github.com/KellerJordan/cifar10-airbench).
+    `normalize_weights` first scales p to norm sqrt(output channels), as in the published CIFAR-10
+    recipe (github.com/KellerJordan/cifar10-airbench).
     """
     require(lambda: 1 <= ns_steps <= 100, f"ns_steps={ns_steps} must be between 1 and 100")
     tx = optax.chain(
         optax.trace(momentum, nesterov),
         scale_by_orthogonalization(ns_steps),
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(rate),
+        scale_by_rate(rate),
     )
     return from_normalized_weights(tx) if normalize_weights else tx
 
 
 def _check_adam(b2: float, eps: float) -> None:
-    require(lambda: 0 <= b2 < 1, f"b2={b2} must lie in [0, 1)")
+    require(lambda: 0 <= b2 < 1, f"b2={b2} must be in [0, 1)")
     require(lambda: eps > 0, f"eps={eps} must be above 0")
 
 
-def _standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Lets optax's bias correction, float ** int32, pass where strict dtype promotion is on."""
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    tx = optax.scale_by_adam(b1, b2, eps)
 
     def update(updates, state, params=None):
-        with jax.numpy_dtype_promotion("standard"):
+        with jax.numpy_dtype_promotion("standard"):  # of the bias correction, float ** int32
             return tx.update(updates, state, params)
 
     return optax.GradientTransformation(tx.init, update)
 
 
+def scale_by_rate(rate: Rate) -> optax.GradientTransformationExtraArgs:
+    """Multiplies every update by -rate(step), where `update` is given the training step.
+
+    The state holds no count of updates: all updates of one training step have the same rate.
+    """
+
+    def update(updates, state, params=None, *, step, **extra_args):
+        del params, extra_args
+        factor = -1 * rate(step)
+        return jax.tree.map(lambda u: jnp.array(factor, dtype=u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lamb": lamb, "muon": muon}
 
-# What `config.optim` says for all parameters ("base") and a group may say otherwise.
+# Settings of `config.optim`, the group "base", which another group may set differently.
 SETTINGS = ("name", "lr", "lr_batch_size", "momentum", "weight_decay", "schedule", "warmup")
 
 
 class Optimizer(NamedTuple):
-    """What `make_optimizer` makes.
+    """An optimizer for given parameters, see `make_optimizer`.
 
-    tx: the optax transformation; its state holds arrays only.
-    lr: step -> {"lr": rate of "base", "lr/<group>": rate of each other group in use}, for logs.
-    ends: the steps before the last from which on the rate of some group stays 0, ascending.
-    stop_gradients: (params, step) -> params that let no gradient through where the rate stays 0
-        from this step (a Python int) on: what it would cost is saved, and nothing is changed.
-    frozen: the paths of the parameters that no step changes.
-    report: a table of which rule gave which parameters to which group.
+    Attributes:
+        tx: the optax transformation, `tx.update(grads, opt_state, params, step=step)`. Schedules
+            see the training step `step`, however often a step updates. The state is arrays only.
+        lr: step -> {"lr": rate of "base", "lr/<group>": rate of each other group in use}, for logs.
+        ends: steps, ascending, from which on the rate of some group stays 0; without 0 and the
+            end of the training.
+        stop_gradients: (params, step) -> params; stops the gradient of parameters whose rate stays
+            0 from `step` (a Python int) on. This saves their backward pass and changes nothing.
+        frozen: paths of the parameters that no step changes.
+        report: a table of each rule, its group and its parameters.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -142,7 +170,7 @@ class Optimizer(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a rule decided: these parameters, by path, belong to this group."""
+    """A rule's parameters: those at the paths `names` belong to `group`."""
 
     pattern: str
     group: str
@@ -156,11 +184,11 @@ def make_optimizer(
     batch_size: int,
     steps: Callable[[str], int],
 ) -> Optimizer:
-    """Makes the optimizer that `config.optim` describes for these parameters.
+    """Builds the optimizer that `config.optim` describes for these parameters.
 
-    The gradient is clipped to the global norm `clip_norm` (of all parameters that are not
-    frozen), every group then applies its own optimizer, and with `ema` > 0 an average of the
-    updated parameters is kept (`ema_params`). The peak rate of a group is
+    The gradient of all parameters that are not frozen is clipped to the global norm `clip_norm`.
+    Every group then applies its own optimizer. With `ema` > 0 the state keeps an average of the
+    updated parameters (`ema_params`) whose paths `ema_of` matches. The peak rate of a group is
     lr * batch_size / lr_batch_size, or lr where lr_batch_size is 0.
 
     Args:
@@ -171,8 +199,8 @@ def make_optimizer(
         steps: converts a duration ("2 epochs") to steps.
 
     Raises:
-        UserError: an optimizer, schedule, rule or group that is wrong, or a parameter that no rule
-            covers. `tx.init` raises it for parameters that Muon cannot take.
+        UserError: an invalid optimizer, schedule, rule or group, or a parameter that no rule
+            matches. `tx.init` raises UserError for a parameter that Muon cannot update.
     """
     sizes = {_name(path): math.prod(p.shape) for path, p in jax.tree.leaves_with_path(params)}
     settings = _settings(config_optim)
@@ -201,8 +229,9 @@ def make_optimizer(
     if config_optim.clip_norm:
         trained = jax.tree.map(lambda group: group != "frozen", labels)
         chain.insert(0, optax.masked(optax.clip_by_global_norm(config_optim.clip_norm), trained))
+    averaged = set(_match("ema_of", config_optim.ema_of, list(sizes)))
     if config_optim.ema:
-        chain.append(average_params(config_optim.ema))
+        chain.append(average_params(config_optim.ema, averaged.__contains__))
 
     logged = {
         "lr" if g == "base" else f"lr/{g}": r for g, r in rates.items() if g in {*used, "base"}
@@ -218,18 +247,18 @@ def make_optimizer(
 
 
 def _settings(config_optim: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
-    """Returns {group: all its settings}: "base", and the groups with what they differ in."""
+    """Returns {group: all its settings}; a group has base's settings where it sets none."""
     base = {key: config_optim[key] for key in SETTINGS}
     settings = {"base": base}
     for group, changes in config_optim.groups.items():
         if group in ("base", "frozen"):
             raise UserError(
-                f"config.optim.groups.{group}: the name {group!r} is taken, choose another."
+                f"config.optim.groups.{group}: the name {group!r} is taken. Choose another."
             )
         for key in changes:
             if key not in base:
                 raise UserError(
-                    f"config.optim.groups.{group}.{key}: there is no such setting."
+                    f"config.optim.groups.{group}.{key} is not a setting."
                     f"{nearest(key, base)} A group may set: {', '.join(SETTINGS)}."
                 )
         settings[group] = base | dict(changes)
@@ -239,10 +268,10 @@ def _settings(config_optim: ml_collections.ConfigDict) -> dict[str, dict[str, An
 def _apply_rules(
     rules: tuple[tuple[str, str], ...], names: list[str], groups: set[str]
 ) -> list[Decision]:
-    """Gives every parameter to the group of the first rule that matches its whole path.
+    """Assigns every parameter to the group of the first rule that matches its whole path.
 
-    A rule that matches none is a mistake, unless its group ends with "?" or it is the last resort
-    ".*": a config can so have rules for layers that only some models have.
+    A rule that matches no parameter is an error, unless its group ends with "?" or its pattern is
+    ".*". With "?", a config can have rules for layers that only some models have.
     """
     decisions, left = [], names
     for pattern, text in rules:
@@ -252,26 +281,31 @@ def _apply_rules(
                 f"config.optim.rules: unknown group {group!r}.{nearest(group, groups)} "
                 f"There are: {', '.join(sorted(groups))}."
             )
-        try:
-            matched = [name for name in left if re.fullmatch(pattern, name)]
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"config.optim.rules: {pattern!r} is not a regular expression: {error}."
-            ) from error
+        matched = _match("rules", pattern, left)
         if not matched and pattern != ".*" and group == text:
             raise UserError(
-                f"config.optim.rules: {pattern!r} decides no parameter. Mend or remove it, or "
-                f"write its group {f'{group}?'!r} if other models have such a parameter; left by "
-                f"the rules before it: {', '.join(left) or 'none'}."
+                f"config.optim.rules: {pattern!r} matches no parameter. Correct or remove the "
+                f"rule, or write its group {f'{group}?'!r} if only other models have such "
+                f"parameters. Not matched by earlier rules: {', '.join(left) or 'none'}."
             )
         decisions.append(Decision(pattern, group, matched))
         left = [name for name in left if name not in matched]
     if left:
         raise UserError(
-            f"config.optim.rules cover every parameter but these: {', '.join(left)}. "
-            "Add a rule, for example ('.*', 'base') as the last."
+            f"config.optim.rules match none of these parameters: {', '.join(left)}. "
+            "Add a last rule, for example ('.*', 'base')."
         )
     return decisions
+
+
+def _match(key: str, pattern: str, names: list[str]) -> list[str]:
+    """Returns the names that a regular expression in `config.optim` matches as a whole."""
+    try:
+        return [name for name in names if re.fullmatch(pattern, name)]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"config.optim.{key}: {pattern!r} is not a regular expression: {error}."
+        ) from error
 
 
 def _rate(
@@ -291,13 +325,13 @@ def _rate(
 
 
 def _end(rate: Rate, total_steps: int) -> int:
-    """The first step from which on the rate is 0 up to the end of the training."""
+    """Returns the first step from which on the rate is 0 up to the end of the training."""
     for stop in range(total_steps, 0, -_STEPS_AT_ONCE):
         start = max(0, stop - _STEPS_AT_ONCE)
         try:
-            with jax.ensure_compile_time_eval():  # also where a task is built in a traced function
+            with jax.ensure_compile_time_eval():  # works where a traced function builds the task
                 rates = np.asarray(rate(np.arange(start, stop)))
-        except jax.errors.TracerArrayConversionError:  # a swept schedule: each run ends elsewhere
+        except jax.errors.TracerArrayConversionError:  # a swept schedule: runs end at other steps
             return total_steps
         (above,) = np.nonzero(rates)
         if len(above):
@@ -334,22 +368,34 @@ def _report(decisions: list[Decision], sizes: dict[str, int]) -> str:
 
 
 class EmaState(NamedTuple):
-    """ema_params: the average; count: () int32, the updates that are in it."""
+    """The state of `average_params`.
+
+    Attributes:
+        ema_params: average of the parameters.
+        count: () int32, number of updates in the average.
+    """
 
     ema_params: optax.Params
     count: jax.Array
 
 
-def average_params(decay: float) -> optax.GradientTransformation:
-    """Keeps an average of the updated parameters; goes last in a chain and changes no update.
+def average_params(
+    decay: float, averaged: Callable[[str], bool] = lambda name: True
+) -> optax.GradientTransformation:
+    """Keeps an average of the updated parameters; comes last in a chain and changes no update.
 
     After T updates, with p_t the parameters after update t,
 
         ema_T = sum_t decay^(T-t) p_t / sum_t decay^(T-t),   t = 1 .. T
 
-    that is the usual ema <- decay ema + (1 - decay) p without its bias towards the start: the
-    initial parameters have no part in it, however short the training. Before the first update
-    the average is the initial parameters.
+    This is the usual ema <- decay ema + (1 - decay) p without its bias towards the start: the
+    initial parameters have weight 0, however short the training. Before the first update, the
+    average is the initial parameters.
+
+    Args:
+        decay: in (0, 1).
+        averaged: path -> whether this parameter is averaged; else `ema_params` holds its last
+            value.
     """
 
     def init(params):
@@ -361,15 +407,18 @@ def average_params(decay: float) -> optax.GradientTransformation:
         # (1 - decay) / (1 - decay^count), written so that float32 keeps its digits.
         weight = (1 - decay) / -jnp.expm1(count.astype(jnp.float32) * math.log(decay))
         new = optax.apply_updates(params, updates)
-        # The difference form leaves a parameter that never changes bit for bit as it is.
-        average = jax.tree.map(lambda old, p: old + weight * (p - old), state.ema_params, new)
-        return updates, EmaState(average, count)
+
+        def average(path, old, p):
+            # The difference form keeps the bits of a parameter that never changes.
+            return old + weight * (p - old) if averaged(_name(path)) else p
+
+        return updates, EmaState(jax.tree.map_with_path(average, state.ema_params, new), count)
 
     return optax.GradientTransformation(init, update)
 
 
 def evaluated_params(config_optim: ml_collections.ConfigDict, state: TrainState) -> optax.Params:
-    """The parameters that evaluation uses: the averaged ones where `config.optim` asks for such."""
+    """Returns the parameters for evaluation: the averaged ones where `config.optim.ema` > 0."""
     return ema_params(state.opt_state) if config_optim.ema > 0 else state.params
 
 

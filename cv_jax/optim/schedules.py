@@ -1,8 +1,8 @@
-"""Learning-rate schedules: what fraction of the peak rate is used at which point of the training.
+"""Learning-rate schedules: the fraction of the peak rate at each point of the training.
 
-A schedule maps x, the part of the training that is done (0 <= x <= 1), to a multiplier of the peak
-rate. Step t of T (t = 0 .. T-1) uses x = t / T: the first step sees x = 0, the last one
-x = (T-1) / T, and the value at x = 1 is where the schedule would arrive one step later.
+A schedule maps x, the finished part of the training (0 <= x <= 1), to a multiplier of the peak
+rate. Step t of T (t = 0 .. T-1) uses x = t / T: the first step has x = 0, the last step
+x = (T-1) / T. The schedule would reach its value at x = 1 one step later.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def constant() -> Schedule:
-    """f(x) = 1."""
+    """Returns f(x) = 1."""
     return jnp.ones_like
 
 
 def step_down(at: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> Schedule:
-    """f(x) = factor^k, where k counts the points of `at` that x has reached."""
+    """Returns f(x) = factor^k, where k counts the points of `at` that x has reached."""
     _check_fractions(*at, factor)
 
     def schedule(x):
         multiplier = jnp.ones_like(x)
         for point in at:
-            # Without the tolerance a rounded t / T reaches its point one step late (T = 50).
+            # Without the tolerance, a rounded t / T reaches its point one step late (T = 50).
             multiplier *= jnp.where(x >= point - 1e-6, factor, 1.0)
         return multiplier
 
@@ -36,20 +36,23 @@ def step_down(at: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> Sched
 
 
 def cosine(final: float = 0.0) -> Schedule:
-    """f(x) = final + (1 - final) (1 + cos(pi x)) / 2 (Loshchilov & Hutter 2017, no restarts)."""
+    """Returns f(x) = final + (1 - final) (1 + cos(pi x)) / 2.
+
+    Loshchilov & Hutter 2017, without restarts.
+    """
     _check_fractions(final)
     return lambda x: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * x))
 
 
 def linear(final: float = 0.0, until: float = 1.0) -> Schedule:
-    """f(x) = 1 + (final - 1) min(x / until, 1): down to `final` at x = until, where it stays."""
+    """Returns f(x) = 1 + (final - 1) min(x / until, 1): `final` from x = until on."""
     _check_fractions(final, until)
     require(lambda: until > 0, "until must be above 0")
     return lambda x: 1 + (final - 1) * jnp.minimum(x / until, 1.0)
 
 
 def triangular(start: float = 0.2, peak: float = 0.23, end: float = 0.0) -> Schedule:
-    """Straight lines from `start` at x = 0 up to 1 at x = peak, and down to `end` at x = 1."""
+    """Returns straight lines from `start` at x = 0 up to 1 at x = peak, down to `end` at x = 1."""
     _check_fractions(start, peak, end)
     corners, values = jnp.array([0.0, peak, 1.0]), jnp.array([start, 1.0, end])
     return lambda x: jnp.interp(x, corners, values)
@@ -72,22 +75,22 @@ SCHEDULES = {
 def make_schedule(
     spec: str, peak: ArrayLike, total_steps: int, warmup: int, key: str = "schedule"
 ) -> Callable[[ArrayLike], jax.Array]:
-    """Makes the function from a step to its learning rate: warm-up, then the schedule of `spec`.
+    """Builds the function from a step to its learning rate: warm-up, then the schedule of `spec`.
 
     With W warm-up steps and T steps in all, step t uses
 
         rate(t) = peak * f(0) * t / W              for t < W
         rate(t) = peak * f((t - W) / (T - W))      after that: the peak is at t = W
 
-    so that with W = 0 and "linear" the rate of step t is peak * (1 - t / T). A warm-up that is as
-    long as the training leaves no room for the schedule.
+    With W = 0 and "linear", the rate of step t is peak * (1 - t / T). A warm-up as long as the
+    training leaves no step for the schedule.
 
     Args:
-        spec: one of SCHEDULES with its arguments, e.g. "cosine(final=0.1)".
+        spec: one of SCHEDULES with its arguments, such as "cosine(final=0.1)".
         peak: the highest rate; may be traced.
         total_steps: T, at least 1.
         warmup: W in steps.
-        key: the config key that holds `spec`, for messages.
+        key: config key of `spec`, for messages.
 
     Returns:
         rate(step) -> float32; `step` is an integer or an array of integers, traced or not.

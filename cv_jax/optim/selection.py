@@ -1,4 +1,4 @@
-"""Selections: which examples of a batch a step trains on.
+"""Selections: the examples of a batch that a step trains on.
 
 A selection is a function (batch, last_loss) -> batch of fewer examples. last_loss (m,) holds the
 loss that each example of train had when it was last trained on, and infinity before; `index` of the
@@ -23,26 +23,26 @@ def make_select(text: str) -> Select | None:
 
 
 def hardest(keep: int, *, of: int) -> Select:
-    """Of every `of` successive examples of a batch, the `keep` whose last loss was highest.
+    """Keeps, of every `of` successive examples of a batch, the `keep` with the highest last loss.
 
-    The losses cost nothing, as each is from the step that last trained on its example. What is left
-    out keeps its loss of then, so that it is back as soon as the others' have fallen below. The
-    groups make the choice independent of the number of devices that share a batch; where they do
-    not divide over the devices evenly, a device trains on more than its share.
+    The losses cost nothing: each is from the step that last trained on its example. Skipped
+    examples keep their old loss and are picked again once the others' losses drop below it. Groups
+    make the choice independent of the number of devices that share a batch. If the groups do not
+    divide evenly over the devices, some devices train on more examples than others.
 
     After A. Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers",
-    https://arxiv.org/abs/1910.00762, who compute the losses anew.
+    https://arxiv.org/abs/1910.00762, who compute the losses again.
     """
     if not 0 < keep <= of:
-        raise ValueError(f"{keep} of {of} cannot be kept")
+        raise ValueError(f"keep={keep} must be from 1 to of={of}")
 
     def select(batch: dict, last_loss: jax.Array) -> dict:
         index = batch["rows"]["index"]
         size = len(index)
         if size % of:
             raise UserError(
-                f"config.select='hardest({keep}, of={of})' needs a config.batch_size that is a "
-                f"multiple of {of}, not {size}."
+                f"config.batch_size={size} must be a multiple of {of} for "
+                f"config.select='hardest({keep}, of={of})'."
             )
         losses = last_loss[index].reshape(-1, of)
         chosen = jnp.sort(jax.lax.top_k(losses, keep)[1], axis=1)  # in the order of the batch

@@ -1,4 +1,4 @@
-"""What a program runs on: devices, processes, signals, start-up, the clock, random streams.
+"""Devices, processes, signals, start-up, the clock and PRNG streams of a program.
 
-Imports config. A new experiment changes nothing here; mesh.py says how arrays are laid out.
+Imports config. A new experiment changes nothing here; mesh.py defines how arrays are laid out.
 """

@@ -1,4 +1,4 @@
-"""Measures what a run spends its seconds on, and how many steps fill a dispatch."""
+"""Measures the seconds of each part of a run, and the number of steps that fill a dispatch."""
 
 import contextlib
 import time
@@ -6,26 +6,26 @@ from collections.abc import Iterator
 
 from cv_jax.runtime.processes import Largest
 
-# How long a dispatch should take: a person, or a signal, waits no longer for the next sign of life.
+# Target duration of a dispatch: the next log line, or the answer to a signal, comes this late.
 SECONDS_PER_CHUNK = 0.5
 
 
-# What each clock of a run counts. The public rule for the time to an accuracy is the sum of init,
-# train and eval, of a run without images held out.
+# Clock -> what it counts. The published time to an accuracy is the sum of init, train and eval of
+# a run that holds no images out.
 CLOCKS = {
     "data": "reading and decoding the data set",
-    "compile": "tracing and compiling, and drawing the initial parameters",
-    "init": "building the task, with the parameters that it takes from images (whitening)",
-    "train": "training steps, from the first on, with all that the host does between them",
-    "eval": "evaluation: on val during the training, and the final one with its views",
-    "save": "waiting for checkpoints, not writing them in the background",
+    "compile": "tracing, compiling, and drawing the initial parameters",
+    "init": "building the task, including parameters computed from images (whitening)",
+    "train": "training steps, including the host's work between them",
+    "eval": "evaluation: on val during training, and the final one with its views",
+    "save": "waiting for checkpoints; writing in the background is not counted",
 }
 
 
 class Clock:
-    """Wall-clock seconds of a run by what they were spent on, see CLOCKS.
+    """Wall-clock seconds of a run by activity, see CLOCKS.
 
-    Only one thing runs at a time: while another one does, "train" stands still.
+    Only the innermost clock runs: "train" stands still while another clock is entered inside it.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Counts the body's time for `name`, and for nothing else."""
+        """Counts the body's time for `name` alone."""
         self._switch()
         self._running.append(name)
         try:
@@ -51,18 +51,18 @@ class Clock:
         self._since = now
 
     def add(self, seconds: dict[str, float]) -> None:
-        """Adds what an earlier start of the same run has spent."""
+        """Adds the seconds of an earlier start of the same run."""
         for name, value in seconds.items():
             self.seconds[name] += value
 
     def read(self) -> dict[str, float]:
-        """The seconds up to now."""
+        """Returns the seconds up to now, by clock."""
         self._switch()
         return {name: round(value, 3) for name, value in self.seconds.items()}
 
 
 class Pace:
-    """Watches how long a step takes, and says how many make a dispatch of pleasant length."""
+    """Measures the seconds of a step; a call returns the number of steps that fill a dispatch."""
 
     def __init__(self) -> None:
         self.seconds_per_step = 0.0
@@ -74,11 +74,11 @@ class Pace:
         return max(1, int(SECONDS_PER_CHUNK / seconds)) if seconds else 1
 
     def resume(self) -> None:
-        """Begins to count after a pause."""
+        """Starts counting again after a pause."""
         self._mark = time.perf_counter()
 
     def finished(self, num_steps: int) -> float:
-        """Notes that so many steps are done since the mark; returns the seconds they took."""
+        """Records that `num_steps` steps are done since the last mark; returns their seconds."""
         seconds = time.perf_counter() - self._mark
         self._mark += seconds
         self.seconds_per_step = seconds / num_steps

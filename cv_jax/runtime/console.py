@@ -1,4 +1,4 @@
-"""The console: what it cannot encode is escaped; one that is closed or full ends no training."""
+"""Makes the console safe: a character that it cannot encode, or a full disk, stops no training."""
 
 import errno
 import io
@@ -11,17 +11,17 @@ from cv_jax.config.errors import UserError
 
 
 def guard_console(results: bool = False) -> None:
-    """Replaces stdin, stdout and stderr where they can fail; anything else in their place stays.
+    """Replaces stdin, stdout and stderr by streams that cannot fail; other streams stay.
 
     Characters that the console cannot encode are printed as \\xNN or \\uNNNN. Text for a console
     that is closed or full is dropped.
 
     Args:
-        results: stdout is what the program is for. It then ends where nobody reads on, quietly and
-            with the exit code that SIGPIPE gives, and raises UserError where stdout is full.
+        results: whether stdout is the program's result. The program then ends with SIGPIPE's exit
+            code, and no message, once the reader is gone; a full stdout raises UserError.
     """
-    # A closed descriptor would become that of the next file, and libraries print into it. Each
-    # open() takes the lowest one that is free, so they are gone through in order.
+    # The next file would get a closed descriptor, and libraries print into it. Each open() takes
+    # the lowest free descriptor, so the three are handled in order.
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -42,7 +42,7 @@ def _guarded(stream: TextIO, results: bool) -> TextIO:
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor that drops what it cannot write, see `guard_console`."""
+    """A file descriptor that drops bytes it cannot write, see `guard_console`."""
 
     def __init__(self, number: int, results: bool):
         super().__init__(number, "w", closefd=False)
@@ -53,11 +53,11 @@ class _Descriptor(io.FileIO):
             written = super().write(data)
         except OSError as error:
             if self._results:
-                self._results = False  # what is left in the buffer comes here once more
+                self._results = False  # the rest of the buffer is written here once more
                 if error.errno == errno.EPIPE:
                     sys.exit(128 + signal.SIGPIPE)
                 raise UserError(
-                    f"stdout cannot be written ({error.strerror}); send it to another place."
+                    f"stdout cannot be written ({error.strerror}); redirect it to another file."
                 ) from error
             written = None
         return len(data) if written is None else written

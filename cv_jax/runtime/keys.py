@@ -1,4 +1,4 @@
-"""The random streams of a run. Nothing random is kept in a state: keys are derived when needed."""
+"""The PRNG streams of a run. The state holds no key: keys are derived from the seed and step."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ import jax
 
 
 class Keys(NamedTuple):
-    """One key for each use of randomness, so that a change in one leaves the others as they were.
+    """One PRNG key for each use of randomness: a change in one use leaves the others unchanged.
 
     Attributes:
-        init: initial parameters.
-        order: the permutation of each epoch, and each example's coin (see `data.batches`).
-        step: augmentation and the model's own noise; `fold_in(step, number of the step)`.
+        init: key of the initial parameters.
+        order: key of each epoch's permutation and each example's coin (see `data.batches`).
+        step: key of augmentation and the model's noise, by `fold_in(step, number of the step)`.
     """
 
     init: jax.Array
@@ -20,5 +20,5 @@ class Keys(NamedTuple):
 
 
 def derive_keys(seed: int) -> Keys:
-    """Derives the streams of the run with this seed."""
+    """Derives the keys of the run with this seed."""
     return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))

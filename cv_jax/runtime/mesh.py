@@ -1,12 +1,12 @@
-"""The device mesh, and what lies where on it.
+"""The device mesh, and the layout of arrays on it.
 
-    axis    the devices along it
-    seed    take runs of their own
-    data    share every batch, and have the parameters whole
-    fsdp    share every batch too, and the parameters and the optimizer's state
+    axis    devices along this axis
+    seed    train different runs
+    data    share every batch; each holds all parameters
+    fsdp    share every batch, the parameters and the optimizer's state
 
-Nothing else in the project knows of devices: layouts are given to jax.jit, and XLA finds out what
-has to be exchanged. Statistics over a batch are those of the whole batch.
+No other module handles devices: jax.jit is given layouts, and XLA inserts the communication.
+Statistics over a batch are those of the whole batch.
 """
 
 import math
@@ -23,7 +23,7 @@ from cv_jax.config.errors import UserError
 
 # The axes that share a batch.
 _BATCH = ("data", "fsdp")
-# Arrays of fewer values lie whole on every device: dividing them would save nothing.
+# Arrays of fewer values are replicated: dividing them would save nothing.
 SMALLEST_DIVIDED = 2**14
 
 
@@ -35,10 +35,11 @@ def make_mesh(
     """Returns a mesh of devices with the axes "seed", "data" and "fsdp".
 
     Args:
-        num_runs: of the program.
-        sizes: `config.mesh`, the sizes of the axes. Of a size that is 0, or without any: as many
-            devices as divide the runs evenly take different ones, all that are left share batches.
-        devices: all of all processes, where none are given.
+        num_runs: number of runs of the program.
+        sizes: `config.mesh`, the sizes of the axes; None: all chosen. A size of 0 is chosen:
+            "seed" gets the largest number of devices that divides the number of runs; "data" gets
+            the rest.
+        devices: devices of the mesh; None: all devices of all processes.
 
     Raises:
         UserError: the sizes do not fit the devices or the runs.
@@ -49,41 +50,43 @@ def make_mesh(
     data = data or max(1, len(devices) // (seed * fsdp))
     if num_runs % seed:
         raise UserError(
-            f"config.mesh.seed={seed} does not divide the number of runs, which is {num_runs}."
+            f"config.mesh.seed={seed} does not divide the number of runs, {num_runs}. Set a "
+            "divisor, or 0 to choose one."
         )
     if seed * data * fsdp != len(devices):
         raise UserError(
-            f"config.mesh: {seed} (seed) x {data} (data) x {fsdp} (fsdp) are not the "
-            f"{len(devices)} devices that there are."
+            f"config.mesh: {seed} (seed) x {data} (data) x {fsdp} (fsdp) devices, but there are "
+            f"{len(devices)}. Set sizes whose product is {len(devices)}."
         )
     return Mesh(devices.reshape(seed, data, fsdp), ("seed", *_BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The layout of resident data: a whole copy on every device."""
+    """Returns the layout of resident data: a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The layout of a batch: its leading axis divided over the devices that share it."""
+    """Returns the layout of a batch: its leading axis is divided over the devices that share it."""
     return NamedSharding(mesh, PartitionSpec(_BATCH))
 
 
 def stream_sharding(mesh: Mesh, of_runs: bool) -> NamedSharding:
-    """The layout of (steps, b, ...) that are read as batches, or (r, steps, b, ...) of r runs."""
+    """Returns the layout of streamed batches, (steps, b, ...), or (r, steps, b, ...) of r runs."""
     return NamedSharding(mesh, PartitionSpec(*(["seed"] if of_runs else []), None, _BATCH))
 
 
 def run_sharding(mesh: Mesh) -> NamedSharding:
-    """The layout of what each run has of its own: its leading axis, over runs, divided."""
+    """Returns the layout of arrays with a leading axis of runs: that axis is divided."""
     return NamedSharding(mesh, PartitionSpec("seed"))
 
 
 def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """The layout of parameters (r, ...) of r runs, and of what an optimizer keeps of them.
+    """Returns the layout of one parameter (r, ...) of r runs, and of its optimizer state.
 
-    Beside the runs their largest axis that "fsdp" divides is divided, the last of equal ones;
-    none where there is no such axis, or where a run's are fewer than SMALLEST_DIVIDED.
+    The axis of runs is divided over "seed". The largest other axis that the size of "fsdp"
+    divides is divided over "fsdp"; of equal axes, the last. A parameter without such an axis, or
+    with fewer than SMALLEST_DIVIDED values a run, is divided over "seed" alone.
     """
     side = mesh.shape["fsdp"]
     divisible = [i for i in range(1, len(shape)) if shape[i] % side == 0]
@@ -95,7 +98,7 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Lays arrays or keys out; every process has them all, and hands over its devices' part."""
+    """Places arrays or keys on devices; every process holds all and passes its devices' part."""
 
     def lay_out(array):
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -107,13 +110,13 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def divide(batch: Any, mesh: Mesh) -> Any:
-    """Divides a batch over the devices that share it, inside of jit and of a map over runs."""
-    inside = jax.sharding.get_abstract_mesh()  # while runs are mapped, "seed" is no axis of ours
+    """Divides a batch over the devices that share it, inside jit and inside a map over runs."""
+    inside = jax.sharding.get_abstract_mesh()  # inside a map over runs it has no axis "seed"
     return jax.lax.with_sharding_constraint(batch, batch_sharding(mesh if inside.empty else inside))
 
 
 def num_sharing(mesh: Mesh) -> int:
-    """How many devices share a batch."""
+    """Returns the number of devices that share a batch."""
     return math.prod(mesh.shape[axis] for axis in _BATCH)
 
 
@@ -125,5 +128,5 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
         nearest = [str(size) for size in (lower, lower + sharing) if size]
         raise UserError(
             f"config.batch_size={batch_size} does not divide over {sharing} devices; "
-            f"the nearest that do: {', '.join(nearest)}."
+            f"set a size that does: {', '.join(nearest)}."
         )

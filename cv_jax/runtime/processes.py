@@ -1,8 +1,8 @@
-"""Several processes as one program: how they meet, and what they have to agree on.
+"""Several processes as one program: how they connect, and how they agree.
 
-Every process runs the same train.py and hands its devices' part of the data over; what is computed
-is one program over all devices. Of what is done on the host, the first process alone writes; what
-decides on the next step is agreed on. A single process pays nothing for any of it.
+Every process runs the same train.py and passes its devices' part of the data; they compute one
+program over all devices. Only process 0 writes files. Decisions that affect the next step (stop,
+chunk length) are agreed across processes. With one process these functions cost nothing.
 """
 
 import contextlib
@@ -25,42 +25,45 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cv_jax.config.errors import UserError, first_line
 from cv_jax.runtime.startup import check_platform
 
-# After how long without a sign of life a process counts as dead, and how long one that has ended
-# waits for the others to end: together less than a minute until all know.
+# Seconds without a heartbeat after which a process counts as dead, and seconds that a finished
+# process waits for the others. Together, every process knows within a minute.
 HEARTBEAT_SECONDS = 20
 SHUTDOWN_SECONDS = 20
-# The exit code of a process that has lost another one.
+# Exit code of a process that has lost another process.
 LOST = 3
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Makes this process one of several, if it is: before anything is computed.
+    """Connects this process to the other processes of its program. Call before any computation.
+
+    With None for all three arguments, Cloud TPU, GKE, Slurm or Open MPI provide them; elsewhere
+    the process stays alone. If some process is missing after five minutes, the runtime aborts
+    this one and prints the reason.
 
     Args:
-        coordinator, num_processes, process_id: "HOST:PORT" of the first process, how many there
-            are, and which this is, from 0 on; or None of all, and what Cloud TPU, GKE, Slurm or
-            Open MPI says counts. Where they say nothing, the process stays alone.
+        coordinator: HOST:PORT of process 0.
+        num_processes: number of processes.
+        process_id: number of this process, from 0 on.
 
     Raises:
-        UserError: only some of the three are given, they make no sense here, or JAX cannot use
-            the platform that it is asked for. Where not all
-            processes have come after five minutes, the runtime aborts this one, and says why.
+        UserError: only some arguments are given, one is invalid, the processes cannot connect, or
+            JAX cannot use the requested platform.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) in (1, 2):
         raise UserError(
-            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id "
-            "come together, or none of them."
+            f"{' and '.join(missing)} missing: give all of --coordinator, --num_processes and "
+            "--process_id, or none."
         )
     if not missing and not re.fullmatch(r".+:\d+", coordinator):
-        raise UserError(f"--coordinator={coordinator!r} must be HOST:PORT of the first process.")
+        raise UserError(f"--coordinator={coordinator!r} must be HOST:PORT of process 0.")
     if not missing and not 0 <= process_id < num_processes:
         raise UserError(
-            f"--process_id={process_id} must be between 0 and {num_processes - 1}, one less than "
-            "--num_processes."
+            f"--process_id={process_id} must be between 0 and {num_processes - 1}, "
+            "--num_processes - 1."
         )
-    # A signal is the business of StopRequest, on which the processes agree.
+    # StopRequest handles signals, so that the processes agree on the step at which they stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -75,20 +78,21 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             raise
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"The processes cannot meet at --coordinator={coordinator} ({first_line(error)}); "
-            "is its port free on the first process's host?"
+            f"The processes cannot connect at --coordinator={coordinator} ({first_line(error)}). "
+            "Choose a free port on the host of process 0."
         ) from error
     check_platform()
     if jax.process_count() > 1:
-        # Where another one hangs, the runtime aborts this one and says why; a stack says nothing.
+        # When another process hangs, the runtime aborts this one and prints the reason itself.
         faulthandler.disable()
 
 
-def all_do(function: Callable[[], Any]) -> Any:
-    """Calls `function` in every process, and returns what it returns here.
+def on_all_processes(function: Callable[[], Any]) -> Any:
+    """Calls `function` in every process; returns this process's result.
 
     Raises:
-        UserError: it raised one in some process; that of the first such process, in all of them.
+        UserError: `function` raised UserError in some process. All processes then raise the error
+            of the lowest such process.
     """
     result, message = None, ""
     try:
@@ -101,24 +105,25 @@ def all_do(function: Callable[[], Any]) -> Any:
     return result
 
 
-def first_does(function: Callable[[], Any]) -> Any:
-    """Calls `function` in the first process while the others wait; they return None.
+def on_process_0(function: Callable[[], Any]) -> Any:
+    """Calls `function` on process 0 while the others wait; the others return None.
 
     Raises:
-        UserError: it raised one; in all processes.
+        UserError: `function` raised UserError on process 0. All processes then raise it.
     """
-    return all_do(function if jax.process_index() == 0 else lambda: None)
+    return on_all_processes(function if jax.process_index() == 0 else lambda: None)
 
 
-def first_says(text: str) -> str:
-    """The text of the first process, in all of them."""
+def broadcast(text: str) -> str:
+    """Returns the text of process 0, on all processes."""
     return _texts(text)[0]
 
 
-def check_same(facts: Callable[[], dict[str, Any]]) -> None:
-    """Raises UserError, in all processes, where one has not the facts of the first.
+def assert_equal_on_processes(facts: Callable[[], dict[str, Any]]) -> None:
+    """Raises UserError on all processes where some process's facts differ from process 0's.
 
-    They have names and can be written as JSON; a process alone does not ask for them.
+    Args:
+        facts: () -> {name: JSON value}; not called where there is only one process.
     """
     if jax.process_count() == 1:
         return
@@ -129,12 +134,13 @@ def check_same(facts: Callable[[], dict[str, Any]]) -> None:
             if there != here:
                 raise UserError(
                     f"Process {i} of {jax.process_count()} has another {name} than process 0: "
-                    f"{there!r}, not {here!r}. Start all with the same code, config and data."
+                    f"{there!r}, not {here!r}. Start all processes with the same code, config and "
+                    "data."
                 )
 
 
 def _texts(text: str) -> list[str]:
-    """The texts that all processes have."""
+    """Gathers the text of every process, in order."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -145,10 +151,10 @@ def _texts(text: str) -> list[str]:
 
 
 class Largest:
-    """The largest of a number that every process has, one call late.
+    """Computes the largest of a number over all processes, one call late.
 
-    The first call waits for the others; each later one returns what the one before it has asked
-    for, which was computed between the training's chunks meanwhile, and so never waits.
+    The first call waits for the other processes. A later call returns the maximum of the previous
+    call's numbers, which the devices have computed between two chunks: so it never waits.
     """
 
     def __init__(self) -> None:
@@ -170,34 +176,34 @@ def _largest(value: float) -> jax.Array:
 
 @functools.cache
 def _maximum() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    """The program of `_largest`, and the layout of what it takes; made once for all chunks."""
-    # Over all devices, as the training's programs are: on the CPU, programs of other devices would
-    # run at the same time, and their messages be taken for each other's.
+    """Returns the layout of `_largest`'s argument, and its program, built once for all chunks."""
+    # Over all devices, as the training's programs: on the CPU, programs over fewer devices would
+    # run at the same time and receive each other's messages.
     mesh = Mesh(np.array(jax.devices()), ("device",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     return NamedSharding(mesh, PartitionSpec("device")), jax.jit(jnp.max, out_shardings=everywhere)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process; one of several without the others, which may not be about to end."""
+    """Ends this process with an exit code, without waiting for other processes."""
     try:
         alone = jax.process_count() == 1
-    except (RuntimeError, AssertionError):  # it needs devices: there are none of JAX_PLATFORMS
+    except (RuntimeError, AssertionError):  # JAX_PLATFORMS has no devices
         alone = True
     if alone:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
-        time.sleep(1)  # where all leave: the runtime aborts the others when this one is gone
+        time.sleep(1)  # when all leave: the runtime aborts the others once process 0 is gone
     os._exit(code)
 
 
 @contextlib.contextmanager
 def lost_process_ends_this() -> Iterator[None]:
-    """Ends this process with a sentence, and at once, where the body failed for want of another.
+    """Ends this process at once, with a message, where the body fails because another is lost.
 
-    There is nothing to wait for then: what is being saved cannot be completed.
+    Waiting is useless then: no checkpoint that is being saved can be completed.
     """
     try:
         yield
@@ -206,7 +212,8 @@ def lost_process_ends_this() -> Iterator[None]:
             raise
         print(
             f"train.py: process {jax.process_index()} of {jax.process_count()} has lost another "
-            f"one ({first_line(error)}). The same command goes on from the last checkpoint.",
+            f"process ({first_line(error)}). Repeat the command to resume from the last "
+            "checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends in order, and says how to go on."""
+"""Ctrl-C and SIGTERM: a run saves a checkpoint and prints the command that resumes it."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ from cv_jax.runtime.processes import Largest
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the program; whatever it had to save by then is saved.
+    """Raised when a signal stops the program, after saving.
 
-    No Exception: nothing on the way up takes it for a damaged file.
+    Derives from KeyboardInterrupt so that `except Exception` does not catch it.
     """
 
     def __init__(self, signum: int, step: int | None = None):
@@ -23,15 +23,15 @@ class Stopped(KeyboardInterrupt):
 
 
 def raise_when_signalled() -> None:
-    """Makes SIGINT and SIGTERM raise Stopped; another SIGTERM then kills.
+    """Installs signal handlers: SIGINT and SIGTERM raise Stopped; a second SIGTERM kills.
 
-    In the training loop StopRequest takes their place. What is being saved in the background ends
-    before the program does.
+    In the training loop, StopRequest's handlers replace these. The program ends after the
+    checkpoint that is being written in the background.
     """
     usual = sys.unraisablehook
 
     def once_more(unraisable: Any) -> None:
-        """Python drops what is raised in a destructor: that is raised again, after its end."""
+        """Sends the signal again where Python dropped Stopped, which it does in a destructor."""
         if isinstance(unraisable.exc_value, Stopped):
             _set_handlers()
             threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signum)).start()
@@ -54,7 +54,7 @@ def _set_handlers() -> None:
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request; the second stops the program at once.
 
-    Of several processes each one is asked to stop by the signal of any, at the same call.
+    A signal to any process stops all processes, at the same call.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class StopRequest:
         self._of_any = Largest()
 
     def __call__(self) -> int:
-        """The number of the signal that asks to stop; 0 without one."""
+        """Returns the number of the signal that asks to stop, or 0."""
         return int(self._of_any(self._signum))
 
     def __enter__(self) -> "StopRequest":

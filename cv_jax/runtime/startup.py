@@ -1,4 +1,4 @@
-"""A quick and quiet start: the compilation cache, quiet libraries, and what changes numbers."""
+"""Prepares JAX: the compilation cache, quiet libraries, and flags that change numbers."""
 
 import functools
 import math
@@ -16,10 +16,10 @@ from absl import logging
 from cv_jax.config.errors import UserError, first_line
 from cv_jax.config.paths import expand
 
-# jax.jit for what runs once: compiled in a third of the time, to the same bits.
+# jax.jit for programs that run once: compiles in a third of the time, to the same bits.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
-# JAX's flags that change numbers, with JAX's own defaults; the environment could set each.
+# JAX's flags that change numbers, with JAX's defaults. The environment could set each of them.
 _NUMBERS = {
     "jax_allow_f16_reductions": True,
     "jax_compiler_enable_remat_pass": True,
@@ -39,7 +39,8 @@ _NUMBERS = {
     "jax_threefry_partitionable": True,
     "jax_use_direct_linearize": True,
 }
-# Variables that change numbers and stay the user's choice: env.json has them, a run keeps them.
+# Environment variables that change numbers and stay the user's choice. env.json records them, and
+# a run must keep them.
 VARIABLES = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
@@ -52,11 +53,11 @@ _NO_NUMBERS = ("--xla_force_host_platform_device_count", "--xla_dump_")
 
 
 def prepare_jax(num_runs: int = 1) -> None:
-    """Turns JAX's compilation cache on, informational logging off, and calls `fix_numbers`.
+    """Turns JAX's compilation cache on and informational logging off; calls `fix_numbers`.
 
-    The cache lies in JAX_COMPILATION_CACHE_DIR where that is set, else in `cache_dir()`/xla. The
-    CPU becomes several devices where several runs can share them, unless XLA_FLAGS or
-    JAX_NUM_CPU_DEVICES is set; that does not change what a GPU or TPU does.
+    The cache is in JAX_COMPILATION_CACHE_DIR where that is set, else in `cache_dir()`/xla. With
+    several runs, the CPU becomes several devices that divide them, unless XLA_FLAGS or
+    JAX_NUM_CPU_DEVICES is set. GPUs and TPUs are not affected.
     """
     chosen = os.environ.get("XLA_FLAGS", "") + os.environ.get("JAX_NUM_CPU_DEVICES", "")
     if num_runs > 1 and not chosen:
@@ -70,7 +71,7 @@ def prepare_jax(num_runs: int = 1) -> None:
 
 
 def fix_numbers() -> None:
-    """Gives JAX's flags that change numbers their defaults, whatever the environment says."""
+    """Sets JAX's flags that change numbers to their defaults, whatever the environment says."""
     for name, value in _NUMBERS.items():
         if getattr(jax.config, name, value) != value:
             jax.config.update(name, value)
@@ -87,28 +88,28 @@ def number_variables() -> dict[str, str]:
 
 
 def check_platform() -> None:
-    """Raises UserError where JAX cannot use the platform that it is asked for.
+    """Raises UserError where JAX cannot use the requested platform.
 
-    Afterwards JAX's devices are fixed, which they may not be before `processes.join`.
+    This call fixes JAX's devices, so it must come after `processes.join`.
     """
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         asked = jax.config.jax_platforms
-        # Without JAX's own advice, which says nothing of installing.
+        # Without JAX's own advice, which does not mention installing.
         reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "it is not installed"
         raise UserError(
-            f"JAX_PLATFORMS={asked or ''}: JAX cannot use this platform ({reason}); install what "
-            "it needs (pip install -U 'jax[cuda13]' for NVIDIA GPUs, 'jax[tpu]' for TPUs), or "
+            f"JAX_PLATFORMS={asked or ''}: JAX cannot use this platform ({reason}). Install its "
+            "package (pip install -U 'jax[cuda13]' for NVIDIA GPUs, 'jax[tpu]' for TPUs), or "
             "unset JAX_PLATFORMS."
         ) from error
 
 
 def _silence_background_threads() -> None:
-    """Leaves out the tracebacks of orbax's threads; it raises the error itself when it is asked.
+    """Silences the tracebacks of orbax's threads; orbax still raises the error when asked.
 
-    They come by a log, from coroutines that were given up, and from callbacks of those. gcsfs, too,
-    logs what it raises.
+    The tracebacks come from a log, from abandoned coroutines and from their callbacks. gcsfs also
+    logs the errors that it raises.
     """
     logging.set_verbosity(logging.WARNING)
     for name in ("absl", "asyncio", "gcsfs"):
@@ -125,7 +126,7 @@ def _silence_background_threads() -> None:
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -134,7 +135,8 @@ def num_cores() -> int:
 def cache_dir() -> Path:
     """Returns CV_JAX_CACHE where that is set, else cv_jax in the user's cache directory.
 
-    Where that cannot be had, it is a temporary directory, which a line on stderr says.
+    Where the user's cache directory cannot be used, a temporary directory replaces it, with a line
+    on stderr.
     """
     if chosen := os.environ.get("CV_JAX_CACHE"):
         return Path(expand(chosen))
@@ -148,16 +150,16 @@ def cache_dir() -> Path:
 
 @functools.cache
 def _temporary_cache(reason: str) -> Path:
-    """Returns a directory of this user alone, since compiled programs are run from there."""
+    """Returns a directory that only this user may write: compiled programs are run from there."""
     directory = Path(tempfile.gettempdir(), f"cv_jax-{os.getuid()}")
     directory.mkdir(mode=0o700, exist_ok=True)
     found = directory.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
         directory = Path(tempfile.mkdtemp(prefix="cv_jax-"))
-    os.environ.setdefault("MPLCONFIGDIR", str(directory / "matplotlib"))  # else it complains, too
+    os.environ.setdefault("MPLCONFIGDIR", str(directory / "matplotlib"))  # else Matplotlib warns
     print(
-        f"cv_jax: the cache is in {directory}, since the user's cannot be used ({reason}); "
-        "CV_JAX_CACHE moves it.",
+        f"cv_jax: the cache is in {directory}, since the user's cannot be used ({reason}). Set "
+        "CV_JAX_CACHE to move it.",
         file=sys.stderr,
     )
     return directory

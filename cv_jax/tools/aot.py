@@ -1,4 +1,4 @@
-"""Compiles a config's steps for TPUs that are not there, and says what they would cost.
+"""Compiles a config's steps for TPUs without having one, and estimates their cost.
 
     pip install -r requirements-tpu.txt
     python -m cv_jax.tools.aot --config=configs/cifar10.py --topology=v5e
@@ -9,25 +9,25 @@
         --config.model="resnet50(stem='imagenet')" --config.augment=flip --config.batch_size=8192
 
 XLA:TPU compiles the training step and the evaluation of one batch; nothing is executed. A topology
-is a chip (v4, v5e, v5p, v6e) and how many stand side by side; one, when that is not said. The
-config's dtype "auto" means what it means on a TPU, bfloat16. --images puts a data set of this many
-images of this size, which need not exist, in the place of the config's.
+is a chip (v4, v5e, v5p, v6e) and the numbers of chips side by side; the default is one chip. The
+config's dtype "auto" means bfloat16, as on a TPU. --images replaces the config's data set by one of
+this many images of this size, which need not exist.
 
 Facts of the compiled program, for each chip: bytes, memory, and FLOPs as the compiler counts them.
-All that is called estimated follows from a model, not from a measurement:
+Every number called "estimated" follows from a model, not from a measurement:
 
     compute      the sum of the compiler's "estimated_cycles" over its schedule / clock
     unestimated  bytes that instructions without such an estimate read and write / HBM bandwidth
     collectives  bytes * 2 (n - 1) / n / ICI bandwidth for all-reduce, bytes * (n - 1) / n / ICI
-                 bandwidth for others: one ring, without latency, hidden behind nothing
-    step         the sum of the three; copies that run beside other work count nothing
+                 bandwidth for others: one ring, without latency, without overlap
+    step         the sum of the three; copies that run beside other work are not counted
     utilisation  matrix products and convolutions (cv_jax/train/flops.py) / step / peak
 
-The first two are too low where the compiler guesses so, and nobody knows by how much without a
-TPU. --scaling also compiles one chip's share of the batch for one chip: the efficiency of n chips
-is its estimated step time over theirs.
+Compute and unestimated are too low where the compiler's guess is too low; the error is unknown
+without a TPU. --scaling also compiles one chip's share of the batch for one chip. The efficiency of
+n chips is the estimated step time of one chip divided by that of n chips.
 
-Exit codes: 0 done; 1 a program does not fit into the chip's memory; 2 something to mend.
+Exit codes: 0 done; 1 a program does not fit into the chip's memory; 2 user error (see the message).
 """
 
 import argparse
@@ -70,13 +70,13 @@ from cv_jax.workdir.files import write_json
 
 
 class Chip(NamedTuple):
-    """What a chip can do, all its cores together.
+    """The performance of a chip, all its cores together.
 
     Attributes:
         flops: peak of bfloat16 matrix products, FLOP/s.
-        hbm: bytes of memory.
-        bandwidth: of that memory, bytes/s.
-        ici: between neighbours, both directions together, bytes/s.
+        hbm: size of the memory, bytes.
+        bandwidth: bandwidth of the memory, bytes/s.
+        ici: bandwidth between neighbours, both directions together, bytes/s.
         clock: cycles/s.
         config_name: the compiler's name for "one device is one whole chip".
     """
@@ -90,10 +90,10 @@ class Chip(NamedTuple):
 
 
 # Peak, memory and its bandwidth: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI: "How to Think
-# About TPUs", jax-ml.github.io/scaling-book/tpus, which has 1.5 GHz for v5e, too. A clock is the
-# peak over the FLOPs that the compiler expects in a cycle (2 * 128 * 128 for each MXU; v5e has 4,
-# v4 and v5p 8, v6e as many as 16 of this size), so that a perfect product has utilisation 1; a
-# 16384 x 4096 x 4096 product is estimated at 90 to 98 % of that.
+# About TPUs", jax-ml.github.io/scaling-book/tpus, which also gives 1.5 GHz for v5e. A clock is the
+# peak over the FLOPs that the compiler expects in a cycle: 2 * 128 * 128 for each MXU, of which v5e
+# has 4, v4 and v5p 8, v6e the equivalent of 16. A perfect product then has utilisation 1; a
+# 16384 x 4096 x 4096 product is estimated at 90 to 98 %.
 CHIPS = {
     "v4": Chip(275e12, 32 << 30, 1.2e12, 9e10, 1.05e9, "megacore"),
     "v5e": Chip(197e12, 16 << 30, 8.19e11, 9e10, 1.5e9),
@@ -104,7 +104,7 @@ CHIPS = {
 
 @command("aot")
 def main() -> None:
-    """Reads the command line, compiles, prints and writes what there is to know."""
+    """Reads the command line, compiles, and prints and writes the report."""
     parser = make_parser(__doc__, allow_abbrev=False)
     parser.add_argument("--topology", required=True, help="v5e, v5e:2x4, v5p:2x2x1, ...")
     parser.add_argument("--scaling", action="store_true", help="compare with one chip")
@@ -127,7 +127,7 @@ class DoesNotFit(UserError):
 
 
 def prepare_compiler() -> None:
-    """Keeps JAX to the CPU and libtpu from looking for a TPU.
+    """Restricts JAX to the CPU and keeps libtpu from looking for a TPU.
 
     Raises:
         UserError: libtpu is not installed.
@@ -138,7 +138,7 @@ def prepare_compiler() -> None:
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",  # else it complains that it knows none
+        "TPU_WORKER_HOSTNAMES": "localhost",  # else libtpu warns
         "TPU_ACCELERATOR_TYPE": "v4-8",
         "TPU_STDERR_LOG_LEVEL": "3",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device to share
@@ -149,7 +149,7 @@ def read_config(argv: list[str]) -> ml_collections.ConfigDict:
     """Reads --config=FILE and --config.KEY=VALUE as train.py does; dtype "auto" becomes bfloat16.
 
     Raises:
-        UserError: something is wrong with them.
+        UserError: the flags or the config are invalid.
     """
     check_command_line(argv)
     values = flags.FlagValues()
@@ -161,7 +161,7 @@ def read_config(argv: list[str]) -> ml_collections.ConfigDict:
     config = values["config"].value
     check(config)
     if config.dtype == "auto":
-        config.dtype = "bfloat16"  # "auto" looks at the machine that compiles
+        config.dtype = "bfloat16"  # "auto" would mean the machine that compiles
     return config
 
 
@@ -169,7 +169,7 @@ def find_devices(topology: str) -> tuple[str, list[jax.Device]]:
     """Returns the chip's name and one device for each chip of a topology such as "v5e:2x4".
 
     Raises:
-        UserError: there is no such chip or topology.
+        UserError: the chip or the topology does not exist.
     """
     chip, _, shape = topology.partition(":")
     if chip not in CHIPS:
@@ -179,8 +179,8 @@ def find_devices(topology: str) -> tuple[str, list[jax.Device]]:
         )
     sides = [int(side) if side.isdigit() else 0 for side in (shape or "1x1").split("x")]
     if len(sides) not in (2, 3) or min(sides) < 1:
-        raise UserError(f"--topology={topology}: sides are numbers, such as {chip}:2x4.")
-    # A host has 2x2 chips where that divides the topology; the compiler does not care otherwise.
+        raise UserError(f"--topology={topology}: write the sides as numbers, such as {chip}:2x4.")
+    # A host has 2x2 chips where that divides the topology; else the compiler takes any number.
     host = [2 if side % 2 == 0 else 1 for side in sides[:2]] + [1]
     try:
         found = topologies.get_topology_desc(
@@ -196,22 +196,22 @@ def find_devices(topology: str) -> tuple[str, list[jax.Device]]:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `find_data` reads."""
-    parser.add_argument("--images", help="a data set by its shape alone, as 1281167x224x224x3")
-    parser.add_argument("--num_classes", type=int, default=1000, help="of --images")
+    parser.add_argument("--images", help="shape of the data set, such as 1281167x224x224x3")
+    parser.add_argument("--num_classes", type=int, default=1000, help="classes of --images")
 
 
 def find_data(config: ml_collections.ConfigDict, arguments: argparse.Namespace) -> Dataset:
-    """The data set of the config, or the one of --images in its place."""
+    """Returns the data set that --images describes, or else the config's."""
     if arguments.images:
         return blank_dataset(arguments.images, arguments.num_classes)
     return load_dataset(config.data)
 
 
 def blank_dataset(images: str, num_classes: int) -> Dataset:
-    """A data set of shapes alone: "1281167x224x224x3" black images that take no memory.
+    """Builds a data set of shapes alone: "1281167x224x224x3" black images that take no memory.
 
     Raises:
-        UserError: this is not a number of images, their height, width and channels.
+        UserError: `images` is not a number of images, their height, width and channels.
     """
     shape = tuple(int(side) if side.isdigit() else 0 for side in images.split("x"))
     if len(shape) != 4 or min(shape) < 1 or num_classes < 1:
@@ -234,11 +234,11 @@ def blank_dataset(images: str, num_classes: int) -> Dataset:
 def examine(
     config: ml_collections.ConfigDict, data: Dataset, topology: str, scaling: bool
 ) -> dict[str, Any]:
-    """Compiles the steps of a config for a topology. Returns the content of the JSON file.
+    """Compiles the steps of a config for a topology; returns the content of the JSON file.
 
     Raises:
-        UserError: the config or the topology cannot be used.
-        DoesNotFit: a program or its data is too large for the chip.
+        UserError: the config or the topology is invalid.
+        DoesNotFit: a program with its data is too large for the chip.
     """
     chip, devices = find_devices(topology)
     check_batch_size(config.batch_size, make_mesh(devices=devices))
@@ -276,16 +276,16 @@ def compile_steps(
 def training_cost(
     config: ml_collections.ConfigDict, data: Dataset, chip: str, devices: list[jax.Device]
 ) -> dict[str, Any]:
-    """`cost` of a training step.
+    """Computes the `cost` of a training step.
 
-    The step is the one of the training loop, in the dearest of its stages; the loop runs it on a
-    batch that it gathers from the resident (or streamed) examples; these count in the memory.
+    The step is the training loop's, in its costliest stage. The loop gathers each batch from
+    resident or streamed examples, which count in the memory.
     """
     mesh = make_mesh(devices=devices)
     everywhere = replicated(mesh)
     task = build_task(config, data.spec)
     keys = derive_keys(config.seed)
-    # A stream reads nothing before its first feed; the shapes are those of resident batches, too.
+    # A stream reads nothing before its first feed. Resident batches have the same shapes.
     stream = stream_batches(SplitStream(data.train), config.batch_size, keys.order, make_mesh())
     resident = sum(array.nbytes for array in data.train.values())
     if config.data.stream:
@@ -305,7 +305,7 @@ def training_cost(
 def evaluation_cost(
     config: ml_collections.ConfigDict, data: Dataset, chip: str, devices: list[jax.Device]
 ) -> dict[str, Any]:
-    """`cost` of the final evaluation of one batch, by what a probe has learned."""
+    """Computes the `cost` of the final evaluation of one batch, with a probe already fitted."""
     mesh = make_mesh(devices=devices)
     task = build_task(config, data.spec)
     state = _placed(jax.eval_shape(task.init, jax.random.key(0)), replicated(mesh))
@@ -324,18 +324,22 @@ def evaluation_cost(
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    """The shapes of a tree's arrays, laid out so."""
+    """Returns the shapes of a tree's arrays with this layout."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def cost(program: Callable, args: tuple, resident: int, chip: str, n: int) -> dict[str, Any]:
-    """Compiles a jitted program; returns what one run of it costs each of `n` chips.
+    """Compiles a jitted program; returns the cost of one execution for each of `n` chips.
 
     Args:
-        resident: bytes that lie in a chip's memory beside the program's own.
+        program: the jitted function.
+        args: its arguments, as ShapeDtypeStructs with shardings.
+        resident: bytes in a chip's memory beside the program's own.
+        chip: a name of CHIPS.
+        n: number of chips.
 
     Raises:
-        DoesNotFit: the memory is too small for them together.
+        DoesNotFit: the chip's memory is too small.
     """
     try:
         compiled = program.lower(*args).compile()
@@ -348,7 +352,10 @@ def cost(program: Callable, args: tuple, resident: int, chip: str, n: int) -> di
     peak += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes + resident
     if peak > CHIPS[chip].hbm:
         sizes = [f"{size / 1e6:,.2f} MB" for size in (peak, CHIPS[chip].hbm)]
-        raise DoesNotFit(f"{chip}: {sizes[0]} of memory are needed, of {sizes[1]}.")
+        raise DoesNotFit(
+            f"{chip}: the program needs {sizes[0]} of memory, and the chip has {sizes[1]}. Lower "
+            "config.batch_size or use more chips."
+        )
     flops, counted = count_flops(program, *args) / n, compiled.cost_analysis()
     return {
         "flops": flops,
@@ -361,12 +368,13 @@ def cost(program: Callable, args: tuple, resident: int, chip: str, n: int) -> di
 
 
 def estimate(text: str, chip: Chip, n: int, flops: float) -> dict[str, Any]:
-    """Estimates a compiled program's time from its text, as the docstring above says.
+    """Estimates a compiled program's time from its text, as the module's docstring defines.
 
     Args:
         text: the scheduled HLO of one chip's share.
-        n: chips that take part in a collective.
-        flops: of the matrix products and convolutions, on one chip.
+        chip: the chip's performance.
+        n: number of chips in a collective.
+        flops: FLOPs of the matrix products and convolutions on one chip.
 
     Returns:
         collectives: {kind: {"count", "bytes", "largest_bytes"}}; estimated: cycles, the seconds and
@@ -418,7 +426,7 @@ def estimate(text: str, chip: Chip, n: int, flops: float) -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report for a person; numbers are those of one chip."""
+    """Formats the report as text; all numbers are those of one chip."""
     count, config = report["num_chips"], report["config"]
     lines = [
         f"{count} x {report['chip']}, batch {config['batch_size']}, {config['dtype']}; "

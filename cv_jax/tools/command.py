@@ -1,4 +1,4 @@
-"""What the commands in cv_jax/tools share: parser, console, and one sentence for an error."""
+"""The parser, console and error messages shared by the commands in cv_jax/tools."""
 
 import argparse
 import contextlib
@@ -18,26 +18,26 @@ def make_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --workdir, --run and --tta, which choose a trained network and how it is asked."""
-    parser.add_argument("--workdir", required=True, help="of the run that trained the network")
+    """Adds --workdir, --run and --tta, which choose a trained network and its views of an image."""
+    parser.add_argument("--workdir", required=True, help="work directory of the trained network")
     parser.add_argument("--run", default="", help="such as seed=3; default: first seed of the best")
-    parser.add_argument("--tta", help="views of an image; default: as the run was evaluated")
+    parser.add_argument("--tta", help="views of an image; default: those of the run's evaluation")
 
 
 @contextlib.contextmanager
 def command(name: str, results: bool = True) -> Iterator[None]:
-    """Guards the console of a command's main(), and ends it with a sentence for a UserError.
+    """Guards the console of a command's main(); a UserError ends the command with its message.
 
     Args:
-        name: of the command, which the sentence begins with.
-        results: see `guard_console`; False for a command that goes on without a console.
+        name: name of the command, printed before the message.
+        results: see `guard_console`; False for a command that continues without a console.
     """
     guard_console(results)
     try:
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, where the text that is left can still fail in order
+            sys.stdout.flush()  # here, a failure to write the rest is still reported as UserError
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,8 +1,8 @@
 """Reads the text of a program that XLA:TPU has compiled and scheduled.
 
-The compiler writes its own "estimated_cycles" beside each fusion, copy and slice. It writes none
-beside a collective, nor beside some other instructions (select-and-scatter, the gradient of a
-windowed maximum, is one); of those the bytes are told here, so that nothing goes uncounted.
+The compiler writes "estimated_cycles" beside each fusion, copy and slice. It writes none beside
+collectives and some other instructions, such as select-and-scatter, the gradient of a windowed
+maximum. This module counts the bytes of those, so that every instruction is counted.
 """
 
 import math
@@ -18,8 +18,8 @@ COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
-# No work of their own: they name values, or run beside other work (copies, slices that are
-# started early), or stand for computations that are walked through.
+# Opcodes without work of their own: they name values, run beside other work (copies and slices
+# that start early), or stand for computations that are counted themselves.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
 FREE |= {"custom-call", "partition-id", "while", "call", "conditional", "opt-barrier"}
 
@@ -32,9 +32,11 @@ class Instruction(NamedTuple):
     """One instruction of a scheduled program.
 
     Attributes:
-        name, opcode: as the text has them.
-        cycles: the compiler's estimate for one execution; None where it gives none.
-        result_bytes, operand_bytes: without the padding of their layouts.
+        name: name in the text.
+        opcode: opcode in the text.
+        cycles: the compiler's estimate for one execution; None without an estimate.
+        result_bytes: bytes of the result, without the padding of its layout.
+        operand_bytes: bytes of all operands, without the padding of their layouts.
         line: the whole line.
     """
 
@@ -47,13 +49,13 @@ class Instruction(NamedTuple):
 
     @property
     def collective(self) -> str | None:
-        """Which of COLLECTIVES it is, or starts."""
+        """Returns which of COLLECTIVES the instruction is or starts; None for another."""
         kind = self.opcode.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
 
     @property
     def unestimated(self) -> bool:
-        """Whether it works on arrays without having an estimate."""
+        """Returns whether the instruction works on arrays but has no estimate."""
         beside = self.opcode.endswith(("-start", "-done")) or self.collective
         return self.cycles is None and not beside and self.opcode not in FREE
 
@@ -62,7 +64,7 @@ Program = dict[str, list[Instruction]]  # computation -> its instructions; "" is
 
 
 def parse(text: str) -> Program:
-    """Reads the computations of a module; the entry's name is ""."""
+    """Reads the computations of a module; the name of the entry is ""."""
     program: Program = {}
     sizes: dict[str, int] = {}
     for line in text.splitlines():
@@ -87,7 +89,7 @@ def parse(text: str) -> Program:
 
 
 def array_bytes(shape: str) -> int:
-    """Bytes of an array or a tuple as HLO writes its shape: "(f32[64]{0}, bf16[2,3]{1,0})"."""
+    """Counts the bytes of an array or tuple of an HLO shape: "(f32[64]{0}, bf16[2,3]{1,0})"."""
     total = 0
     for kind, bits, sides in _ARRAY.findall(shape):
         count = math.prod(int(side) for side in sides.split(",") if side)
@@ -96,10 +98,10 @@ def array_bytes(shape: str) -> int:
 
 
 def executed(program: Program, computation: str = "") -> Iterator[tuple[Instruction, int]]:
-    """Yields (instruction, how often it runs), through loops, calls and the dearest branch.
+    """Yields (instruction, number of executions), through loops, calls and the costliest branch.
 
-    What is inside of a fusion is left out: the fusion has the estimate. A loop runs as often as
-    its "known_trip_count" says, else up to the only constant of its condition; else once.
+    Instructions inside a fusion are skipped: the fusion has the estimate. A loop runs
+    "known_trip_count" times; without that, up to the only constant of its condition; else once.
     """
     for instruction in program[computation]:
         yield instruction, 1
@@ -112,7 +114,7 @@ def executed(program: Program, computation: str = "") -> Iterator[tuple[Instruct
 
 
 def _bodies(instruction: Instruction) -> list[str]:
-    """The computations that an instruction runs; those of a fusion do not count."""
+    """Returns the names of the computations that an instruction runs; none for a fusion."""
     attribute = {
         "while": r"\bbody=%?([^\s,]+)",
         "call": r"\bto_apply=%?([^\s,]+)",
@@ -152,7 +154,7 @@ def _table(text: str, title: str) -> str:
 
 
 def origin(instruction: Instruction, lines: dict[str, str]) -> str:
-    """Where it comes from: "linen/pooling.py:73 jvp(N94)/group1/.../reduce_window_max"."""
+    """Returns the origin: "linen/pooling.py:73 jvp(N94)/group1/.../reduce_window_max"."""
     frame = re.search(r"stack_frame_id=(\d+)", instruction.line)
     name = re.search(r'op_name="([^"]*)"', instruction.line)
     place = lines.get(frame[1]) if frame else None

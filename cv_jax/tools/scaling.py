@@ -1,11 +1,11 @@
-"""Estimates how the training step of a config scales over chips that are not there.
+"""Estimates how the training step of a config scales over many chips, without having them.
 
     python -m cv_jax.tools.scaling --config=configs/cifar10.py --topologies v5e:2x4 v5e:8x8 \\
         --images_per_chip 64 256 --out=scaling.json
 
-Compiles the step as `cv_jax.tools.aot` does, which says what is a fact of the compiled program and
-what an estimate: for one chip and for each topology, with each number of images a chip. Prints the
-table of docs/scaling.md; the command there made results/scaling.json.
+Compiles the step for one chip and for each topology, with each number of images a chip. The
+docstring of `cv_jax.tools.aot` tells facts of the compiled program from estimates. Prints the table
+of docs/scaling.md; the command there wrote results/scaling.json.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def examine(rest: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compiles every combination. Returns the content of the JSON file."""
+    """Compiles every combination; returns the content of the JSON file."""
     config = aot.read_config([sys.argv[0], *rest])
     data = aot.find_data(config, arguments)
     one_chip = arguments.topologies[0].partition(":")[0]
@@ -66,7 +66,10 @@ def examine(rest: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each number of images a chip; efficiency is that beside one chip."""
+    """Formats the rows as Markdown, a line for each number of images a chip.
+
+    Efficiency is relative to one chip.
+    """
     by_size = {(row["images_per_chip"], row["chips"]): row for row in rows}
     counts = sorted({chips for _, chips in by_size} - {1})
     efficient = [f"efficiency of {count}" for count in counts]

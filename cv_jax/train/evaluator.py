@@ -17,7 +17,7 @@ from cv_jax.data.fields import num_examples, take
 from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.mesh import batch_sharding, num_sharing, put, replicated
-from cv_jax.runtime.processes import first_says
+from cv_jax.runtime.processes import broadcast
 
 
 def one_late(function: Callable[[dict], Any], batches: Iterable[dict]) -> Iterator[Any]:
@@ -108,7 +108,7 @@ class Evaluator:
         if jax.process_index() == 0:
             finished = [evaluation.finish(fold) for fold in folds]
             numbers = {name: [float(of_run[name]) for of_run in finished] for name in finished[0]}
-        numbers = json.loads(first_says(json.dumps(numbers)))
+        numbers = json.loads(broadcast(json.dumps(numbers)))
         return {name: (np.array(values), np.ones(num_runs)) for name, values in numbers.items()}
 
     def _fit(self, name: str, probe: Probe, state: Any) -> Any:

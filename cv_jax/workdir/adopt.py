@@ -1,4 +1,4 @@
-"""Takes a work directory for a run, and refuses one that belongs to another experiment."""
+"""Prepares a work directory for a run, and refuses one that belongs to another experiment."""
 
 import json
 
@@ -9,7 +9,7 @@ from cv_jax.config.base import differences, to_json
 from cv_jax.config.errors import UserError
 from cv_jax.workdir.files import write_atomically
 
-# What a run may change when it is taken up again; anything else would make it another experiment.
+# Leaves that may change when a run is resumed; any other change makes it another experiment.
 MAY_CHANGE = {
     "epochs",
     "steps",
@@ -28,13 +28,13 @@ MAY_CHANGE = {
 
 
 def adopt_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> list[str]:
-    """Writes the config into a new work directory, or checks it against the one that is there.
+    """Writes the config into a new work directory, or checks it against the stored config.
 
     Returns:
-        A line for each leaf that changed since the run was begun.
+        A line for each leaf that changed since the run started.
 
     Raises:
-        UserError: the directory belongs to another config, or holds something else.
+        UserError: the directory belongs to another config, or its config.json is damaged.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -45,15 +45,15 @@ def adopt_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> lis
         changed = differences(json.loads(path.read_text()), config.to_dict())
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); delete it if the run there is of this config, or "
-            "choose another --workdir."
+            f"{path} is damaged ({error}). Delete it if the run there has this config, or choose "
+            "another --workdir."
         ) from error
     refused = {key: values for key, values in changed.items() if key not in MAY_CHANGE}
     if refused:
-        lines = "".join(f"\n  {key}: there {a!r}, here {b!r}" for key, (a, b) in refused.items())
+        lines = "".join(f"\n  {key}: stored {a!r}, now {b!r}" for key, (a, b) in refused.items())
         raise UserError(
-            f"{workdir} holds a run of another config; choose another --workdir, or give these "
-            f"keys their values back:{lines}"
+            f"{workdir} holds a run of another config. Choose another --workdir, or restore the "
+            f"values of these keys:{lines}"
         )
     write_atomically(path, to_json(config))
     return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]

@@ -1,6 +1,6 @@
-"""A work directory in a bucket of Google Cloud Storage, and what an object cannot do as a file can.
+"""Work directories in a bucket of Google Cloud Storage: where objects differ from files.
 
-All else is the same code for both: etils.epath's paths, by gcsfs in a bucket, and orbax.
+All other code is the same for both: etils.epath's paths (by gcsfs in a bucket) and orbax.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from etils.epath import Path
 from cv_jax.config.errors import UserError
 from cv_jax.config.paths import expand
 
-# How old a file that grows may be in a bucket, where each addition writes all of it again.
+# Seconds between two writes of a growing file in a bucket, where each write uploads all of it.
 REWRITE_SECONDS = 60
 
 
@@ -22,28 +22,28 @@ def work_directory(name: str) -> Path:
     """Returns the directory of this name: gs://BUCKET/PATH in a bucket, any other on a disk.
 
     Raises:
-        UserError: it is another kind of place, gcsfs is not installed, or ~ is not known.
+        UserError: the name has another scheme, gcsfs is not installed, or ~ is unknown.
     """
     kind, found, _ = name.partition("://")
     if found and kind != "gs":
-        raise UserError(f"{name}: a work directory is one of a disk, or gs://BUCKET/PATH.")
+        raise UserError(f"{name}: choose a work directory on a disk, or gs://BUCKET/PATH.")
     if found and not importlib.util.find_spec("gcsfs"):
-        raise UserError(f"{name} needs a package more: pip install gcsfs")
-    if found:  # TensorStore and other processes write there too, which a cache would not see
+        raise UserError(f"{name} needs another package: pip install gcsfs")
+    if found:  # a listings cache would miss what TensorStore and other processes write there
         fsspec.config.conf["gcs"] = {"use_listings_cache": False}
     return Path(expand(name))
 
 
 def in_bucket(path: Path) -> bool:
-    """Whether the path is that of an object, not of a file."""
+    """Returns whether the path names an object in a bucket, not a file."""
     return str(path).startswith("gs://")
 
 
 def refusal(error: Exception) -> str | None:
-    """What a bucket, or the way to it, refuses in this error; None where it is about another thing.
+    """Returns the reason in an error of a bucket or its connection; None for any other error.
 
-    gcsfs raises its own errors, those of packages below it, and OSErrors without the number that
-    the system's have; TensorStore raises ValueErrors that have a code in their text.
+    gcsfs raises its own errors, those of the packages below it, and OSErrors without an errno.
+    TensorStore raises ValueErrors that have a code in their text.
     """
     text = " ".join(str(error).split())[:200]
     plain = isinstance(error, OSError) and error.errno is None
@@ -56,11 +56,11 @@ def refusal(error: Exception) -> str | None:
 
 
 class Growing:
-    """An object that grows: all of it is kept, and written again at most every REWRITE_SECONDS.
+    """An object that grows: kept whole in memory, uploaded at most every REWRITE_SECONDS.
 
     Args:
-        path: of the object.
-        content: what it has already.
+        path: path of the object.
+        content: content of the object so far.
     """
 
     def __init__(self, path: Path, content: bytes = b""):
@@ -75,7 +75,7 @@ class Growing:
             self.save()
 
     def save(self) -> None:
-        """Writes what has come since the last time."""
+        """Uploads the object if it has grown since the last upload."""
         if len(self._content) > self._written:
             self._path.write_bytes(bytes(self._content))
             self._written, self._since = len(self._content), time.monotonic()
@@ -90,7 +90,7 @@ class Growing:
 
 
 def open_to_append(path: Path) -> IO[bytes] | Growing:
-    """Opens a file for more of it; gcsfs would begin it anew."""
+    """Opens a file to append to it; gcsfs would overwrite it."""
     if not in_bucket(path):
         return path.open("ab")
     return Growing(path, path.read_bytes() if path.exists() else b"")

@@ -17,7 +17,7 @@ from etils.epath import Path
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from cv_jax.config.errors import UserError, first_line
-from cv_jax.runtime.processes import all_do, first_does, first_says
+from cv_jax.runtime.processes import broadcast, on_all_processes, on_process_0
 from cv_jax.runtime.startup import jit_once
 from cv_jax.workdir.bucket import in_bucket, refusal
 from cv_jax.workdir.lock import Lock
@@ -47,13 +47,13 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int, metric: Metric = _HIGHER):
-        self._lock = first_does(partial(Lock, workdir))
+        self._lock = on_process_0(partial(Lock, workdir))
         workdir = Path(workdir)
         self._directory = _directory_of(workdir)
         self._best = _BestOnVal(metric)
         try:
-            all_do(partial(_check_shared, workdir))
-            first_does(partial(_clear, self._directory))
+            on_all_processes(partial(_check_shared, workdir))
+            on_process_0(partial(_clear, self._directory))
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
@@ -160,7 +160,7 @@ def _check_shared(workdir: Path) -> None:
     """Raises UserError where this process does not see the lock of process 0."""
     path = workdir / "lock"
     owner = path.read_text() if path.exists() else ""
-    if owner != first_says(owner):
+    if owner != broadcast(owner):
         raise UserError(
             f"{workdir} is another directory here than in process 0: choose a --workdir on storage "
             "that all processes share."

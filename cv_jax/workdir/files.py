@@ -10,34 +10,34 @@ from cv_jax.config.errors import UserError, first_line
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a whole file or nothing: a reader, or a kill, never meets half of it."""
+    """Writes a whole file or nothing: neither a reader nor a kill ever sees half of it."""
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(text + "\n")
     scratch.replace(path)
 
 
-AGAIN = "Start the run again with its command: it writes the file anew."
+AGAIN = "Run the command of the run again: it rewrites the file."
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file of a run.
+    """Reads the object in a JSON file of a run.
 
     Raises:
-        UserError: the file is not there or damaged.
+        UserError: the file does not exist or is damaged.
     """
     try:
         values = json.loads(path.read_text())
         if not isinstance(values, dict):
             raise ValueError("it holds no object")
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: is {path.parent} the --workdir of a run?") from error
+        raise UserError(f"{path} is not there: choose the work directory of a run.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}). {AGAIN}") from error
     return values
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes JSON that any reader takes (no NaN), whole or not at all."""
+    """Writes standard JSON (null in place of NaN), whole or not at all."""
     write_atomically(path, json.dumps(_finite(value), indent=2, allow_nan=False))
 
 

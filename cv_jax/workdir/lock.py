@@ -1,4 +1,4 @@
-"""One program at a time in a work directory."""
+"""Locks a work directory: one program at a time."""
 
 import fcntl
 import os
@@ -11,15 +11,15 @@ from cv_jax.workdir.bucket import in_bucket, refusal
 
 
 class Lock:
-    """Makes a directory this process's, until it is closed, forgotten, or the process ends.
+    """Locks a directory for this process, until the lock is closed or deleted, or the process ends.
 
-    It is flock's: the operating system lets go of it however its owner ends, kill -9 included, so
-    that none is ever left behind. It holds between processes of one machine, and on a shared file
-    system where that passes flock on. A bucket has no such thing: there the file only says who was
-    the last to begin, and that it can be written.
+    The lock is flock's: the operating system releases it however its owner ends, kill -9 included.
+    It excludes processes of one machine, and of several on a shared file system that supports
+    flock. A bucket has no locks: there the file only names the last program that started, and
+    shows that the bucket can be written.
 
     Raises:
-        UserError: another process has it, or nothing can be written there.
+        UserError: another process holds the lock, or nothing can be written in the directory.
     """
 
     def __init__(self, directory: Path):
@@ -30,7 +30,7 @@ class Lock:
             return
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            # Without a buffer, which a full disk would make fail once more when it is closed.
+            # Without a buffer: on a full disk, closing it would fail a second time.
             self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 (it stays open)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.truncate(0)
@@ -49,7 +49,7 @@ class Lock:
             ) from error
 
     def close(self) -> None:
-        """Lets go of the directory."""
+        """Releases the directory."""
         if hasattr(self, "_file"):
             self._file.close()
 

@@ -1,4 +1,4 @@
-"""What storage refuses, in one sentence: a full disk, a place that is read-only or gone."""
+"""Reports a full disk, or a directory that is read-only or gone, in one sentence."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from etils.epath import Path
 from cv_jax.config.errors import UserError
 from cv_jax.workdir.bucket import in_bucket, refusal
 
-# What is the matter with a place, and not with the program that writes there.
+# Errors of the storage, not of the program that writes there.
 _NUMBERS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -31,10 +31,10 @@ _NUMBERS = {
 
 @contextlib.contextmanager
 def storage_errors(directory: Path) -> Iterator[None]:
-    """Makes a UserError of what storage refuses in `directory`; every other error stays itself.
+    """Turns storage errors in `directory` into UserError; other errors pass unchanged.
 
     Args:
-        directory: a run's, which holds its lock.
+        directory: work directory of a run, with its lock.
     """
     try:
         yield
@@ -43,12 +43,12 @@ def storage_errors(directory: Path) -> Iterator[None]:
     except Exception as error:
         if not in_bucket(directory) and not (directory / "lock").exists():
             raise UserError(
-                f"{directory} was there and is gone; once it is back, the same command goes on."
+                f"{directory} has disappeared. Restore it and run the same command to resume."
             ) from error
         if reason := _reason(error, directory):
             raise UserError(
-                f"{directory} cannot be used any further: {reason}. The checkpoints there are "
-                "kept; once that is mended, the same command goes on."
+                f"cannot write to {directory}: {reason}. Its checkpoints are intact: fix this and "
+                "run the same command to resume."
             ) from error
         raise
 
@@ -58,11 +58,11 @@ def _reason(error: Exception, directory: Path) -> str | None:
         return refusal(error)
     if isinstance(error, OSError):
         number, where = error.errno, error.filename
-    else:  # TensorStore's, which orbax passes on: the number and the path stand in the text
+    else:  # orbax passes TensorStore's errors on, with the number and the path in the text
         found = re.search(r"os_error_code='(\d+)'", str(error))
         number, where = (int(found[1]), str(error)) if found else (None, None)
     if number not in _NUMBERS:
         return None
     if where and str(directory.absolute()) not in os.path.abspath(os.fsdecode(where)):
-        return None  # another place's
+        return None  # an error of another directory
     return os.strerror(number)

@@ -1,4 +1,4 @@
-"""Numeric kernels with a lowering for each platform, equal to plain lax in what they compute."""
+"""Numeric kernels with a lowering for each platform; they compute the same as plain lax."""
 
 from cv_jax.models.ops.convolution import conv
 from cv_jax.models.ops.platforms import plain_lax

@@ -1,8 +1,8 @@
-"""Convolution of images that have fewer pixels than the kernel has taps: one matrix product.
+"""Convolution of images with fewer pixels than the kernel has taps: one matrix product.
 
 An image (h, w, c) is a row of h w c values, and the kernel a matrix of c x o blocks: block (p, q)
-is the tap that leads from input pixel p to output pixel q, zero where none does. Taps that would
-only meet the padding take no part: 2x2 pixels and a 3x3 kernel are 16 products of c x o, not 36.
+is the tap from input pixel p to output pixel q, or zero without such a tap. Taps that only meet
+padding are skipped: 2x2 pixels and a 3x3 kernel are 16 products of c x o, not 36.
 """
 
 from functools import partial
@@ -16,14 +16,14 @@ from cv_jax.models.ops.padding import Padding
 
 
 def pays(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
-    """Whether a convolution of x of `x_shape` (b, h, w, c) is one for these functions."""
+    """Returns whether this module suits a convolution of x of `x_shape` (b, h, w, c)."""
     return x_shape[1] * x_shape[2] < kernel_shape[0] * kernel_shape[1]
 
 
 def convolution(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
 ) -> jax.Array:
-    """x (b, h, w, c) with a kernel (kh, kw, c, o): (b, h', w', o)."""
+    """Convolves x (b, h, w, c) with a kernel (kh, kw, c, o): (b, h', w', o)."""
     taps = _taps(x.shape[1:3], kernel.shape[:2], strides, padding)
     y = x.reshape(len(x), -1) @ _matrix(kernel, taps)
     return y.reshape(len(x), *taps.shape[2:4], kernel.shape[3])
@@ -36,7 +36,7 @@ def filter_gradient(
     strides: tuple[int, int],
     padding: Padding,
 ) -> jax.Array:
-    """The gradient with respect to a kernel of `size`, (kh, kw, c, o), of an output gradient g."""
+    """Computes the gradient (kh, kw, c, o) of a kernel of `size` from an output gradient g."""
     taps = _taps(x.shape[1:3], size, strides, padding)
     kernel = jax.ShapeDtypeStruct((*size, x.shape[3], g.shape[3]), jnp.float32)
     product = sum_products(x.reshape(len(x), -1), g.reshape(len(g), -1))
@@ -47,7 +47,7 @@ def filter_gradient(
 def _taps(
     size: tuple[int, int], kernel_size: tuple[int, int], strides: tuple[int, int], padding: Padding
 ) -> np.ndarray:
-    """(h, w, h', w', 2): row and column of the tap between two pixels, -1 where there is none."""
+    """Returns row and column of the tap between two pixels, (h, w, h', w', 2); -1 without a tap."""
     axes = []
     for side, k, stride, pads in zip(size, kernel_size, strides, padding, strict=True):
         outputs = np.arange((side + sum(pads) - k) // stride + 1)
@@ -58,7 +58,7 @@ def _taps(
 
 
 def _matrix(kernel: jax.Array, taps: np.ndarray) -> jax.Array:
-    """The blocks of the pixels' pairs, (h w c, h' w' o)."""
+    """Returns the matrix of one block for each pair of pixels, (h w c, h' w' o)."""
     h, w, h_out, w_out, _ = taps.shape
     zero = jnp.zeros(kernel.shape[2:], kernel.dtype)
     return jnp.block(

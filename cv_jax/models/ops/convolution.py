@@ -1,14 +1,13 @@
-"""Two-dimensional convolution whose gradients are fast on the CPU, too.
+"""Two-dimensional convolution with gradients that are also fast on the CPU.
 
-XLA's CPU compiler hands a convolution to its fast kernel only in the layout of a forward pass
-(b h w c with h w i o), and outside of the entry computation, as in a loop over steps, it does not
-bring others into that layout: a gradient there ran 100 times slower than the forward pass. So on
-the CPU all is written out here. A 3x3 convolution goes to winograd.py, one of few channels to
-rows.py, one of few pixels to blocks.py, each with its gradients. For the others, the input's
-gradient is a convolution in the forward layout; the filter's is a sum over small groups of images,
-each one matrix product that stays in cache (5 times faster than XLA's own where that is at its
-best). Elsewhere lax differentiates: by the TPU compiler's account nothing that was tried beats it
-there.
+XLA's CPU compiler uses its fast kernel only for convolutions in the layout of a forward pass (b h w
+c with h w i o). Outside the entry computation, as in a loop over steps, XLA does not convert other
+convolutions to that layout: a gradient there ran 100 times slower than the forward pass. So this
+module writes out the CPU's gradients. winograd.py takes 3x3 convolutions, rows.py few channels and
+blocks.py few pixels, each with its gradients. For other convolutions, the input's gradient is a
+convolution in the forward layout. The filter's gradient is a sum over small groups of images, each
+a matrix product that stays in cache (5 times faster than XLA's own at its best). On other platforms
+lax differentiates: by the TPU compiler's estimate, nothing tried is faster there.
 """
 
 import math
@@ -24,18 +23,20 @@ from cv_jax.models.ops.padding import Padding, pad
 from cv_jax.models.ops.platforms import by_platform
 
 # Bytes of the shifted views of one group of images. More than a core's L2 cache holds: the views
-# are read once, and a product of more rows is a faster one. Measured from 0.5 to 8 MB on n94.
+# are read once, and products of more rows are faster. Measured from 0.5 to 8 MB on n94.
 _GROUP_BYTES = 1 << 21
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
-    """y[b, h, w, o] = sum over i j c of x[b, h s + i - p, w s + j - p, c] kernel[i, j, c, o].
+    """Convolves x with a kernel.
+
+        y[b, h, w, o] = sum over i j c of x[b, h s + i - p, w s + j - p, c] kernel[i, j, c, o]
 
     Args:
         x: (b, h, w, c).
         kernel: (kh, kw, c, o), of the dtype of x.
-        strides: of h and w.
+        strides: strides along h and w.
         padding: zeros ((above, below), (left, right)).
 
     Returns:
@@ -81,8 +82,8 @@ def _cpu_convolution(x, kernel, strides, padding):
 
 
 def _cpu_gradients(x, kernel, g, strides, padding):
-    # What makes g, such as pooling's gradient, would be computed again for every use; and what pads
-    # it would be folded into the convolution's own padding, which costs XLA's fast kernel.
+    # Without the barrier, XLA computes g, such as pooling's gradient, again for each use. It also
+    # folds g's padding into the convolution's own, which loses XLA's fast kernel.
     g = lax.optimization_barrier(g)
     return (
         input_gradient(kernel, g, x.shape[1:3], strides, padding),
@@ -97,8 +98,8 @@ def input_gradient(
     strides: tuple[int, int],
     padding: Padding,
 ) -> jax.Array:
-    """The gradient with respect to x of size (h, w), (b, h, w, c), of an output gradient g."""
-    g = pad(g, ((0, 0), (0, 0)), inside=strides)  # outputs that strides leave out have gradient 0
+    """Computes the gradient (b, h, w, c) of x of `size` (h, w) from an output gradient g."""
+    g = pad(g, ((0, 0), (0, 0)), inside=strides)  # outputs that strides skip have gradient 0
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)  # kh kw o c
     pads = tuple(
         (k - 1 - before, side + before - spread)
@@ -116,9 +117,9 @@ def filter_gradient(
     strides: tuple[int, int],
     padding: Padding,
 ) -> jax.Array:
-    """The gradient with respect to a kernel of size (kh, kw), (kh, kw, c, o), summed in float32.
+    """Computes the gradient (kh, kw, c, o) of a kernel of `size` (kh, kw), summed in float32.
 
-    For a group of images, the kh kw shifted views of x side by side, times g, is one product.
+    For a group of images, one product multiplies the kh kw shifted views of x, side by side, by g.
     """
     (kh, kw), (c, o) = size, (x.shape[3], g.shape[3])
     if blocks.pays(x.shape, (kh, kw, c, o)):

@@ -1,4 +1,4 @@
-"""A batch in groups of images that stay in cache, one after the other."""
+"""Splits a batch into groups of images that stay in cache, computed one after the other."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,10 @@ from jax import lax
 
 
 def group_sizes(b: int, most: int) -> tuple[int, int]:
-    """(size, rest): b images are groups of `size`, at most `most` (at least 1), and a rest.
+    """Returns (size, rest): b images are groups of `size` <= max(1, `most`), and a last of `rest`.
 
-    The largest divisor of b, without a rest, if it is no less than a quarter of what it may be.
+    The size is the largest divisor of b, without a rest, if at least a quarter of the largest
+    allowed size.
     """
     most = min(b, max(1, most))
     divisor = next(d for d in range(most, 0, -1) if b % d == 0)
@@ -18,7 +19,7 @@ def group_sizes(b: int, most: int) -> tuple[int, int]:
 
 
 def map_groups(f: Callable, x: jax.Array, most: int) -> jax.Array:
-    """f(x) for an f that treats every image (axis 0) alike, at most `most` images at once."""
+    """Computes f(x), at most `most` images (axis 0) at once, for an f of each image alone."""
     size, rest = group_sizes(len(x), most)
     if size == len(x):
         return f(x)
@@ -29,7 +30,7 @@ def map_groups(f: Callable, x: jax.Array, most: int) -> jax.Array:
 
 
 def sum_groups(f: Callable, x: jax.Array, g: jax.Array, most: int) -> jax.Array:
-    """f(x, g) for an f that is a sum over images (axis 0), at most `most` images at once."""
+    """Computes f(x, g), at most `most` images (axis 0) at once, for an f that sums over images."""
     size, rest = group_sizes(len(x), most)
     if size == len(x):
         return f(x, g)
@@ -43,7 +44,7 @@ def sum_groups(f: Callable, x: jax.Array, g: jax.Array, most: int) -> jax.Array:
 
 
 def sum_products(x: jax.Array, g: jax.Array) -> jax.Array:
-    """x^T g in float32: (..., c) and (..., o) give (c, o), summed over all axes but the last."""
+    """Computes x^T g in float32, (..., c) and (..., o) -> (c, o), summed over the other axes."""
     return lax.dot_general(
         x.reshape(-1, x.shape[-1]),
         g.reshape(-1, g.shape[-1]),

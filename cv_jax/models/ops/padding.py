@@ -1,4 +1,4 @@
-"""Zeros around images, as every convolution wants them."""
+"""Pads images with zeros, for all convolutions."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, rig
 
 
 def pad(x: jax.Array, padding: Padding, inside: tuple[int, int] = (1, 1)) -> jax.Array:
-    """x (b, h, w, c) with zeros around it, cropped where they are negative.
+    """Pads x (b, h, w, c) with zeros; negative padding crops.
 
-    Its rows and columns come to stand `inside` apart, with zeros between them.
+    Rows and columns end up `inside` apart, with zeros between them.
     """
     spec = [(*pads, apart - 1) for pads, apart in zip(padding, inside, strict=True)]
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *spec, (0, 0, 0)])

@@ -1,4 +1,4 @@
-"""A lowering for each platform, or none for a program that goes elsewhere."""
+"""Chooses a lowering for each platform, or plain lax for a program that is exported."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ _PLAIN = ContextVar("_PLAIN", default=False)
 
 @contextlib.contextmanager
 def plain_lax() -> Iterator[None]:
-    """While it is entered, models are traced with lax's own operations, whatever the platform.
+    """Traces models with lax's own operations, whatever the platform, inside the context.
 
-    So they can be exported, for a number of images that is not known yet, and be compared with what
-    cv_jax.ops makes of them. A function that jax.jit has traced before stays as it was.
+    Such programs can be exported with a symbolic number of images, and compared with the kernels
+    of cv_jax.models.ops. A function that jax.jit has traced before stays as it was.
     """
     token = _PLAIN.set(True)
     try:
@@ -25,7 +25,7 @@ def plain_lax() -> Iterator[None]:
 
 
 def by_platform(*args: Any, cpu: Callable, default: Callable) -> Any:
-    """`lax.platform_dependent`, and within `plain_lax` the default alone."""
+    """Calls `lax.platform_dependent`; inside `plain_lax`, calls `default` alone."""
     if _PLAIN.get():
         return default(*args)
     return lax.platform_dependent(*args, cpu=cpu, default=default)

@@ -11,12 +11,12 @@ from cv_jax.models.ops.platforms import by_platform
 
 
 def max_pool(x: jax.Array, size: int) -> jax.Array:
-    """The largest value of each `size` x `size` window; an incomplete last one is left out.
+    """Takes the maximum of each `size` x `size` window; an incomplete last window is dropped.
 
-    The gradient goes to the first of the largest values of a window. On the CPU the places of a
-    window are compared one by one, and which value is the first is kept for the gradient, a byte a
-    window: five times faster there than XLA's windowed maximum, and nothing else is kept. On a TPU,
-    by its compiler's account, XLA's own is the faster one by far.
+    The gradient goes to the first maximum of a window. On the CPU the places of a window are
+    compared one by one, and the place of the first maximum is kept for the gradient, one byte a
+    window. This is five times faster there than XLA's windowed maximum. On a TPU, by its
+    compiler's estimate, XLA's own is far faster.
 
     Args:
         x: (b, h, w, c).
@@ -42,7 +42,7 @@ def _pool(x, size):
 
 
 def _forward(x, size):
-    x = lax.optimization_barrier(x)  # else what makes x is computed again for every comparison
+    x = lax.optimization_barrier(x)  # else XLA computes x again for every comparison
     places = [x[:, i::size, j::size] for i in range(size) for j in range(size)]
     largest = reduce(jnp.maximum, places)
     first = jnp.full(largest.shape, 255, jnp.uint8)
@@ -56,7 +56,7 @@ def _backward(size, first, g):
     first, g = (a[:, :, None, :, None, :] for a in (first, g))
     numbers = jnp.arange(size * size, dtype=jnp.uint8).reshape(1, 1, size, 1, size, 1)
     gradient = jnp.where(first == numbers, g, jnp.zeros((), g.dtype))
-    # Laid out once for all that use it, a bias among them.
+    # Written to memory once for all its uses, a bias among them.
     return (lax.optimization_barrier(gradient.reshape(b, h * size, w * size, c)),)
 
 

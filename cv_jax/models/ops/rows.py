@@ -1,11 +1,10 @@
-"""Convolution of few channels, whose products are narrow and whose copies weigh more than they do.
+"""Convolution of few channels, whose products are narrow and cost less than their copies.
 
     p[h, w, i] = sum over j c of x[h, w + j, c] kernel[i, j, c]      one matrix product
     y[h, w]    = sum over i of p[h + i, w, i]
 
-The kw columns of x that a product takes lie side by side; each row of the kernel is one result.
-Against laying out all kh kw views of x, that is kh times less to copy, and the matrices are less
-narrow.
+A product takes kw columns of x side by side; each row of the kernel gives one result. Compared with
+all kh kw views of x, this copies kh times less, and the matrices are less narrow.
 """
 
 import jax
@@ -15,18 +14,18 @@ from jax import lax
 from cv_jax.models.ops.groups import map_groups, sum_groups, sum_products
 from cv_jax.models.ops.padding import Padding, pad
 
-# Measured from 3 to 32 channels; with more, XLA's own kernel is the faster one.
+# Measured from 3 to 32 channels; with more, XLA's own kernel is faster.
 _MOST_CHANNELS = 16
 _GROUP_BYTES = 1 << 21  # of the columns and the products of a group of images
 
 
 def pays(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], strides: tuple[int, int]) -> bool:
-    """Whether a convolution of x of `x_shape` (b, h, w, c) is one for these functions."""
+    """Returns whether this module suits a convolution of x of `x_shape` (b, h, w, c)."""
     return tuple(strides) == (1, 1) and max(x_shape[3], kernel_shape[3]) <= _MOST_CHANNELS
 
 
 def convolution(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """x (b, h, w, c) with a kernel (kh, kw, c, o): (b, h', w', o)."""
+    """Convolves x (b, h, w, c) with a kernel (kh, kw, c, o): (b, h', w', o)."""
     kh, kw, c, o = kernel.shape
     rows = x.shape[1] + sum(padding[0]) - kh + 1
     kernel = kernel.transpose(1, 2, 0, 3).reshape(kw * c, kh * o)
@@ -41,7 +40,7 @@ def convolution(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
 def filter_gradient(
     x: jax.Array, g: jax.Array, size: tuple[int, int], padding: Padding
 ) -> jax.Array:
-    """The gradient with respect to a kernel of `size`, (kh, kw, c, o), of an output gradient g."""
+    """Computes the gradient (kh, kw, c, o) of a kernel of `size` from an output gradient g."""
     kh, kw = size
     c, o = x.shape[3], g.shape[3]
 
@@ -58,7 +57,7 @@ def filter_gradient(
 
 
 def _most_images(x_shape, kernel_shape, padding) -> int:
-    """How many images a group may have."""
+    """Returns the largest number of images in a group."""
     _, h, w, c = x_shape
     kh, kw, _, o = kernel_shape
     pixels = (h + sum(padding[0])) * (w + sum(padding[1]) - kw + 1)
@@ -66,7 +65,10 @@ def _most_images(x_shape, kernel_shape, padding) -> int:
 
 
 def _columns(x: jax.Array, kw: int, padding: Padding) -> jax.Array:
-    """(b, rows, w', kw c), kept in memory: XLA would lay them out again for every use."""
+    """Returns the columns of x side by side, (b, rows, w', kw c).
+
+    The barrier writes them to memory: without it, XLA builds them again for every use.
+    """
     x = pad(x, padding)
     columns = x.shape[2] - kw + 1
     return lax.optimization_barrier(

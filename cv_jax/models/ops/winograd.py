@@ -1,4 +1,4 @@
-"""Winograd's 3x3 convolution: fewer products, for all but the smallest numbers of channels.
+"""Winograd's 3x3 convolution: fewer products, unless there are few channels.
 
 A tile of m x m outputs takes (m + 2)^2 products a channel instead of 9 m^2 (3.2 times fewer for
 m = 3, 4 times for m = 4), and so do both gradients; the input's is a convolution as well.
@@ -9,8 +9,8 @@ m = 3, 4 times for m = 4), and so do both gradients; the input's is a convolutio
 (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks",
 https://arxiv.org/abs/1509.09308). Over the tiles of a group of images, * is a matrix product over
 the channels for each of the (m + 2)^2 places. A and B are applied along the rows, then along the
-columns; what has been applied along both is a list, one array for each column of places. It is
-all computed in float32, rounded by some 1e-6 of the largest value, where plain lax has 1e-7.
+columns; after both, the result is a list of one array for each column of places. All is computed
+in float32, with a rounding error of some 1e-6 of the largest value; plain lax has 1e-7.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ from jax import lax
 from cv_jax.models.ops.groups import map_groups, sum_groups
 from cv_jax.models.ops.padding import Padding, pad
 
-# What the transforms cost, the products pay back from here on. Measured from 16 to 512 channels.
+# From here on the products save more than the transforms cost. Measured from 16 to 512 channels.
 _LEAST_CHANNELS = 16
-_LEAST_TILES = 64  # in a batch, which are the rows of each product
-_LEAST_PRODUCTS = 1e8  # of plain lax, 1 to 2 ms: for less, a quarter of a second more to compile
+_LEAST_TILES = 64  # tiles in a batch: the rows of each product
+_LEAST_PRODUCTS = 1e8  # 1 to 2 ms of plain lax; less is not worth 0.25 s more to compile
 _GROUP_BYTES = 1 << 24  # of the transformed tiles, input's and output's, of a group of images
 
-# Where the polynomials are evaluated, besides at infinity: these keep the rounding small.
+# The polynomials are evaluated here and at infinity: these points keep the rounding error small.
 _POINTS = {3: (0, 1, -1, 0.5), 4: (0, 1, -1, 2, -0.5)}
 
 
@@ -41,7 +41,7 @@ def pays(
     strides: tuple[int, int],
     padding: Padding,
 ) -> bool:
-    """Whether a convolution of x of `shape` (b, h, w, c) is one for these functions."""
+    """Returns whether this module suits a convolution of x of `shape` (b, h, w, c)."""
     b, h, w, c = shape
     o = kernel_shape[3]
     size = _output_size(h, w, padding)
@@ -57,7 +57,10 @@ def pays(
 
 
 def convolution(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """x (b, h, w, c) with a kernel (3, 3, c, o): (b, h', w', o), h' = h + above + below - 2."""
+    """Convolves x (b, h, w, c) with a kernel (3, 3, c, o): (b, h', w', o).
+
+    h' = h + above + below - 2.
+    """
     c, o = kernel.shape[2:]
     h, w = _output_size(*x.shape[1:3], padding)
     tiling = _tiling(h, w)
@@ -76,7 +79,7 @@ def convolution(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
 
 
 def filter_gradient(x: jax.Array, g: jax.Array, padding: Padding) -> jax.Array:
-    """The gradient (3, 3, c, o) of the kernel, of x (b, h, w, c) and an output gradient g."""
+    """Computes the kernel's gradient (3, 3, c, o) from x (b, h, w, c) and an output gradient g."""
     c, o = x.shape[3], g.shape[3]
     tiling = _tiling(*g.shape[1:3])
 
@@ -95,14 +98,14 @@ def filter_gradient(x: jax.Array, g: jax.Array, padding: Padding) -> jax.Array:
 
 
 class _Tiling(NamedTuple):
-    """How an image is covered: with rows x columns of tiles, each of m x m outputs."""
+    """Tiles that cover an image: rows x columns, each of m x m outputs."""
 
     m: int
     rows: int
     columns: int
 
     def most_images(self, channels: int) -> int:
-        """How many images a group may have."""
+        """Returns the largest number of images in a group."""
         places = self.rows * self.columns * (self.m + 2) ** 2
         return _GROUP_BYTES // (4 * places * channels)
 
@@ -113,13 +116,13 @@ def _output_size(h: int, w: int, padding: Padding) -> tuple[int, int]:
 
 
 def _tiling(h: int, w: int) -> _Tiling:
-    """The one of fewest products for h x w outputs."""
+    """Returns the tiling with the fewest products for h x w outputs."""
     tilings = [_Tiling(m, -(-h // m), -(-w // m)) for m in _POINTS]
     return min(tilings, key=lambda t: t.rows * t.columns * (t.m + 2) ** 2)
 
 
 def _input_tiles(x: jax.Array, tiling: _Tiling, padding: Padding) -> list[jax.Array]:
-    """B^T x B of the overlapping tiles of x, (n, h, w, c): m + 2 arrays (m + 2, tiles, c)."""
+    """Computes B^T x B of x's overlapping tiles, (n, h, w, c): m + 2 arrays (m + 2, tiles, c)."""
     m, rows, columns = tiling
     c = x.shape[3]
     pads = tuple(
@@ -134,7 +137,10 @@ def _input_tiles(x: jax.Array, tiling: _Tiling, padding: Padding) -> list[jax.Ar
 
 
 def _split(g: jax.Array, tiling: _Tiling) -> list[jax.Array]:
-    """A g A^T of the tiles of g, (n, h, w, o), zero over the edge: m + 2 of (m + 2, tiles, o)."""
+    """Computes A g A^T of the tiles of g, (n, h, w, o): m + 2 arrays (m + 2, tiles, o).
+
+    Tiles are zero beyond the edge of g.
+    """
     m, rows, columns = tiling
     n, h, w, o = g.shape
     g = pad(g.astype(jnp.float32), ((0, m * rows - h), (0, m * columns - w)))
@@ -146,7 +152,7 @@ def _split(g: jax.Array, tiling: _Tiling) -> list[jax.Array]:
 
 
 def _join(products: list[jax.Array], tiling: _Tiling) -> jax.Array:
-    """A^T y A of the products y, m + 2 of (m + 2, tiles, o): (n, m rows, m columns, o)."""
+    """Computes A^T y A of m + 2 products y (m + 2, tiles, o): (n, m rows, m columns, o)."""
     m, rows, columns = tiling
     o = products[0].shape[2]
     y = _combine(_matrices(m).output, products, axis=2)
@@ -156,7 +162,7 @@ def _join(products: list[jax.Array], tiling: _Tiling) -> jax.Array:
 
 
 def _sums(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """The product of a matrix with the column of `arrays`, without the zeros of the matrix."""
+    """Multiplies a matrix by the column of `arrays`, skipping the matrix's zeros."""
     return [
         sum(np.float32(value) * array for value, array in zip(row, arrays, strict=True) if value)
         for row in matrix
@@ -164,7 +170,7 @@ def _sums(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _combine(matrix: np.ndarray, arrays: Sequence[jax.Array], axis: int = 0) -> jax.Array:
-    """`_sums`, stacked. Kept in memory: XLA would compute each again for every use."""
+    """Stacks `_sums`. The barrier writes them to memory: else XLA computes them for every use."""
     return lax.optimization_barrier(jnp.stack(_sums(matrix, arrays), axis))
 
 
@@ -178,7 +184,7 @@ class _Matrices(NamedTuple):
 
 @cache
 def _matrices(m: int) -> _Matrices:
-    """By Toom and Cook: polynomials are multiplied where they are evaluated, then interpolated.
+    """Computes the transforms by Toom and Cook: evaluate polynomials, multiply, interpolate.
 
     The correlation of m + 2 inputs with 3 taps is the transpose of the product of polynomials of
     m and 3 coefficients, which m + 2 points determine.
@@ -186,11 +192,11 @@ def _matrices(m: int) -> _Matrices:
 
     def evaluation(coefficients):
         powers = np.vander(_POINTS[m], coefficients, increasing=True)
-        infinity = np.eye(coefficients)[-1:]  # there, only the leading coefficient counts
+        infinity = np.eye(coefficients)[-1:]  # at infinity only the leading coefficient counts
         return np.concatenate([powers, infinity])
 
     b = np.linalg.inv(evaluation(m + 2)).T
-    b[np.abs(b) < 1e-9] = 0  # what rounding has left of a zero
+    b[np.abs(b) < 1e-9] = 0  # zeros up to rounding
     scale = np.abs(b).max(axis=1, keepdims=True)  # moved to G, so that tiles keep x's magnitude
     g = evaluation(3) * scale
     kernel = np.einsum("ra,cb->crab", g, g).reshape(-1, 9).astype(np.float32)
