@@ -253,7 +253,7 @@ def affine(
         amounts = middle + reach * jax.random.uniform(key, (b, 5), minval=-1, maxval=1)
         return _affine_matrix(amounts, size), _affine_source(amounts, size)
 
-    return Motion(draw, mode, samples, fields, min_area)
+    return Motion(draw, outside(mode, fields), samples, fields, min_area)
 
 
 def _affine_matrix(amounts, size):
@@ -340,7 +340,7 @@ def rot90(*, fields: Fields = IMAGE_AND_LABEL, min_area: float = MIN_AREA) -> Au
         return turns.at[count].get(mode="promise_in_bounds"), None
 
     # A quarter turn leaves nothing outside, so every mode is the same, and "reflect" the default.
-    return Motion(draw, "reflect", 1, fields, min_area)
+    return Motion(draw, outside("reflect", fields), 1, fields, min_area)
 
 
 # --- Boxes cut out and resized ---
