@@ -8,6 +8,7 @@ last row of a matrix is 0 0 1. Sizes are (height, width).
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from cv_jax.augment.common import (
     IMAGE_AND_LABEL,
@@ -31,23 +32,23 @@ _ROUNDING = 1e-4
 # --- Matrices; their arguments are numbers or (b,), and the result is (3, 3) or (b, 3, 3) ---
 
 
-def translation(x, y) -> jax.Array:
+def translation(x: ArrayLike, y: ArrayLike) -> jax.Array:
     """Builds the matrix that moves points by x to the right and by y down."""
     return _matrix(1, 0, x, 0, 1, y)
 
 
-def rotation(degrees, size: tuple[int, int]) -> jax.Array:
+def rotation(degrees: ArrayLike, size: tuple[int, int]) -> jax.Array:
     """Builds the matrix that turns an image counter-clockwise about its centre."""
     cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
     return _about_centre(cos, sin, -sin, cos, size)
 
 
-def scaling(factor, size: tuple[int, int]) -> jax.Array:
+def scaling(factor: ArrayLike, size: tuple[int, int]) -> jax.Array:
     """Builds the matrix that magnifies an image about its centre; above 1 the image grows."""
     return _about_centre(factor, 0, 0, factor, size)
 
 
-def shearing(degrees, size: tuple[int, int]) -> jax.Array:
+def shearing(degrees: ArrayLike, size: tuple[int, int]) -> jax.Array:
     """Builds the matrix that moves points right by tan(degrees) of their depth below the centre."""
     return _about_centre(1, jnp.tan(jnp.deg2rad(degrees)), 0, 1, size)
 
@@ -62,7 +63,7 @@ def quarter_turn(size: tuple[int, int]) -> jax.Array:
     return _matrix(0, 1, 0, -1, 0, size[1])
 
 
-def resize(before: tuple, after: tuple) -> jax.Array:
+def resize(before: tuple[ArrayLike, ArrayLike], after: tuple[int, int]) -> jax.Array:
     """Builds the matrix that resizes an image of size `before` to size `after`."""
     (h, w), (new_h, new_w) = before, after
     return _matrix(new_w / w, 0, 0, 0, new_h / h, 0)
@@ -212,7 +213,8 @@ def _move_boxes(matrix, boxes):
     return jnp.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1)
 
 
-def area_of(boxes):
+def area_of(boxes: jax.Array) -> jax.Array:
+    """Returns the areas (...) of boxes (..., 4)."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
@@ -255,7 +257,9 @@ def _bilinear(image, y, x, mode):
     return _blend(upper, lower, down)
 
 
-def read_pixels(image, rows, cols, mode, fill=0):
+def read_pixels(
+    image: jax.Array, rows: jax.Array, cols: jax.Array, mode: str, fill: int = 0
+) -> jax.Array:
     """Returns image[rows, cols]; outside the image a mirrored pixel or `fill`, as `mode` says."""
     # One gather of whole pixels from the image as it is: on the CPU a crop takes a fifth of the
     # time of a padded copy and a dynamic_slice from it.
