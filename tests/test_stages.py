@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv_jax.augment.resizing import Stage, make_stages, resize
+from cv_jax.augment.resizing import Stage, make_stages, resize_images
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
 from cv_jax.data.batches import make_batches
@@ -45,10 +45,10 @@ def test_a_wrong_text_is_explained(text, message):
 def test_resizing_is_antialiased():
     image = np.zeros((1, 4, 4, 1), np.float32)
     image[0, :, ::2] = 1  # stripes of one pixel: without a filter, a sample would be 0 or 1
-    got = np.asarray(resize(jnp.asarray(image), 2))
+    got = np.asarray(resize_images(jnp.asarray(image), 2))
     # A triangle of 4 pixels' width: 1/8 3/8 3/8 1/8, and at the border 3/7 3/7 1/7.
     np.testing.assert_allclose(got[0, :, :, 0], [[4 / 7, 3 / 7]] * 2, atol=1e-6)
-    assert resize(image, None) is image
+    assert resize_images(image, None) is image
 
 
 @pytest.fixture(scope="module")

@@ -6,45 +6,100 @@ import jax
 import numpy as np
 
 from cv_jax.augment.colour import color_jitter, grayscale
-from cv_jax.augment.common import Augment, Batch
+from cv_jax.augment.common import (
+    IMAGE_AND_LABEL,
+    SPATIAL_AXES,
+    Augment,
+    Batch,
+    Fields,
+    has_kind,
+    image_size,
+)
 from cv_jax.augment.geometry import (
+    Motion,
     affine,
     alternating_flip,
     crop,
     flip,
+    move,
     random_resized_crop,
+    rot90,
     rotate,
     scale,
     translate,
 )
 from cv_jax.augment.mixing import cutmix, cutout, mixup
+from cv_jax.augment.warp import MIN_AREA
 from cv_jax.config import calls as spec
 from cv_jax.config.errors import UserError, describe
 
 
-def make_augment(text: str) -> Augment:
+def make_augment(text: str, fields: Fields | None = None, min_area: float = MIN_AREA) -> Augment:
     """Builds the augmentation that a spec such as "crop(4)|alternating_flip|cutout(8)" names.
 
-    The op at position i of the chain gets the key `fold_in(key, i)`; "" is the identity.
+    The op at position i of the chain gets the key `fold_in(key, i)`; "" is the identity. Images are
+    resampled once for neighbouring ops such as "scale(0.8, 1.2)|rotate(10)", whose matrices are
+    multiplied.
+
+    Args:
+        text: the spec.
+        fields: of the batches; None means image and label. An op whose function has a parameter
+            `fields` is given them.
+        min_area: each op drops a box of which a smaller share is left inside the image.
 
     Raises:
-        UserError: an unknown op or a bad argument; the message lists what exists.
+        UserError: an unknown op, a bad argument, or fields that an op cannot change; the message
+            lists what exists.
     """
+    fields = IMAGE_AND_LABEL if fields is None else fields
+    _check_fields(fields)
     names = [call.name for call in spec.parse(text, "config.augment")]
-    ops = spec.build(text, AUGMENTATIONS, "config.augment")
+    context = {"fields": fields, "min_area": min_area}
+    ops = spec.build(text, AUGMENTATIONS, "config.augment", **context)
+    groups = _groups(ops)
 
     def augment(key: jax.Array, batch: Batch) -> Batch:
-        for position, (name, op) in enumerate(zip(names, ops, strict=True)):
-            batch = _checked(name, op, jax.random.fold_in(key, position), batch)
+        for group in groups:
+            keys = [jax.random.fold_in(key, position) for position in group]
+            name = "|".join(names[position] for position in group)
+            batch = _checked(name, [ops[position] for position in group], keys, batch, fields)
         return batch
 
     return augment
 
 
-def _checked(name: str, op: Augment, key: jax.Array, batch: Batch) -> Batch:
-    """Returns op(key, batch); while it is traced, raises UserError for what is no such batch."""
+def _check_fields(fields: Fields) -> None:
+    boxes = [name for name, field in fields.items() if field.kind == "boxes"]
+    if len(boxes) > 1:
+        raise UserError(
+            f"The data set has boxes in the fields {', '.join(boxes)}: put them into one field."
+        )
+    if boxes and not has_kind(fields, *SPATIAL_AXES):
+        raise UserError(f"The field {boxes[0]!r} has boxes without an image: add the image.")
+
+
+def _groups(ops: list[Augment]) -> list[list[int]]:
+    """The positions of the ops, those of neighbouring motions with the same mode together."""
+    groups = []
+    for position, op in enumerate(ops):
+        before = ops[position - 1] if position else None
+        both = isinstance(before, Motion) and isinstance(op, Motion)
+        if both and before.mode == op.mode:
+            groups[-1].append(position)
+        else:
+            groups.append([position])
+    return groups
+
+
+def _checked(
+    name: str, ops: list[Augment], keys: list[jax.Array], batch: Batch, fields: Fields
+) -> Batch:
+    """Applies an op, or neighbouring motions; raises UserError where no such batch comes back.
+
+    The check happens while the op is traced. What a batch says of its rows stays as it is.
+    """
     try:
-        changed = op(key, batch)
+        changed = ops[0](keys[0], batch) if len(ops) == 1 else move(ops, keys, batch)
     except KeyError as error:
         if error.args != ("label",) or "label" in batch:
             raise
@@ -56,19 +111,31 @@ def _checked(name: str, op: Augment, key: jax.Array, batch: Batch) -> Batch:
             f"config.augment: {name!r} returned {describe(changed)} and not the batch, a dict of "
             f"{', '.join(batch)}."
         )
+    rows = {entry: batch[entry] for entry in ("rows",) if entry in batch}
     for entry, before in batch.items():
-        if entry == "rows":
-            continue
-        after, shape = changed.get(entry), before.shape
-        if entry == "image" and np.ndim(after) == 4:  # its height and width may change
-            shape = (shape[0], *after.shape[1:3], shape[3])
-        wanted = jax.ShapeDtypeStruct(shape, before.dtype)
-        if describe(after) != describe(wanted):
-            raise UserError(
-                f"config.augment: {name!r} returned {describe(after)} as the batch's {entry!r}; "
-                f"expected is {describe(wanted)}."
-            )
-    return changed
+        if entry not in rows:
+            _check_entry(name, entry, before, changed.get(entry), fields)
+    try:
+        image_size(changed, fields)
+    except UserError as error:
+        raise UserError(f"config.augment: {name!r} resized some fields only. {error}") from error
+    return {**changed, **rows}
+
+
+def _check_entry(
+    name: str, entry: str, before: jax.Array, after: jax.Array | None, fields: Fields
+) -> None:
+    """Raises UserError unless shape and dtype stay, but for the height and width of pixels."""
+    shape = list(before.shape)
+    if entry in fields and np.ndim(after) == len(shape):
+        for axis in SPATIAL_AXES.get(fields[entry].kind, ()):
+            shape[axis] = after.shape[axis]
+    wanted = jax.ShapeDtypeStruct(tuple(shape), before.dtype)
+    if describe(after) != describe(wanted):
+        raise UserError(
+            f"config.augment: {name!r} returned {describe(after)} as the batch's {entry!r}; "
+            f"expected is {describe(wanted)}."
+        )
 
 
 AUGMENTATIONS: dict[str, Callable[..., Augment]] = {
@@ -81,6 +148,7 @@ AUGMENTATIONS: dict[str, Callable[..., Augment]] = {
         rotate,
         scale,
         translate,
+        rot90,
         random_resized_crop,
         cutout,
         color_jitter,

@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cv_jax.augment.common import Augment, _blend, _happens, _is_known_as
+from cv_jax.augment.common import (
+    IMAGE_AND_LABEL,
+    Augment,
+    Fields,
+    _blend,
+    _happens,
+    _is_known_as,
+    num_rows,
+    select,
+)
 from cv_jax.config.calls import require
 
 
@@ -14,6 +23,8 @@ def color_jitter(
     saturation: float = 0.0,
     hue: float = 0.0,
     p: float = 1.0,
+    *,
+    fields: Fields = IMAGE_AND_LABEL,
 ) -> Augment:
     """Changes brightness, then contrast, then saturation, then hue by random amounts.
 
@@ -22,7 +33,8 @@ def color_jitter(
     image for saturation. Grey is 0.299 red + 0.587 green + 0.114 blue (ITU-R BT.601) when there are
     three channels and their mean otherwise; so saturation leaves images of one channel as they are.
     The hue turns the plane of the two colour differences I and Q of YIQ (NTSC) by an angle, grey
-    staying as it is, then clips; it, too, is for three channels only.
+    staying as it is, then clips; it, too, is for three channels only. All frames of a clip change
+    alike; the mean of a clip is that of all its frames.
 
     Args:
         brightness, contrast, saturation: x in [0, 1]; the factor is uniform in [1 - x, 1 + x].
@@ -36,33 +48,48 @@ def color_jitter(
     require(lambda: 0 <= p <= 1, f"p={p} must lie in [0, 1]")
 
     def op(key, batch):
-        original = image = batch["image"]
-        draws = jax.random.uniform(key, (3, len(image), 1, 1, 1), minval=-1, maxval=1)
-        for reach, draw, base in zip(reaches, draws, bases, strict=True):
-            if not _is_known_as(0, reach):
-                image = jnp.clip(_blend(base(image), image, 1 + reach * draw), 0, 1)
+        b = num_rows(batch, fields)
+        draws = jax.random.uniform(key, (3, b, 1, 1, 1), minval=-1, maxval=1)
         hue_key, p_key = jax.random.split(key)
-        if image.shape[-1] == 3 and not _is_known_as(0, hue):
-            turn = jax.random.uniform(hue_key, (len(image), 1, 1, 1), minval=-1, maxval=1)
-            image = jnp.clip(_turn_hue(image, 2 * jnp.pi * hue * turn), 0, 1)
-        if not _is_known_as(1, p):
-            changed = _happens(p_key, p, (len(image), 1, 1, 1))
-            image = jnp.where(changed, image, original)
-        return {**batch, "image": image}
+        turn = jax.random.uniform(hue_key, (b, 1, 1, 1), minval=-1, maxval=1)
+        chosen = _happens(p_key, p, (b, 1, 1, 1))
+
+        def change(original):
+            image = original
+            for reach, draw, base in zip(reaches, draws, bases, strict=True):
+                if not _is_known_as(0, reach):
+                    image = jnp.clip(_blend(base(image), image, 1 + reach * draw), 0, 1)
+            if image.shape[-1] == 3 and not _is_known_as(0, hue):
+                image = jnp.clip(_turn_hue(image, 2 * jnp.pi * hue * turn), 0, 1)
+            return image if _is_known_as(1, p) else jnp.where(chosen, image, original)
+
+        return {**batch, **_map_colours(change, batch, fields)}
 
     return op
 
 
-def grayscale(p: float = 0.2) -> Augment:
+def grayscale(p: float = 0.2, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
     """Takes the colour out of an image with probability p; for grey see `color_jitter`."""
     require(lambda: 0 <= p <= 1, f"p={p} must lie in [0, 1]")
 
     def op(key, batch):
-        image = batch["image"]
-        chosen = _happens(key, p, (len(image), 1, 1, 1))
-        return {**batch, "image": jnp.where(chosen, _grey(image), image)}
+        chosen = _happens(key, p, (num_rows(batch, fields), 1, 1, 1))
+
+        def change(image):
+            return jnp.where(chosen, _grey(image), image)
+
+        return {**batch, **_map_colours(change, batch, fields)}
 
     return op
+
+
+def _map_colours(change, batch, fields):
+    """change(image) of each image (b, h, w, c), and of each clip as one image of all its frames."""
+    changed = {name: change(image) for name, image in select(batch, fields, "image").items()}
+    for name, clip in select(batch, fields, "clip").items():
+        b, t, h, w, c = clip.shape
+        changed[name] = change(clip.reshape(b, t * h, w, c)).reshape(clip.shape)
+    return changed
 
 
 # The derivative of turning YIQ's colour plane, in RGB: a turn by t is

@@ -1,61 +1,94 @@
-"""Augmentations: pure functions (key, batch) -> batch that run inside the jitted train step.
+"""Augmentations that move what an example shows, and with its pixels all other fields.
 
-A batch is a dict of arrays:
-    image: (b, h, w, c) float32 in [0, 1], not yet normalised.
-    label: (b, n) float32 class probabilities.
-    index: (b,) int32, the example's position in the training set.
-    epoch: (b,) int32, the epoch that the example is drawn in.
-    coin: (b,) uint32, random bits that belong to the example for the whole run.
-
-Every example has its own randomness. An op reads and replaces only the entries that it names, so
-batches without labels can be augmented too. One string composes the ops, in order: see
-`make_augment`.
+`flip`, `alternating_flip`, `crop` and `random_resized_crop` have exact or antialiased pixel code of
+their own. The others are a `Motion`, a matrix an example; of neighbouring motions a chain makes one
+resampling. For the fields of a batch see common.py.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cv_jax.augment.common import (
+    IMAGE_AND_LABEL,
     MAX_PIXELS,
+    SPATIAL_AXES,
     Augment,
-    _blend,
+    Batch,
+    Fields,
     _happens,
     _integers,
     _require_mode,
     _require_pixels,
+    has_kind,
+    image_size,
+    map_images,
+    map_masks,
+    num_rows,
+)
+from cv_jax.augment.warp import (
+    IGNORED,
+    MIN_AREA,
+    compose,
+    mirror,
+    move_coordinates,
+    move_masks,
+    outside,
+    quarter_turn,
+    read_pixels,
+    resize,
+    rotation,
+    scaling,
+    shearing,
+    translation,
+    warp,
 )
 from cv_jax.config.calls import require
+from cv_jax.config.errors import UserError
 
 # --- Mirror images ---
 
 
-def flip(p: float = 0.5) -> Augment:
-    """Mirrors an image left to right with probability p."""
+def flip(p: float = 0.5, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
+    """Mirrors an example left to right with probability p."""
     require(lambda: 0 <= p <= 1, f"p={p} must lie in [0, 1]")
 
     def op(key, batch):
-        flipped = _happens(key, p, batch["image"].shape[:1])
-        return {**batch, "image": _mirror(batch["image"], flipped)}
+        return _mirrored(batch, _happens(key, p, (num_rows(batch, fields),)), fields)
 
     return op
 
 
-def alternating_flip() -> Augment:
-    """Mirrors an image in every second epoch; the example's coin decides whether in the even ones.
+def alternating_flip(*, fields: Fields = IMAGE_AND_LABEL) -> Augment:
+    """Mirrors an example in every second epoch; its coin decides whether in the even ones.
 
-    Any two successive epochs thus show both versions of every image. Needs no key: which version
+    Any two successive epochs thus show both versions of every example. Needs no key: which version
     is shown is the parity of coin + epoch. Source: arXiv 2404.00498.
     """
 
     def op(key, batch):
         rows = batch["rows"]
         odd = (rows["coin"] + rows["epoch"].astype(jnp.uint32)) % 2 == 1
-        return {**batch, "image": _mirror(batch["image"], odd)}
+        return _mirrored(batch, odd, fields)
 
     return op
+
+
+def _mirrored(batch, flipped, fields):
+    """The batch, with the examples mirrored where `flipped` (b,)."""
+    size = image_size(batch, fields)
+    mirror_pixels = functools.partial(_mirror, flipped=flipped)
+    matrix = jnp.where(flipped[:, None, None], mirror(size)[None], translation(0, 0)[None])
+    return {
+        **batch,
+        **map_images(mirror_pixels, batch, fields),
+        **map_masks(mirror_pixels, batch, fields),
+        **move_coordinates(batch, matrix, size, fields, min_area=0),
+    }
 
 
 def _mirror(image, flipped):
@@ -65,7 +98,13 @@ def _mirror(image, flipped):
 # --- Other views of the image ---
 
 
-def crop(padding: int, mode: str = "reflect") -> Augment:
+def crop(
+    padding: int,
+    mode: str = "reflect",
+    *,
+    fields: Fields = IMAGE_AND_LABEL,
+    min_area: float = MIN_AREA,
+) -> Augment:
     """Pads the image by `padding` pixels on each side, then crops it back at a random place.
 
     That moves it by whole pixels, uniform in -padding..padding in both directions, without blur.
@@ -73,21 +112,39 @@ def crop(padding: int, mode: str = "reflect") -> Augment:
     Args:
         padding: pixels.
         mode: what lies outside the image: "reflect" (its mirror image, the border pixels not
-            repeated) or "zero".
+            repeated) or "zero". With boxes or masks it is "zero".
     """
     _require_pixels("padding", padding, most=256)  # by choice, each pixel is two slices more
     _require_mode(mode)
+    image_mode = outside(mode, fields)
 
     def op(key, batch):
-        corner = _integers(key, (len(batch["image"]), 2), 2 * padding + 1)
-        ways = {
-            "cpu": functools.partial(_crop_by_gather, padding=padding, mode=mode),
-            "default": functools.partial(_crop_by_choice, padding=padding, mode=mode),
+        size = image_size(batch, fields)
+        corner = _integers(key, (num_rows(batch, fields), 2), 2 * padding + 1)
+        matrix = translation(padding - corner[:, 1], padding - corner[:, 0])
+
+        def crop_image(image):
+            return _crop(image, corner, padding, image_mode)
+
+        def crop_mask(mask):  # zeros of the complement are 255
+            return IGNORED - _crop(IGNORED - mask, corner, padding, "zero")
+
+        return {
+            **batch,
+            **map_images(crop_image, batch, fields),
+            **map_masks(crop_mask, batch, fields),
+            **move_coordinates(batch, matrix, size, fields, min_area),
         }
-        image = jax.lax.platform_dependent(batch["image"], corner, **ways)
-        return {**batch, "image": image}
 
     return op
+
+
+def _crop(image, corner, padding, mode):
+    ways = {
+        "cpu": functools.partial(_crop_by_gather, padding=padding, mode=mode),
+        "default": functools.partial(_crop_by_choice, padding=padding, mode=mode),
+    }
+    return jax.lax.platform_dependent(image, corner, **ways)
 
 
 def _crop_by_gather(image, corner, padding, mode):
@@ -96,7 +153,7 @@ def _crop_by_gather(image, corner, padding, mode):
     def crop_one(image, corner):
         h, w, _ = image.shape
         rows, cols = (corner[i] - padding + jnp.arange(side) for i, side in enumerate((h, w)))
-        return _pixels(image, rows[:, None], cols[None], mode)
+        return read_pixels(image, rows[:, None], cols[None], mode)
 
     return jax.vmap(crop_one)(image, corner)
 
@@ -116,12 +173,50 @@ def _crop_by_choice(image, corner, padding, mode):
     return padded
 
 
+# --- Motions: one matrix an example ---
+
+
+class Motion(NamedTuple):
+    """An augmentation that moves each example by a matrix of its own.
+
+    Attributes:
+        draw: (key, b, size) -> the matrices (b, 3, 3), and either None or the `source` of `warp`.
+        mode: what lies outside the image: "reflect" or "zero".
+        samples: a side, for each pixel of the output; see `warp`.
+        fields, min_area: see `warp`.
+    """
+
+    draw: Callable
+    mode: str
+    samples: int
+    fields: Fields
+    min_area: float
+
+    def __call__(self, key: jax.Array, batch: Batch) -> Batch:
+        return move([self], [key], batch)
+
+
+def move(motions: list[Motion], keys: list[jax.Array], batch: Batch) -> Batch:
+    """Returns the batch after all motions, in one resampling; they share `mode` and `fields`."""
+    _, mode, _, fields, min_area = motions[0]
+    size, b = image_size(batch, fields), num_rows(batch, fields)
+    drawn = [motion.draw(key, b, size) for motion, key in zip(motions, keys, strict=True)]
+    samples = max(motion.samples for motion in motions)
+    source = drawn[0][1] if len(drawn) == 1 and samples == 1 else None
+    matrix = compose(*(matrix for matrix, _ in drawn))
+    return warp(batch, matrix, size, fields, mode, min_area, samples, source)
+
+
 def affine(
     degrees: float = 0.0,
     scale: tuple[float, float] = (1.0, 1.0),
     translate: float = 0.0,
     shear: float = 0.0,
     mode: str = "reflect",
+    samples: int = 1,
+    *,
+    fields: Fields = IMAGE_AND_LABEL,
+    min_area: float = MIN_AREA,
 ) -> Augment:
     """Shears, scales, rotates and then moves the image, in one bilinear resampling.
 
@@ -136,6 +231,8 @@ def affine(
         shear: up to this angle in degrees either way; a point moves right by tan(angle) times its
             height below the centre.
         mode: what lies outside the image: "reflect" or "zero", as in `crop`.
+        samples: a pixel is the mean of samples x samples values, the antialiasing of images that
+            shrink; use 1 / low, rounded up, where `scale` begins below 1/2.
     """
     low, high = scale
     require(lambda: 0.01 <= low <= high <= 100, f"scale={scale} must be 0.01 <= low <= high <= 100")
@@ -146,37 +243,116 @@ def affine(
     )
     require(lambda: 0 <= shear < 90, f"shear={shear} must lie in [0, 90)")
     _require_mode(mode)
+    whole = isinstance(samples, int) and 1 <= samples <= 16
+    require(lambda: whole, f"samples={samples} must be a whole number, 1 to 16")
 
-    def op(key, batch):
+    def draw(key, b, size):
         middle = jnp.array([[0, (low + high) / 2, 0, 0, 0]], jnp.float32)
         spread = [degrees, (high - low) / 2, shear, translate, translate]
         reach = jnp.array([spread], jnp.float32)
-        draws = jax.random.uniform(key, (len(batch["image"]), 5), minval=-1, maxval=1)
-        transform = functools.partial(_affine, mode=mode)
-        return {**batch, "image": jax.vmap(transform)(batch["image"], middle + reach * draws)}
+        amounts = middle + reach * jax.random.uniform(key, (b, 5), minval=-1, maxval=1)
+        return _affine_matrix(amounts, size), _affine_source(amounts, size)
 
-    return op
+    return Motion(draw, outside(mode, fields), samples, fields, min_area)
 
 
-def rotate(degrees: float, mode: str = "reflect") -> Augment:
+def _affine_matrix(amounts, size):
+    """The matrices of amounts (b, 5): degrees, scale, shear, pixels down, pixels right."""
+    degrees, scale, shear, down, right = amounts.T
+    return compose(
+        shearing(shear, size),
+        scaling(scale, size),
+        rotation(degrees, size),
+        translation(right, down),
+    )
+
+
+def _affine_source(amounts, size):
+    """The rows and columns (b, h, w) of the input that the pixels of the output show.
+
+    The same as from the matrix, in the roundings with which `affine` has always read pixels.
+    """
+    h, w = size
+
+    def of_one(amounts):
+        degrees, scale, shear, down, right = amounts
+        cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
+        center_y, center_x = (h - 1) / 2, (w - 1) / 2
+        # From a pixel of the result back to where it came from: undo the move, the turn, the rest.
+        y = (jnp.arange(h, dtype=jnp.float32) - center_y - down)[:, None]
+        x = (jnp.arange(w, dtype=jnp.float32) - center_x - right)[None]
+        y, x = cos * y + sin * x, cos * x - sin * y
+        x = x - jnp.tan(jnp.deg2rad(shear)) * y
+        return y / scale + center_y, x / scale + center_x
+
+    return jax.vmap(of_one)(amounts)
+
+
+def rotate(
+    degrees: float,
+    mode: str = "reflect",
+    *,
+    fields: Fields = IMAGE_AND_LABEL,
+    min_area: float = MIN_AREA,
+) -> Augment:
     """Turns the image by up to `degrees` either way: `affine` with rotation alone."""
-    return affine(degrees=degrees, mode=mode)
+    return affine(degrees=degrees, mode=mode, fields=fields, min_area=min_area)
 
 
-def scale(low: float, high: float, mode: str = "reflect") -> Augment:
+def scale(
+    low: float,
+    high: float,
+    mode: str = "reflect",
+    samples: int = 1,
+    *,
+    fields: Fields = IMAGE_AND_LABEL,
+    min_area: float = MIN_AREA,
+) -> Augment:
     """Magnifies the image by a factor in [low, high]: `affine` with scale alone."""
-    return affine(scale=(low, high), mode=mode)
+    reach = (low, high)
+    return affine(scale=reach, mode=mode, samples=samples, fields=fields, min_area=min_area)
 
 
-def translate(pixels: float, mode: str = "reflect") -> Augment:
+def translate(
+    pixels: float,
+    mode: str = "reflect",
+    *,
+    fields: Fields = IMAGE_AND_LABEL,
+    min_area: float = MIN_AREA,
+) -> Augment:
     """Moves the image by up to `pixels` in each direction: `affine` with translation alone."""
-    return affine(translate=pixels, mode=mode)
+    return affine(translate=pixels, mode=mode, fields=fields, min_area=min_area)
+
+
+def rot90(*, fields: Fields = IMAGE_AND_LABEL, min_area: float = MIN_AREA) -> Augment:
+    """Turns a square image by 0, 1, 2 or 3 quarter turns, each equally often and exact."""
+
+    def draw(key, b, size):
+        if size[0] != size[1]:
+            raise UserError(
+                f"config.augment: 'rot90' needs square images; these have {size[0]}x{size[1]} "
+                "pixels: remove it, or put random_resized_crop with a square size before it."
+            )
+        turn = quarter_turn(size)[None]
+        stay = translation(0, 0)[None]
+        turns = jnp.concatenate([compose(stay, *[turn] * count) for count in range(4)])
+        count = _integers(key, (b,), 4)
+        return turns.at[count].get(mode="promise_in_bounds"), None
+
+    # A quarter turn leaves nothing outside, so every mode is the same, and "reflect" the default.
+    return Motion(draw, outside("reflect", fields), 1, fields, min_area)
+
+
+# --- Boxes cut out and resized ---
 
 
 def random_resized_crop(
     size: int | tuple[int, int] | None = None,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (0.75, 4 / 3),
+    *,
+    fields: Fields = IMAGE_AND_LABEL,
+    min_area: float = MIN_AREA,
 ) -> Augment:
     """Cuts out a box of random area, shape and place, and resizes it (bilinear, antialiased).
 
@@ -202,13 +378,31 @@ def random_resized_crop(
         f"ratio={ratio} must be 0.01 <= low <= high <= 100",
     )
 
+    require(
+        lambda: has_kind(fields, *SPATIAL_AXES),
+        "it needs examples with an image, a clip or a mask",
+    )
+
     def op(key, batch):
-        b, h, w, _ = batch["image"].shape
+        h, w = image_size(batch, fields)
+        new_size = size or (h, w)
+        b = num_rows(batch, fields)
         shape_key, place_key = jax.random.split(key)
         extent = _box_shapes(shape_key, b, h, w, scale, ratio)
         room = jnp.array([[h, w]], jnp.float32) - extent
         corner = room * jax.random.uniform(place_key, (b, 2))
-        return {**batch, "image": _resize_boxes(batch["image"], corner, extent, size or (h, w))}
+        to_corner = translation(-corner[:, 1], -corner[:, 0])
+        matrix = compose(to_corner, resize((extent[:, 0], extent[:, 1]), new_size))
+
+        def resize_image(image):
+            return _resize_boxes(image, corner, extent, new_size)
+
+        return {
+            **batch,
+            **map_images(resize_image, batch, fields),
+            **move_masks(batch, matrix, new_size, fields),
+            **move_coordinates(batch, matrix, new_size, fields, min_area),
+        }
 
     return op
 
@@ -238,64 +432,3 @@ def _resize_boxes(image, corner, extent, size):
         return jax.image.scale_and_translate(image, shape, (0, 1), magnify, shift, "linear")
 
     return jax.vmap(resize)(image, magnify, corner)
-
-
-# --- Parts hidden, colours changed ---
-
-
-# --- Two examples in one ---
-# The partner of an example is the next one of its batch: the order of the data is random already,
-# and a roll by one is all that devices which share the batch must send.
-
-
-# --- Resampling of one image ---
-# Under vmap the compiler knows that an example's pixels come from that example; were the example
-# an index of the gather, devices that share a batch would each fetch all of it.
-
-
-def _affine(image, amounts, mode):
-    """`affine` by given amounts: degrees, scale, shear, pixels down, pixels right."""
-    h, w, _ = image.shape
-    degrees, scale, shear, down, right = amounts
-    cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
-    center_y, center_x = (h - 1) / 2, (w - 1) / 2
-    # From a pixel of the result back to where it came from: undo the move, the turn, the rest.
-    y = (jnp.arange(h, dtype=jnp.float32) - center_y - down)[:, None]
-    x = (jnp.arange(w, dtype=jnp.float32) - center_x - right)[None]
-    y, x = cos * y + sin * x, cos * x - sin * y
-    x = x - jnp.tan(jnp.deg2rad(shear)) * y
-    return _bilinear(image, y / scale + center_y, x / scale + center_x, mode)
-
-
-def _bilinear(image, y, x, mode):
-    """Values of `image` at the fractional rows y and columns x, both (h, w)."""
-    # dm_pix.affine_transform also interpolates between channels: on the CPU it takes 80 times as
-    # long (20 times with its mode "reflect").
-    top, left = jnp.floor(y), jnp.floor(x)
-    down, right = (y - top)[..., None], (x - left)[..., None]
-    row, col = top.astype(jnp.int32), left.astype(jnp.int32)
-    upper = _blend(_pixels(image, row, col, mode), _pixels(image, row, col + 1, mode), right)
-    row = row + 1
-    lower = _blend(_pixels(image, row, col, mode), _pixels(image, row, col + 1, mode), right)
-    return _blend(upper, lower, down)
-
-
-def _pixels(image, rows, cols, mode):
-    """image[rows, cols], where rows and columns outside the image are filled as `mode` says."""
-    # One gather of whole pixels from the image as it is: on the CPU a crop takes a fifth of the
-    # time of a padded copy and a dynamic_slice from it.
-    h, w, _ = image.shape
-    if mode == "reflect":
-        return image.at[_reflect(rows, h), _reflect(cols, w)].get(mode="promise_in_bounds")
-    inside = (rows >= 0) & (rows < h) & (cols >= 0) & (cols < w)
-    nearest = image.at[jnp.clip(rows, 0, h - 1), jnp.clip(cols, 0, w - 1)]
-    return jnp.where(inside[..., None], nearest.get(mode="promise_in_bounds"), 0)
-
-
-def _reflect(i, size):
-    """Where pixel i is found when the image is continued by its mirror images for ever."""
-    period = max(1, 2 * (size - 1))
-    return jnp.minimum(i % period, period - i % period)
-
-
-# --- Draws and arguments ---

@@ -3,12 +3,34 @@
 import jax
 import jax.numpy as jnp
 
-from cv_jax.augment.common import MAX_PIXELS, Augment, _blend, _integers, _require_pixels
+from cv_jax.augment.common import (
+    IMAGE_AND_LABEL,
+    MAX_PIXELS,
+    Augment,
+    Fields,
+    _blend,
+    _integers,
+    _require_pixels,
+    image_size,
+    map_images,
+    map_masks,
+    num_rows,
+    select,
+)
+from cv_jax.augment.warp import IGNORED, MIN_AREA, area_of, keep_boxes
 from cv_jax.config.calls import require
 
 
-def cutout(size: int, fill: float = 0.5) -> Augment:
+def cutout(
+    size: int,
+    fill: float = 0.5,
+    *,
+    fields: Fields = IMAGE_AND_LABEL,
+    min_area: float = MIN_AREA,
+) -> Augment:
     """Hides a square of `size` pixels; its centre is uniform over the image, so borders cut it.
+
+    Hidden pixels of a mask are 255. A box is dropped where less than `min_area` of it is seen.
 
     Args:
         size: side of the square in pixels.
@@ -20,45 +42,75 @@ def cutout(size: int, fill: float = 0.5) -> Augment:
     require(lambda: 0 <= fill <= 1, f"fill={fill} must lie in [0, 1]")
 
     def op(key, batch):
-        sides = jnp.full((len(batch["image"]), 2), size, jnp.int32)
-        hidden = _random_patch(key, batch["image"].shape, sides)
-        return {**batch, "image": jnp.where(hidden, fill, batch["image"])}
+        image_hw = image_size(batch, fields)
+        sides = jnp.full((num_rows(batch, fields), 2), size, jnp.int32)
+        corners = _random_patch(key, sides, image_hw)
+        hidden = _pixels_between(*corners, image_hw)
+        changed = map_images(lambda image: jnp.where(hidden, fill, image), batch, fields)
+        changed |= map_masks(lambda mask: jnp.where(hidden, IGNORED, mask), batch, fields)
+        for boxes in select(batch, fields, "boxes").values():
+            area = area_of(boxes)
+            seen = area - _area_between(*corners, boxes)
+            changed |= keep_boxes(batch, seen, area, fields, min_area)
+        return {**batch, **changed}
 
     return op
 
 
-def _random_patch(key, shape, sides):
-    """A mask (b, h, w, 1), true in a patch of `sides` (b, 2) pixels (height, width).
+def _random_patch(key, sides, size):
+    """The corners (y, x), (b, 2) each, at which a patch of `sides` (b, 2) pixels begins and ends.
 
     The patch begins half its side, rounded down, before a pixel that is uniform over the image.
     """
-    b, h, w, _ = shape
-    center = _integers(key, (b, 2), jnp.array([[h, w]], jnp.float32))
-    begin = (center - sides // 2)[:, :, None]
-    end = begin + sides[:, :, None]
+    center = _integers(key, sides.shape, jnp.array([size], jnp.float32))
+    begin = center - sides // 2
+    return begin, begin + sides
+
+
+def _pixels_between(begin, end, size):
+    """A mask (b, h, w, 1), true in the patch between the corners."""
+    h, w = size
     i = jnp.arange(max(h, w))[None, None]
-    inside = (begin <= i) & (i < end)  # (b, 2, max(h, w))
+    inside = (begin[:, :, None] <= i) & (i < end[:, :, None])  # (b, 2, max(h, w))
     return inside[:, 0, :h, None, None] & inside[:, 1, None, :w, None]
 
 
-def mixup(alpha: float = 0.2) -> Augment:
+def _area_between(begin, end, boxes):
+    """Of boxes (b, o, 4), the area (b, o) that lies in the patch between the corners."""
+    first, last = (i[:, None, ::-1].astype(boxes.dtype) for i in (begin, end))  # x, y
+    sides = jnp.minimum(boxes[..., 2:], last) - jnp.maximum(boxes[..., :2], first)
+    return jnp.prod(jnp.maximum(sides, 0), axis=-1)
+
+
+# --- Two examples in one ---
+# The partner of an example is the next one of its batch: the order of the data is random already,
+# and a roll by one is all that devices which share the batch must send.
+
+_MIXED = ("image", "clip", "label")
+_UNCHANGED = ("group", "size")  # what a mixed example keeps of its own
+
+
+def mixup(alpha: float = 0.2, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
     """Mixes image and label with the next example's: lam own + (1 - lam) next.
 
     lam is drawn from Beta(alpha, alpha) for each example. Source: arXiv 1710.09412.
     """
     _require_beta(alpha)
+    _require_mixable(fields)
 
     def op(key, batch):
-        image, label = batch["image"], batch["label"]
-        own = jax.random.beta(key, alpha, alpha, (len(image),), jnp.float32)
-        mixed_image = _blend(_next(image), image, own[:, None, None, None])
-        mixed_label = _blend(_next(label), label, own[:, None])
-        return {**batch, "image": mixed_image, "label": mixed_label}
+        own = jax.random.beta(key, alpha, alpha, (num_rows(batch, fields),), jnp.float32)
+
+        def mix(array):
+            return _blend(_next(array), array, own.reshape(-1, *[1] * (array.ndim - 1)))
+
+        labels = {name: mix(batch[name]) for name in _labels(fields)}
+        return {**batch, **map_images(mix, batch, fields), **labels}
 
     return op
 
 
-def cutmix(alpha: float = 1.0) -> Augment:
+def cutmix(alpha: float = 1.0, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
     """Pastes a box of the next example into the image; labels mix by the areas that are seen.
 
     The box has the shape of the image and, before the border cuts it and its sides are rounded
@@ -66,24 +118,37 @@ def cutmix(alpha: float = 1.0) -> Augment:
     each example; its centre is uniform over the image. Source: arXiv 1905.04899.
     """
     _require_beta(alpha)
+    _require_mixable(fields)
 
     def op(key, batch):
-        image, label = batch["image"], batch["label"]
-        _, h, w, _ = image.shape
+        size = image_size(batch, fields)
         size_key, place_key = jax.random.split(key)
-        lam = jax.random.beta(size_key, alpha, alpha, (len(image),), jnp.float32)
-        sides = jnp.sqrt(1 - lam)[:, None] * jnp.array([[h, w]], jnp.float32)
-        pasted = _random_patch(place_key, image.shape, sides.astype(jnp.int32))
+        lam = jax.random.beta(size_key, alpha, alpha, (num_rows(batch, fields),), jnp.float32)
+        sides = jnp.sqrt(1 - lam)[:, None] * jnp.array([size], jnp.float32)
+        corners = _random_patch(place_key, sides.astype(jnp.int32), size)
+        pasted = _pixels_between(*corners, size)
         share = jnp.mean(pasted, axis=(1, 2), dtype=jnp.float32)  # (b, 1)
-        mixed_image = jnp.where(pasted, _next(image), image)
-        mixed_label = _blend(label, _next(label), share)
-        return {**batch, "image": mixed_image, "label": mixed_label}
+        images = map_images(lambda x: jnp.where(pasted, _next(x), x), batch, fields)
+        labels = {name: _blend(batch[name], _next(batch[name]), share) for name in _labels(fields)}
+        return {**batch, **images, **labels}
 
     return op
 
 
+def _labels(fields):
+    return [name for name, field in fields.items() if field.kind == "label"]
+
+
 def _next(array):
     return jnp.roll(array, -1, axis=0)
+
+
+def _require_mixable(fields):
+    """Raises ValueError for fields of which two cannot be one."""
+    others = [n for n, field in fields.items() if field.kind not in (*_MIXED, *_UNCHANGED)]
+    message = f"it mixes images and labels, and cannot mix {', '.join(others)}: remove it"
+    require(lambda: not others, message)
+    require(lambda: bool(_labels(fields)), "it mixes labels, and the task has none: remove it")
 
 
 def _require_beta(alpha):

@@ -8,7 +8,17 @@ https://arxiv.org/abs/2002.04688. It is written "size(20, until=0.3)|size(24, un
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from cv_jax.augment import warp
+from cv_jax.augment.common import (
+    IMAGE_AND_LABEL,
+    Batch,
+    Fields,
+    image_size,
+    map_images,
+    num_rows,
+)
 from cv_jax.config.calls import build
 from cv_jax.config.errors import UserError
 
@@ -52,7 +62,29 @@ def _size(pixels: int, *, until: float) -> tuple[int, float]:
 SIZES = {"size": _size}
 
 
-def resize(images: jax.Array, size: int | None) -> jax.Array:
+def resize(batch: Batch, size: int | None, fields: Fields = IMAGE_AND_LABEL) -> Batch:
+    """Returns the batch with images of `size` x `size`, and with all other fields moved alike.
+
+    Images and the frames of clips are as from `resize_images`, masks have the nearest pixel, and
+    boxes, points and tracks are scaled. For None the batch stays as it is.
+
+    Raises:
+        UserError: the images are smaller than `size`.
+    """
+    if size is None:
+        return batch
+    new_size = (size, size)
+    matrix = warp.resize(image_size(batch, fields), new_size)
+    matrix = jnp.broadcast_to(matrix[None], (num_rows(batch, fields), 3, 3))
+    return {
+        **batch,
+        **map_images(lambda image: resize_images(image, size), batch, fields),
+        **warp.move_masks(batch, matrix, new_size, fields),
+        **warp.move_coordinates(batch, matrix, new_size, fields, min_area=0),
+    }
+
+
+def resize_images(images: jax.Array, size: int | None) -> jax.Array:
     """(b, h, w, c) to (b, size, size, c), bilinear and antialiased; as they are for None.
 
     Raises:

@@ -28,7 +28,7 @@ def make_augmented(text: str, fields: Mapping[str, Field]) -> Callable[[dict, ja
         text: see `augment.make_augment`.
         fields: those of the batch.
     """
-    augment = make_augment(text)
+    augment = make_augment(text, fields)
 
     def augmented(batch, key):
         batch = {**batch, **{name: _prepared(batch[name], field) for name, field in fields.items()}}

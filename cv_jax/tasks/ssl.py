@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.typing import ArrayLike
 
-from cv_jax.augment.resizing import resize
+from cv_jax.augment.resizing import resize_images
 from cv_jax.config import durations
 from cv_jax.config.calls import build_one, require
 from cv_jax.data import DataSpec
@@ -147,7 +147,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         view_key, dropout_key = jax.random.split(key)
         views = [view(batch, k) for k in jax.random.split(view_key)]
         # The views of an image beside each other: where devices share the batch, none moves.
-        images = jnp.stack([normalize(resize(x, size)) for x in views], axis=1)
+        images = jnp.stack([normalize(resize_images(x, size)) for x in views], axis=1)
         images = images.reshape(-1, *images.shape[2:])  # 2b h w c
 
         def outputs(variables, apply):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from cv_jax.augment.resizing import resize
+from cv_jax.augment.resizing import resize_images
 from cv_jax.data import DataSpec
 from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.initial import make_initial
@@ -40,7 +40,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         mixed = augmented(batch, augment_key)
         (logits, _), model_state = model.apply(
             {"params": params, **model_state},
-            normalize(resize(mixed["image"], size)),
+            normalize(resize_images(mixed["image"], size)),
             train=True,
             mutable=list(model_state),
             rngs={"dropout": dropout_key},
