@@ -159,7 +159,7 @@ def _refused(config, what):
         ),
         (
             {"progressive_resizing": "size(6, until=0.5)"},
-            r"^config\.progressive_resizing='size\(6, until=0\.5\)' has no effect on ''",
+            r"^config\.progressive_resizing='size\(6, until=0\.5\)' has no effect on config\.task='autoencoder'",
         ),
         ({"method": ""}, r"config\.method '': expected one of denoise, masked"),
         ({"method": "mask"}, r"config\.method 'mask'\. Did you mean 'masked'\?"),

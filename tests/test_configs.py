@@ -137,7 +137,7 @@ def test_a_config_trains_and_every_leaf_is_read(name, tmp_path, monkeypatch):
         train.run(_watch(config, read), tmp_path)
 
     assert flatten(config).keys() - read == set()
-    (_, _, _, _, steps, sums, flops, _) = results[0]
+    _, _, _, _, steps, sums, flops, *_ = results[0]
     assert steps == 2
     assert flops["training"] > 0
     assert flops["evaluation"] > 0

@@ -256,9 +256,9 @@ def _copy_tree(tree: Path) -> None:
     for kind, code in _blocks(EXTEND.read_text()):
         if kind == "python":
             first, _, rest = code.partition("\n")
-            file = tree / first.removeprefix("# ").removeprefix("append to ")
-            before = file.read_text() if first.startswith("# append to ") else ""
-            file.write_text(before + rest)
+            file = tree / first.removeprefix("# ")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(rest)
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def check_augmented(text: str, examples: dict, spec: DataSpec) -> list[str]:
     """
     if "image" not in examples:
         return []
-    images = np.asarray(examples["image"])
+    images = to_unit(np.asarray(examples["image"]))
     if not _in_unit(images):
         calls = specs.parse(text, "config.augment")
         image = to_unit(spec.sample["image"][:16])

@@ -5,7 +5,7 @@ import json
 import ml_collections
 from etils import epath
 
-from cv_jax.config.base import differences, to_json
+from cv_jax.config.base import base_config, differences, flatten, to_json
 from cv_jax.config.errors import UserError
 from cv_jax.workdir.files import write_atomically
 
@@ -42,7 +42,10 @@ def adopt_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> lis
         write_atomically(path, to_json(config))
         return []
     try:
-        changed = differences(json.loads(path.read_text()), config.to_dict())
+        stored = flatten(json.loads(path.read_text()))
+        # A leaf that the code did not have yet had its default.
+        stored = {**flatten(base_config()), **stored}
+        changed = differences(stored, flatten(config.to_dict()))
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error}). Delete it if the run there has this config, or choose "
