@@ -87,7 +87,9 @@ def test_resuming_an_older_run_is_refused_in_a_sentence(older):
     before = (older / "result.json").read_text()
     with config.unlocked():
         config.steps = 8
-    with pytest.raises(UserError, match=r"holds another state than this program's.* env\.json names"):
+    with pytest.raises(
+        UserError, match=r"holds another state than this program's.* env\.json names"
+    ):
         train.run(config.lock(), older)
     assert (older / "result.json").read_text() == before
     assert json.loads(before)["test"]["accuracy"]["n"] == 2

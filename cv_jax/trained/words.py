@@ -1,28 +1,36 @@
 """Puts the JSON values that describe a prediction into words."""
 
 import json
+from collections.abc import Callable
 from typing import Any
-
-
-def rounded(value: Any) -> Any:
-    """Rounds the numbers of a description to six decimals; a prediction says no more."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return round(value, 6) if isinstance(value, float) else value
 
 
 def in_text(values: dict[str, Any]) -> str:
     """Returns a description as text: probabilities in %, everything else as "key value".
 
-    A class stands in front of its probabilities already, so "class" is left out beside them.
+    Numbers have four digits. A class stands in front of its probabilities already, so "class" is
+    left out beside them.
     """
     parts = []
     for key, value in values.items():
         if key == "probabilities":
             parts.append(", ".join(f"{name} {100 * x:.1f} %" for name, x in value.items()))
         elif key != "class" or "probabilities" not in values:
-            shown = json.dumps(rounded(value), ensure_ascii=False)
+            shown = json.dumps(
+                _with_numbers(value, lambda x: float(f"{x:.4g}")), ensure_ascii=False
+            )
             parts.append(f"{key} {value if isinstance(value, str) else shown}")
     return "; ".join(parts)
+
+
+def rounded(value: Any) -> Any:
+    """Rounds the numbers of a description to six decimals; a prediction says no more."""
+    return _with_numbers(value, lambda x: round(x, 6))
+
+
+def _with_numbers(value: Any, change: Callable[[float], float]) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_numbers(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_numbers(item, change) for item in value]
+    return change(value) if isinstance(value, float) else value

@@ -245,16 +245,13 @@ def _clear(directory: Path) -> None:
         )
 
 
-def read_newest(workdir: Path, like: Any = None) -> Any:
-    """Reads the state in the newest whole checkpoint. Changes no file, so the run may be training.
+def read_newest(workdir: Path) -> dict[str, Any]:
+    """Reads the state in the newest whole checkpoint, as dicts of NumPy arrays.
 
-    Args:
-        workdir: the run's directory.
-        like: a TrainState of ShapeDtypeStructs with shardings; None: any state, returned as dicts
-            of NumPy arrays.
+    Changes no file, so the run may be training.
 
     Raises:
-        UserError: there is no checkpoint, none is whole, or it holds another state than `like`.
+        UserError: there is no checkpoint, or none is whole.
     """
     directory = _directory_of(workdir)
     unfinished = set(_unfinished(directory))
@@ -266,13 +263,10 @@ def read_newest(workdir: Path, like: Any = None) -> Any:
         if problem:
             problem = f"{path.name}: {problem}"
             continue
-        with (
-            _of_this_program(directory, int(path.name)),
-            ocp.StandardCheckpointer() as checkpointer,
-        ):
-            if like is None:
-                shapes = checkpointer.metadata(path / "state").item_metadata.tree
-                like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+        # Not the checkpointer's own metadata, which warns of a file that such a folder lacks.
+        shapes = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+        like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+        with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path / "state", like)
     raise UserError(f"{directory} has no checkpoint that can be read ({problem}).")
 
