@@ -182,11 +182,11 @@ def test_a_damaged_or_foreign_file_gets_a_sentence(files, name, tmp_path):
     path = Path(tmp_path) / f"model.{name}"
     for content in (b"", whole[:100], whole[: len(whole) // 2], pickle.dumps({"a": 1})):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"model\.{name} is damaged, or no"):
+        with pytest.raises(UserError, match=rf"model\.{name} is damaged, or not"):
             read(name, path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("data.pkl", pickle.dumps({"a": 1}))
-    with pytest.raises(UserError, match=rf"model\.{name} is damaged, or no"):
+    with pytest.raises(UserError, match=rf"model\.{name} is damaged, or not"):
         read(name, path)
 
 
@@ -214,9 +214,9 @@ def test_safetensors_of_another_network_get_a_sentence(files, tmp_path):
     own = {**card["config"], "task": "tests.point_task:build"}
     assert "config.task='tests.point_task:build' names code" in message(arrays, config=own)
     path.write_bytes(save(arrays))
-    with pytest.raises(UserError, match="no file of"):
+    with pytest.raises(UserError, match="not a file of"):
         load_trained(path)
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         load_trained(path.with_name("other.safetensors"))
 
 

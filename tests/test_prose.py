@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "benchmarks",
     "cv_jax/config",
+    "cv_jax/learn",
     "cv_jax/models",
     "cv_jax/optim",
     "cv_jax/runtime",
