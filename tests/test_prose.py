@@ -14,6 +14,7 @@ ROOMS = (
     "cv_jax/models",
     "cv_jax/optim",
     "cv_jax/runtime",
+    "cv_jax/tasks",
     "cv_jax/tools/aot.py",
     "cv_jax/tools/command.py",
     "cv_jax/tools/hlo.py",
