@@ -116,8 +116,8 @@ def test_a_layer_of_one_value_is_black():
 
 PNG = encode(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
 BAD = {
-    "nothing": (_file(b""), 422, "it is no image"),
-    "no image": (_file(b"words"), 422, "No answer: it is no image of a kind"),
+    "nothing": (_file(b""), 422, "it is not an image"),
+    "no image": (_file(b"words"), 422, "No answer: it is not an image of a kind"),
     "half a PNG": (_file(PNG[:80]), 422, "No answer: it is damaged"),
     "no length": (_request(PNG), 411, "A Content-Length is needed"),
     "in pieces": (_file(b"", "Transfer-Encoding: chunked"), 411, "A Content-Length is needed"),
@@ -378,7 +378,7 @@ def test_a_drawing_is_answered_and_cleared(page):
 
 def test_what_is_no_image_is_told_so(page):
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"words"})
-    _status(page, r"^No answer: it is no image of a kind that can be read\.$")
+    _status(page, r"^No answer: it is not an image of a kind that can be read\.$")
     assert page.locator("#answer").is_hidden()
 
 
