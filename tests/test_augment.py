@@ -175,29 +175,29 @@ def test_empty_text_is_the_identity():
     [
         (
             lambda batch: batch["image"],
-            "'mine' returned float32 (2, 4, 4, 1) and not the batch, a dict of image, label, rows",
+            "'mine' returned float32 (2, 4, 4, 1): return the batch, a dict of image, label, rows",
         ),
-        (lambda batch: None, "'mine' returned None and not the batch"),
+        (lambda batch: None, "'mine' returned None: return the batch"),
         (
             lambda batch: {**batch, "image": batch["image"][..., 0]},
-            "'mine' returned float32 (2, 4, 4) as the batch's 'image'; expected is float32 "
+            "'mine' returned float32 (2, 4, 4) as the batch's 'image': return float32 "
             "(2, 4, 4, 1).",
         ),
         (
             lambda batch: {**batch, "image": batch["image"].astype(jnp.bfloat16)},
-            "'mine' returned bfloat16 (2, 4, 4, 1) as the batch's 'image'; expected is float32",
+            "'mine' returned bfloat16 (2, 4, 4, 1) as the batch's 'image': return float32",
         ),
         (
             lambda batch: {**batch, "image": jnp.repeat(batch["image"], 3, axis=3)},
-            "returned float32 (2, 4, 4, 3) as the batch's 'image'; expected is float32 (2, 4, 4, 1",
+            "returned float32 (2, 4, 4, 3) as the batch's 'image': return float32 (2, 4, 4, 1",
         ),
         (
             lambda batch: {**batch, "label": batch["label"].argmax(-1)},
-            "returned int32 (2,) as the batch's 'label'; expected is float32 (2, 5).",
+            "returned int32 (2,) as the batch's 'label': return float32 (2, 5).",
         ),
         (
             lambda batch: {k: x for k, x in batch.items() if k != "label"},
-            "returned None as the batch's 'label'; expected is float32 (2, 5).",
+            "returned None as the batch's 'label': return float32 (2, 5).",
         ),
     ],
 )
@@ -210,7 +210,7 @@ def test_what_is_no_batch_is_described_when_it_is_traced(monkeypatch, op, messag
 def test_labels_cannot_be_mixed_where_there_are_none():
     batch = {**make_batch(2, 4, 4, 1), "image": np.zeros((2, 4, 4, 1), np.uint8)}
     for name in MIXING:
-        with pytest.raises(UserError, match=f"'{name}' mixes labels, and a task without labels"):
+        with pytest.raises(UserError, match=f"'{name}' mixes labels, but the task has none"):
             jax.eval_shape(make_view(f"flip|{name}"), batch, KEY)
 
 

@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Folders, and single files of folders that are not checked as a whole yet.
 ROOMS = (
     "benchmarks",
+    "cv_jax/augment",
     "cv_jax/config",
+    "cv_jax/data",
     "cv_jax/learn",
     "cv_jax/models",
     "cv_jax/optim",
