@@ -216,10 +216,11 @@ def test_labels_cannot_be_mixed_where_there_are_none():
 
 def test_values_outside_0_to_1_are_refused_by_the_name_of_what_made_them(monkeypatch):
     spec = random_dataset().spec
-    sample = spec.sample.astype(np.float32) / 255
-    assert check_augmented("flip", sample, spec) == []
+    sample = spec.sample["image"].astype(np.float32) / 255
+    assert check_augmented("flip", {"image": sample}, spec) == []
     note = "augment makes images of 6x7 pixels out of 8x8"
-    assert check_augmented("random_resized_crop((6, 7))", sample[:, :6, :7], spec) == [note]
+    smaller = {"image": sample[:, :6, :7]}
+    assert check_augmented("random_resized_crop((6, 7))", smaller, spec) == [note]
 
     for factor, values in ((255, r"from 0 to 255"), (math.nan, "from nan to nan")):
 
@@ -229,7 +230,7 @@ def test_values_outside_0_to_1_are_refused_by_the_name_of_what_made_them(monkeyp
         monkeypatch.setitem(AUGMENTATIONS, "mine", lambda op=op: op)
         message = f"'mine' returned images with values {values}. Clip or scale them"
         with pytest.raises(UserError, match=message):
-            check_augmented("flip|mine|crop(1)", sample * factor, spec)
+            check_augmented("flip|mine|crop(1)", {"image": sample * factor}, spec)
 
 
 def test_ops_run_in_order_each_with_its_own_key():

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def rounded(value: Any) -> Any:
-    """Rounds the numbers of a description to six decimals; a prediction says no more."""
+    """Rounds the numbers of a description to six decimals."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -16,7 +16,7 @@ def rounded(value: Any) -> Any:
 def in_text(values: dict[str, Any]) -> str:
     """Returns a description as text: probabilities in %, everything else as "key value".
 
-    A class stands in front of its probabilities already, so "class" is left out beside them.
+    With probabilities, "class" is left out: the predicted class is the first of them.
     """
     parts = []
     for key, value in values.items():
