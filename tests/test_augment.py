@@ -175,29 +175,29 @@ def test_empty_text_is_the_identity():
     [
         (
             lambda batch: batch["image"],
-            "'mine' returned float32 (2, 4, 4, 1) and not the batch, a dict of image, label, rows",
+            "'mine' returned float32 (2, 4, 4, 1): return the batch, a dict of image, label, rows",
         ),
-        (lambda batch: None, "'mine' returned None and not the batch"),
+        (lambda batch: None, "'mine' returned None: return the batch"),
         (
             lambda batch: {**batch, "image": batch["image"][..., 0]},
-            "'mine' returned float32 (2, 4, 4) as the batch's 'image'; expected is float32 "
+            "'mine' returned float32 (2, 4, 4) as the batch's 'image': return float32 "
             "(2, 4, 4, 1).",
         ),
         (
             lambda batch: {**batch, "image": batch["image"].astype(jnp.bfloat16)},
-            "'mine' returned bfloat16 (2, 4, 4, 1) as the batch's 'image'; expected is float32",
+            "'mine' returned bfloat16 (2, 4, 4, 1) as the batch's 'image': return float32",
         ),
         (
             lambda batch: {**batch, "image": jnp.repeat(batch["image"], 3, axis=3)},
-            "returned float32 (2, 4, 4, 3) as the batch's 'image'; expected is float32 (2, 4, 4, 1",
+            "returned float32 (2, 4, 4, 3) as the batch's 'image': return float32 (2, 4, 4, 1",
         ),
         (
             lambda batch: {**batch, "label": batch["label"].argmax(-1)},
-            "returned int32 (2,) as the batch's 'label'; expected is float32 (2, 5).",
+            "returned int32 (2,) as the batch's 'label': return float32 (2, 5).",
         ),
         (
             lambda batch: {k: x for k, x in batch.items() if k != "label"},
-            "returned None as the batch's 'label'; expected is float32 (2, 5).",
+            "returned None as the batch's 'label': return float32 (2, 5).",
         ),
     ],
 )
@@ -210,16 +210,17 @@ def test_what_is_no_batch_is_described_when_it_is_traced(monkeypatch, op, messag
 def test_labels_cannot_be_mixed_where_there_are_none():
     batch = {**make_batch(2, 4, 4, 1), "image": np.zeros((2, 4, 4, 1), np.uint8)}
     for name in MIXING:
-        with pytest.raises(UserError, match=f"'{name}' mixes labels, and a task without labels"):
+        with pytest.raises(UserError, match=f"'{name}' mixes labels, but the task has none"):
             jax.eval_shape(make_view(f"flip|{name}"), batch, KEY)
 
 
 def test_values_outside_0_to_1_are_refused_by_the_name_of_what_made_them(monkeypatch):
     spec = random_dataset().spec
-    sample = spec.sample.astype(np.float32) / 255
-    assert check_augmented("flip", sample, spec) == []
+    sample = spec.sample["image"].astype(np.float32) / 255
+    assert check_augmented("flip", {"image": sample}, spec) == []
     note = "augment makes images of 6x7 pixels out of 8x8"
-    assert check_augmented("random_resized_crop((6, 7))", sample[:, :6, :7], spec) == [note]
+    smaller = {"image": sample[:, :6, :7]}
+    assert check_augmented("random_resized_crop((6, 7))", smaller, spec) == [note]
 
     for factor, values in ((255, r"from 0 to 255"), (math.nan, "from nan to nan")):
 
@@ -227,9 +228,9 @@ def test_values_outside_0_to_1_are_refused_by_the_name_of_what_made_them(monkeyp
             return {**batch, "image": batch["image"] * factor}
 
         monkeypatch.setitem(AUGMENTATIONS, "mine", lambda op=op: op)
-        message = f"'mine' returned images with values {values}; expected are finite values from 0"
+        message = f"'mine' returned images with values {values}. Clip or scale them"
         with pytest.raises(UserError, match=message):
-            check_augmented("flip|mine|crop(1)", sample * factor, spec)
+            check_augmented("flip|mine|crop(1)", {"image": sample * factor}, spec)
 
 
 def test_ops_run_in_order_each_with_its_own_key():

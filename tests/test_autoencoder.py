@@ -154,12 +154,13 @@ def _refused(config, what):
     [
         (
             {"augment": "random_resized_crop(size=6)"},
-            r"^config\.augment='random_resized_crop\(size=6\)' makes images of \(6, 6, 1\): an "
-            r"autoencoder keeps the \(8, 8, 1\) that they have\.",
+            r"^config\.augment='random_resized_crop\(size=6\)' changes the images from "
+            r"\(8, 8, 1\) to \(6, 6, 1\): an autoencoder "
+            r"needs an augmentation that keeps the shape\.",
         ),
         (
             {"progressive_resizing": "size(6, until=0.5)"},
-            r"^config\.progressive_resizing='size\(6, until=0\.5\)' has no effect on config\.task='autoencoder'",
+            r"^config\.progressive_resizing='size\(6, until=0\.5\)' has no effect on config\.task",
         ),
         ({"method": ""}, r"config\.method '': expected one of denoise, masked"),
         ({"method": "mask"}, r"config\.method 'mask'\. Did you mean 'masked'\?"),

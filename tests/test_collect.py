@@ -60,7 +60,7 @@ def test_other_code_or_length_is_refused(key):
 def test_another_config_is_refused():
     other = copy.deepcopy(_result(1, 0.7))
     other["config"]["optim"]["lr"] = 0.2
-    with pytest.raises(UserError, match=r"differ in optim\.lr, not in seed alone"):
+    with pytest.raises(UserError, match=r"differ in optim\.lr, not only in their seeds"):
         collect.collect([_result(0, 0.5), other])
 
 
@@ -76,7 +76,7 @@ def test_sweeps_are_put_together_where_they_chose_the_same():
         _result(seed, 0.5) | {"best": {"optim.lr": lr}} for seed, lr in enumerate((0.3, 0.3, 0.2))
     )
     assert collect.collect([first, same])["best"] == {"optim.lr": 0.3}
-    with pytest.raises(UserError, match=r"differ in optim\.lr, not in seed alone"):
+    with pytest.raises(UserError, match=r"differ in optim\.lr, not only in their seeds"):
         collect.collect([first, other])
 
 

@@ -326,7 +326,7 @@ def test_val_of_boxes_is_stratified_by_the_rarest_class_present():
 def test_a_class_of_a_box_is_checked_and_padding_is_none():
     stored = _boxes()
     stored.train["box_label"][5, 1] = 2
-    with pytest.raises(UserError, match=r"train\['box_label'\]\[5, 1\] is 2, and its 2 names"):
+    with pytest.raises(UserError, match=r"train\['box_label'\]\[5, 1\] is 2, but its 2 classes"):
         check_stored("boxes", stored)
 
 
@@ -349,7 +349,7 @@ def test_the_official_val_is_used_where_it_is_asked_for():
     data = hold_out("x", stored._replace(val=official), -1)
     chex.assert_trees_all_equal(data.val, official)
     assert (data.spec.num_train, data.spec.num_val) == (200, 10)
-    with pytest.raises(UserError, match=r"num_val=-1 asks for the official val split, and x has"):
+    with pytest.raises(UserError, match=r"num_val=-1 asks for the official val split, but x has"):
         hold_out("x", stored, -1)
 
 
@@ -359,7 +359,7 @@ def test_equal_images_in_two_splits_are_counted():
     test = take(data.train, [0, 1, 1, 5])
     test["image"] = np.concatenate([test["image"][:2], test["image"][:2] ^ 1])
     notes = count_equal(data._replace(test=test))
-    assert notes == ["data    2 images of test are in train, too"]
+    assert notes == ["data    2 images of test are also in train"]
 
 
 def test_a_data_set_may_be_a_function_of_ones_own():
@@ -638,7 +638,7 @@ def test_tfds_data_dir_comes_after_the_config(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert tfds_data_dir("") == tmp_path / "tensorflow_datasets"
     assert tfds_data_dir("~/data") == tmp_path / "data"
-    with pytest.raises(UserError, match=r"home directory ~nobody-here .* --config.data.dir name"):
+    with pytest.raises(UserError, match=r"home directory ~nobody-here .* set --config.data.dir"):
         tfds_data_dir("~nobody-here/data")
 
 
@@ -684,7 +684,7 @@ def test_a_data_set_without_labels_is_refused(tmp_path):
     features = {"image": tfds.features.Image(shape=(6, 5, 3))}
     splits = {"train": [{"image": png(i)} for i in random_images(3)]}
     prepare_tiny(tmp_path, features, splits)
-    assert "tiny/1.0.0 does not say one class for one image" in _error(tmp_path)
+    assert "tiny/1.0.0 is not an image-classification data set" in _error(tmp_path)
     assert "not an image-classification data set" in _error(tmp_path)
 
 
@@ -708,7 +708,7 @@ def test_a_missing_label_is_named(tmp_path):
     splits = tiny_splits()
     splits["test"][1]["label"] = -1  # how TFDS marks a hidden label
     prepare_tiny(tmp_path, features_of(), splits)
-    assert "tiny/1.0.0, split test, record 1 has the label -1, which is none of its 3" in _error(
+    assert "tiny/1.0.0, split test, record 1 has the label -1, not one of 0 to 2" in _error(
         tmp_path
     )
 
@@ -786,7 +786,7 @@ def test_another_file_format_is_refused(tmp_path):
     info = json.loads((directory / "dataset_info.json").read_text())
     info["fileFormat"] = "riegeli"
     (directory / "dataset_info.json").write_text(json.dumps(info))
-    assert "stored as riegeli: only array_record and tfrecord" in _error(tmp_path)
+    assert "stored as riegeli. Prepare it as array_record" in _error(tmp_path)
 
 
 def test_another_shape_in_test_is_refused(tmp_path):
@@ -820,7 +820,7 @@ BOXES = Field((2, 4), "float32", "boxes")
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (None, "its function returns NoneType and not cv_jax.data.Stored"),
+        (None, "its function returns NoneType: return cv_jax.data.Stored"),
         (_own(fields=()), "fields must be a dict such as"),
         (_own(fields__rows=BOXES), "a field cannot have the name 'rows'"),
         (_own(fields__label=("a", "b")), "fields['label'] must be a cv_jax.data.fields.Field"),
@@ -828,7 +828,7 @@ BOXES = Field((2, 4), "float32", "boxes")
         (_own(fields__label=BOXES), "fields['label'] must be of the kind 'label', not 'boxes'"),
         (_named(), "fields['label'] needs names of its classes"),
         (_own(fields__label=label_field("")._replace(names="abc")), "names='abc' must be a tuple"),
-        (_named("a", "b", "a"), "fields['label'].names[2]='a' must be a text that no other"),
+        (_named("a", "b", "a"), "fields['label'].names[2]='a' must be a text, unique"),
         (_named("a", "b", ""), "fields['label'].names[2]='' must be a text"),
         (_named(0, 1, 2), "fields['label'].names[0]=0 must be a text"),
         (
@@ -836,11 +836,11 @@ BOXES = Field((2, 4), "float32", "boxes")
             "'image' have the shape (4, 4) and not (h, w, c)",
         ),
         (_own(fields__image=image_field((4, 4, 5))), "(4, 4, 5) and not (h, w, c) with 1 to 4"),
-        (_own(test=(IMAGE, LABEL)), "test must be a dict of NumPy arrays by the names of its"),
-        (_own(train__label=[0] * 6), "train must be a dict of NumPy arrays"),
+        (_own(test=(IMAGE, LABEL)), "test must be a dict from the names of its fields to NumPy"),
+        (_own(train__label=[0] * 6), "train must be a dict from the names"),
         (
             _own(train={"image": IMAGE}),
-            "train has the arrays image, and its fields are image, label",
+            "train has the arrays image, but Stored.fields has image, label",
         ),
         (_own(train={"image": IMAGE[:0], "label": LABEL[:0]}), "train has no examples"),
         (_own(val={"image": IMAGE[:0], "label": LABEL[:0]}), "val has no examples"),
@@ -853,11 +853,11 @@ BOXES = Field((2, 4), "float32", "boxes")
             _own(test__image=IMAGE[:3, :3]),
             "test['image'] has the shape (3, 3, 4, 1) and not (m, 4, 4",
         ),
-        (_own(train__label=LABEL[:5]), "train has 6 of image, 5 of label; each example takes one"),
+        (_own(train__label=LABEL[:5]), "train has 6 of image, 5 of label; each example needs one"),
         (_own(train__label=LABEL / 2), "train['label'] is float64 and not whole numbers"),
         (_own(train__label=np.eye(6, 3, dtype=int)), "train['label'] has the shape (6, 3) and not"),
-        (_own(train__label=np.arange(1, 7) % 4), "train['label'][2] is 3, and its 3 names are"),
-        (_own(test__label=np.array([0, -1, -1])), "test['label'][1] is -1, and its 3 names are"),
+        (_own(train__label=np.arange(1, 7) % 4), "train['label'][2] is 3, but its 3 classes are"),
+        (_own(test__label=np.array([0, -1, -1])), "test['label'][1] is -1, but its 3 classes are"),
         (_own(histograms={"image": histogram(IMAGE)[:, 0]}), "of shape (256,), does not count"),
         (_own(histograms={"image": histogram(IMAGE[:5])}), "of shape (256, 1), does not count"),
     ],

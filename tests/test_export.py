@@ -142,7 +142,7 @@ def test_the_code_of_the_card_reads_photographs_as_predict_does(shape):
                 got = space["read_photo"](io.BytesIO(data))
                 np.testing.assert_array_equal(got, read_image(data, shape)[None])
     np.testing.assert_allclose(space["softmax"](np.log([[1.0, 3.0]])), [[0.25, 0.75]])
-    assert photograph((8, 8, 5)) == ("no photograph has the 5 channels of this input", "")
+    assert photograph((8, 8, 5)) == ("not possible: a photograph does not have 5 channels", "")
 
 
 @pytest.mark.slow
@@ -182,11 +182,11 @@ def test_a_damaged_or_foreign_file_gets_a_sentence(files, name, tmp_path):
     path = Path(tmp_path) / f"model.{name}"
     for content in (b"", whole[:100], whole[: len(whole) // 2], pickle.dumps({"a": 1})):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"model\.{name} is damaged, or no"):
+        with pytest.raises(UserError, match=rf"model\.{name} is damaged, or not"):
             read(name, path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("data.pkl", pickle.dumps({"a": 1}))
-    with pytest.raises(UserError, match=rf"model\.{name} is damaged, or no"):
+    with pytest.raises(UserError, match=rf"model\.{name} is damaged, or not"):
         read(name, path)
 
 
@@ -205,7 +205,7 @@ def test_safetensors_of_another_network_get_a_sentence(files, tmp_path):
         return str(error.value)
 
     some = {name: x for name, x in arrays.items() if "head" not in name}
-    assert "its arrays are not those of the network of its config (params/head/" in message(some)
+    assert "its arrays do not fit the network of its config (params/head/" in message(some)
     assert "config.model" in message(arrays, config={**card["config"], "model": "n95"})
     assert "no key 'modle'" in message(arrays, config={**card["config"], "modle": "n94"})
     huge = json.loads(json.dumps(card["data"]))
@@ -214,9 +214,9 @@ def test_safetensors_of_another_network_get_a_sentence(files, tmp_path):
     own = {**card["config"], "task": "tests.point_task:build"}
     assert "config.task='tests.point_task:build' names code" in message(arrays, config=own)
     path.write_bytes(save(arrays))
-    with pytest.raises(UserError, match="no file of"):
+    with pytest.raises(UserError, match="not a file of"):
         load_trained(path)
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         load_trained(path.with_name("other.safetensors"))
 
 
@@ -224,7 +224,9 @@ def test_safetensors_of_another_network_get_a_sentence(files, tmp_path):
 def test_a_missing_package_is_named(monkeypatch, name):
     package = FORMATS[name].packages[-1]
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"{package} is not there.*pip install -r requirements-e"):
+    with pytest.raises(
+        UserError, match=rf"{package}, which is missing.*pip install -r requirements-e"
+    ):
         check_packages(name)
 
 
@@ -259,7 +261,7 @@ def test_padded_pools_and_strides_become_onnx():
     got = dict(zip(("averaged", "sum"), session.run(["averaged", "sum"], batch), strict=True))
     for name, want in function(batch).items():
         np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-6)
-    with pytest.raises(UserError, match="does not know the operation 'sin'"):
+    with pytest.raises(UserError, match="does not support the operation 'sin'"):
         to_onnx(lambda batch: {"sin": jnp.sin(batch["image"])}, {"image": image})
 
 
@@ -285,7 +287,7 @@ def test_the_tool_compares_what_it_wrote(digits_run, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(tool, "read", opposite)
     assert tool.run(arguments) == 1
-    assert "does not predict what the network does" in capsys.readouterr().err
+    assert "differ from the network's" in capsys.readouterr().err
     assert out.exists()
 
 

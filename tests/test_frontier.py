@@ -37,7 +37,7 @@ def test_points_are_printed_by_cost_and_drawn(tmp_path, monkeypatch, capsys):
 
 def test_a_record_of_a_run_that_has_diverged_has_no_point(tmp_path):
     _record(tmp_path / "x.json", None, None, 1e15)
-    with pytest.raises(UserError, match=r"x\.json: a seed has diverged"):
+    with pytest.raises(UserError, match=r"x\.json: a seed diverged"):
         frontier.read_point(tmp_path / "x.json")
 
 

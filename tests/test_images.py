@@ -114,9 +114,9 @@ def test_what_pillow_does_not_know_opencv_opens():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "no image"),
-        (b"hello", "no image"),
-        (encode(_noise(4, 4, 3), "EPS"), "no image"),  # a program, which would be run
+        (b"", "not an image"),
+        (b"hello", "not an image"),
+        (encode(_noise(4, 4, 3), "EPS"), "not an image"),  # a program, which would be run
         (encode(_noise(40, 40, 3))[:-300], "damaged"),
         (encode(_noise(40, 40, 3), "JPEG")[:200], "damaged"),
         (
@@ -141,7 +141,7 @@ def test_only_plain_files_of_a_size_that_can_be_held_are_read(tmp_path):
     for path, message in (
         (tmp_path / "fifo.png", "a pipe, a socket or a device"),
         (tmp_path / os.devnull, "a pipe, a socket or a device"),
-        (tmp_path / "folder.png", "a directory that is not looked into"),
+        (tmp_path / "folder.png", "it is a directory: use --dir"),
         (tmp_path / "loose.png", "No such file"),
         (tmp_path / "huge.png", "more than 500 MB"),
     ):

@@ -145,9 +145,9 @@ def test_the_log_says_what_was_taken(run, starts):
     rows = table(notes)
     assert {what: row[:2] for what, row in rows.items()} == {
         "loaded": (ARRAYS, VALUES),
-        "not there": (1, 80),
+        "missing": (1, 80),
     }
-    assert rows["not there"][2] == "head/kernel"
+    assert rows["missing"][2] == "head/kernel"
 
 
 def test_another_projector_is_loaded_skipped_and_drawn_as_the_table_says(run):
@@ -160,9 +160,9 @@ def test_another_projector_is_loaded_skipped_and_drawn_as_the_table_says(run):
     task = build(config)
     assert {what: row[:2] for what, row in table(task.notes).items()} == {
         "loaded": (ARRAYS - 8, VALUES - 2 * 576 - 6 * 8),
-        "drawn anew": (8, 2 * 576 + 6 * 8),
+        "initialised": (8, 2 * 576 + 6 * 8),
         "other shape": (1, 64),  # projector/dense1/kernel, from (8, 16)
-        "not there": (1, 8),  # projector/dense1/bias
+        "missing": (1, 8),  # projector/dense1/bias
         "skipped": (6, 16 * 8 + 8 + 4 * 16),  # projector/dense2 and norm1
     }
     with plain_lax():
@@ -175,8 +175,8 @@ def test_another_projector_is_loaded_skipped_and_drawn_as_the_table_says(run):
 @pytest.mark.parametrize(
     ("leaves", "says"),
     [
-        ({}, "1 parameter does not fit: head/kernel is not there. Choose a subtree"),
-        ({"init_allow": "head"}, "head/kernel is not there"),  # the whole name has to match
+        ({}, "1 parameter does not fit: head/kernel is missing in RUN. Choose a subtree"),
+        ({"init_allow": "head"}, "head/kernel is missing in RUN"),  # the whole name has to match
         ({"init_allow": "head/.*", "model": "n94(widths=(8, 16))"}, "8 parameters do not fit"),
         ({"init_allow": "("}, r"config.init_allow='(' is not a regular expression"),
         ({"init_anew": "a{99999999999}"}, "config.init_anew='a{99999999999}' is not a regular"),
@@ -191,11 +191,11 @@ def test_another_width_says_both_shapes_and_starts_fresh_where_that_is_allowed(r
     assert "; .... Choose" in refused(config_of(**wide, init_allow="head/.*"))  # after five
     message = refused(config_of(**wide, init_allow="head/.*|.*/norm./.*"))
     assert "2 parameters do not fit: " in message
-    assert "group2/conv1/kernel is (3, 3, 8, 8) there and (3, 3, 8, 16) here; " in message
+    assert "group2/conv1/kernel is (3, 3, 8, 8) in RUN and (3, 3, 8, 16) here; " in message
     rows = table(build(config_of(**wide, init_allow=".*")).notes)
     assert rows["loaded"][:2] == (ARRAYS - 8, VALUES - 2 * 576 - 6 * 8)
     assert rows["other shape"][0] == 8
-    assert rows["not there"] == (1, 160, "head/kernel")
+    assert rows["missing"] == (1, 160, "head/kernel")
 
 
 def test_an_unknown_run_or_part_is_named(run, tmp_path):
@@ -242,7 +242,7 @@ def test_as_many_values_in_another_shape_are_reshaped_where_that_is_allowed(monk
         "params": {"head": {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.float32)}},
         "batch_stats": {"norm": {"mean": jax.ShapeDtypeStruct((3,), jnp.float32)}},
     }
-    with pytest.raises(UserError, match=r"head/kernel is \(1, 1, 4, 6\) there and \(4, 6\) here"):
+    with pytest.raises(UserError, match=r"head/kernel is \(1, 1, 4, 6\) in RUN and \(4, 6\) here"):
         take_over("run", shapes, lambda name: False, lambda name: False)
     taken, notes = take_over("run", shapes, lambda name: name == "head/kernel", lambda name: False)
     assert taken.keys() == {"params/head/kernel", "batch_stats/norm/mean"}

@@ -121,7 +121,7 @@ def test_what_the_network_was_given_is_written_and_what_is_unlike_is_marked(
 
     code, lines, err = run_predict(*files, f"--inputs={files[1]}")
     assert (code, lines) == (2, [])
-    assert "grey.png cannot be made" in err
+    assert "grey.png cannot be created" in err
 
 
 def test_a_run_that_measured_no_images_marks_none():

@@ -360,10 +360,8 @@ def test_tensorflow_is_asked_for_where_it_is_needed(tmp_path, monkeypatch):
 )
 def test_an_unknown_name_gets_the_nearest(tmp_path, name, guess):
     message = _error(name, tmp_path)
-    assert f"Unknown data set {name!r}.{guess} config.data.name is 'digits', which" in message
-    assert "returns cv_jax.data.Stored and name it as --config.data.name=MODULE:FUNCTION" in (
-        message
-    )
+    assert f"Unknown data set {name!r}.{guess} Set config.data.name to 'digits', which" in message
+    assert "returns cv_jax.data.Stored and set --config.data.name=MODULE:FUNCTION" in (message)
 
 
 def test_a_directory_that_is_not_one_is_named(tmp_path):
@@ -376,4 +374,4 @@ def test_a_directory_that_is_not_one_is_named(tmp_path):
 def test_an_unfinished_directory_is_named(tmp_path):
     (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
     message = _error("cifar10", tmp_path)
-    assert f"{tmp_path} has a directory of cifar10 without dataset_info.json" in message
+    assert f"The directory of cifar10 in {tmp_path} has no dataset_info.json" in message

@@ -88,7 +88,7 @@ def test_what_has_no_number_has_no_bar():
     html = page._classes(_swept(0.5), lambda figure, *_: drawn.append(figure) or "")
     (bars,) = drawn
     assert [text.get_text() for text in bars.axes[0].get_yticklabels()] == ["a"]
-    assert "Without images in test, and so without accuracy: b." in html
+    assert "Classes without test images have no accuracy: b." in html
     assert page._classes(_swept(None), None) == ""
     assert "2 of 2 seeds diverged: no mean." in page._heading(_swept(None))
     assert "diverged" not in page._heading(_swept(0.5))
@@ -181,7 +181,7 @@ def test_half_a_line_of_the_log_is_left_out(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [(None, "is not there"), ("{", "cannot be read"), ('{"a": 1}', "is no config")],
+    [(None, "is not there"), ("{", "cannot be read"), ('{"a": 1}', "is not a config")],
 )
 def test_a_directory_without_a_run_is_named(tmp_path, monkeypatch, capsys, config, message):
     if config:
@@ -299,7 +299,7 @@ def test_an_unfinished_run_whose_data_are_gone(digits_run, tmp_path):
     html = (tmp_path / "report.html").read_text()
     assert "This run is not complete" in html
     assert "Its log ends after step 152, epoch 8.00." in html
-    assert "data set cannot be loaded, so that no examples are here: config.data.num_val" in html
+    assert "data set cannot be loaded, so there are no examples: config.data.num_val" in html
     assert "whiten/kernel</code>: 8 filters of 2 x 2 pixels" in html
     assert "Calibration" not in html
 

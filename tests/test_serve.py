@@ -116,28 +116,28 @@ def test_a_layer_of_one_value_is_black():
 
 PNG = encode(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
 BAD = {
-    "nothing": (_file(b""), 422, "it is no image"),
-    "no image": (_file(b"words"), 422, "No answer: it is no image of a kind"),
-    "half a PNG": (_file(PNG[:80]), 422, "No answer: it is damaged"),
+    "nothing": (_file(b""), 422, "it is not an image"),
+    "no image": (_file(b"words"), 422, "No prediction: it is not an image of a kind"),
+    "half a PNG": (_file(PNG[:80]), 422, "No prediction: it is damaged"),
     "no length": (_request(PNG), 411, "A Content-Length is needed"),
     "in pieces": (_file(b"", "Transfer-Encoding: chunked"), 411, "A Content-Length is needed"),
     "a length of words": (_request(PNG, "Content-Length: ten"), 400, "not a number"),
     "a length below 0": (_request(PNG, "Content-Length: -1"), 400, "not a number"),
     "two lengths": (_file(PNG, "Content-Length: 5"), 400, "not a number"),
-    "too large": (_request(b"", "Content-Length: 10000001"), 413, "more than 10 MB"),
-    "too large, and sent": (_file(bytes(10_000_001)), 413, "more than 10 MB"),
-    "huge": (_request(b"", f"Content-Length: {'9' * 5000}"), 413, "more than 10 MB"),
-    "another path": (_file(PNG, line="POST /x HTTP/1.1"), 404, "nothing here"),
-    "a file's path": (_request(line="GET /../serve.py HTTP/1.1"), 404, "nothing here"),
+    "too large": (_request(b"", "Content-Length: 10000001"), 413, "larger than 10 MB"),
+    "too large, and sent": (_file(bytes(10_000_001)), 413, "larger than 10 MB"),
+    "huge": (_request(b"", f"Content-Length: {'9' * 5000}"), 413, "larger than 10 MB"),
+    "another path": (_file(PNG, line="POST /x HTTP/1.1"), 404, "does not exist"),
+    "a file's path": (_request(line="GET /../serve.py HTTP/1.1"), 404, "does not exist"),
     "to GET it": (_request(line="GET /predict HTTP/1.1"), 405, "/predict takes POST alone"),
     "to POST the page": (_file(PNG, line="POST / HTTP/1.1"), 405, "/ takes GET alone"),
     "another method": (_file(PNG, line="BREW /predict HTTP/1.1"), 405, "method"),
-    "another host": (_file(PNG, host="evil.example"), 421, "The Host is none of"),
-    "a host like ours": (_file(PNG, host="localhost.evil.example:80"), 421, "The Host is none of"),
-    "two hosts": (_file(PNG, "Host: localhost"), 421, "The Host is none of"),
-    "no host": (b"GET / HTTP/1.0\r\n\r\n", 421, "The Host is none of"),
-    "another origin": (_file(PNG, "Origin: http://evil.example"), 403, "Another site's page"),
-    "a file's origin": (_file(PNG, "Origin: null"), 403, "Another site's page"),
+    "another host": (_file(PNG, host="evil.example"), 421, "The Host is not this"),
+    "a host like ours": (_file(PNG, host="localhost.evil.example:80"), 421, "The Host is not this"),
+    "two hosts": (_file(PNG, "Host: localhost"), 421, "The Host is not this"),
+    "no host": (b"GET / HTTP/1.0\r\n\r\n", 421, "The Host is not this"),
+    "another origin": (_file(PNG, "Origin: http://evil.example"), 403, "another site's page"),
+    "a file's origin": (_file(PNG, "Origin: null"), 403, "another site's page"),
     "no HTTP": (b"\x16\x03\x01\x00\xff\r\n\r\n", 400, ""),
     "a long line": (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414, ""),
     "many headers": (_request(b"", *[f"X-{i}: 1" for i in range(200)]), 431, ""),
@@ -250,9 +250,11 @@ def test_the_benchmark_gets_an_answer_to_every_kind(server, capfd):
 
 def test_a_port_that_is_taken_is_named(server):
     port = server.server_address[1]
-    with pytest.raises(UserError, match=rf"--port={port} cannot be had \(Address already in use\)"):
+    with pytest.raises(
+        UserError, match=rf"--port={port} cannot be used \(Address already in use\)"
+    ):
         serve._listen("127.0.0.1", port, None, {})
-    with pytest.raises(UserError, match=r"--host=192\.0\.2\.1 --port=0 cannot be had"):
+    with pytest.raises(UserError, match=r"--host=192\.0\.2\.1 --port=0 cannot be used"):
         serve._listen("192.0.2.1", 0, None, {})
 
 
@@ -378,7 +380,7 @@ def test_a_drawing_is_answered_and_cleared(page):
 
 def test_what_is_no_image_is_told_so(page):
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"words"})
-    _status(page, r"^No answer: it is no image of a kind that can be read\.$")
+    _status(page, r"^No prediction: it is not an image of a kind that can be read\.$")
     assert page.locator("#answer").is_hidden()
 
 

@@ -463,7 +463,7 @@ def test_fields_that_cannot_be_mixed_are_named():
     for text in ("mixup", "cutmix"):
         with pytest.raises(UserError, match=f"'{text}': .* cannot mix mask, boxes, box_label, "):
             make_augment(text, FIELDS)
-        with pytest.raises(UserError, match=f"'{text}': it mixes labels, and the task has none"):
+        with pytest.raises(UserError, match=f"'{text}': it mixes labels, but the task has none"):
             make_augment(text, {"image": FIELDS["image"]})
 
 
@@ -474,7 +474,7 @@ def test_fields_that_geometry_cannot_move_are_named():
         make_augment("flip", {"boxes": FIELDS["boxes"]})
     with pytest.raises(UserError, match="'rot90' needs square images; these have 12x10 pixels"):
         jax.eval_shape(make_augment("rot90", FIELDS), KEY, make_batch(2, 12, 10))
-    message = "must have one size, and have image 12x12, clip 12x12, mask 6x6"
+    message = "different sizes: image 12x12, clip 12x12, mask 6x6"
     batch = make_batch(2, mask=jnp.zeros((2, 6, 6), jnp.uint8))
     with pytest.raises(UserError, match=message):
         jax.eval_shape(make_augment("flip", FIELDS), KEY, batch)
@@ -500,7 +500,7 @@ def test_an_op_of_the_users_own_is_given_the_fields_and_checked(monkeypatch):
         return lambda key, batch: {**batch, "image": batch["image"][:, ::2, ::2]}
 
     monkeypatch.setitem(AUGMENTATIONS, "half", half)
-    message = re.escape("'half' resized some fields only. The images, clips and masks")
+    message = re.escape("'half' resized only some fields. The images, clips and masks")
     with pytest.raises(UserError, match=message):
         jax.eval_shape(make_augment("half", FIELDS), KEY, make_batch(2))
 

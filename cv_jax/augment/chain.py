@@ -37,19 +37,20 @@ from cv_jax.config.errors import UserError, describe
 def make_augment(text: str, fields: Fields | None = None, min_area: float = MIN_AREA) -> Augment:
     """Builds the augmentation that a spec such as "crop(4)|alternating_flip|cutout(8)" names.
 
-    The op at position i of the chain gets the key `fold_in(key, i)`; "" is the identity. Images are
-    resampled once for neighbouring ops such as "scale(0.8, 1.2)|rotate(10)", whose matrices are
-    multiplied.
+    The op at position i of the chain gets the key `fold_in(key, i)`; "" is the identity.
+    Neighbouring motions such as "scale(0.8, 1.2)|rotate(10)" multiply their matrices and resample
+    the images once.
 
     Args:
         text: the spec.
-        fields: of the batches; None means image and label. An op whose function has a parameter
-            `fields` is given them.
-        min_area: each op drops a box of which a smaller share is left inside the image.
+        fields: the batch's fields, passed to each op with a parameter `fields`; None: image and
+            label.
+        min_area: the smallest share of a box that must stay inside the image; each op drops a box
+            with less.
 
     Raises:
-        UserError: an unknown op, a bad argument, or fields that an op cannot change; the message
-            lists what exists.
+        UserError: an op is unknown (the message lists all), an argument is wrong, or an op cannot
+            change one of the fields.
     """
     fields = IMAGE_AND_LABEL if fields is None else fields
     _check_fields(fields)
@@ -79,7 +80,7 @@ def _check_fields(fields: Fields) -> None:
 
 
 def _groups(ops: list[Augment]) -> list[list[int]]:
-    """The positions of the ops, those of neighbouring motions with the same mode together."""
+    """Groups the positions of the ops: neighbouring motions of one mode are in one group."""
     groups = []
     for position, op in enumerate(ops):
         before = ops[position - 1] if position else None
@@ -94,9 +95,9 @@ def _groups(ops: list[Augment]) -> list[list[int]]:
 def _checked(
     name: str, ops: list[Augment], keys: list[jax.Array], batch: Batch, fields: Fields
 ) -> Batch:
-    """Applies an op, or neighbouring motions; raises UserError where no such batch comes back.
+    """Applies an op, or neighbouring motions; raises UserError if the result is not such a batch.
 
-    The check happens while the op is traced. What a batch says of its rows stays as it is.
+    The check runs while the op is traced. The batch's `rows` are unchanged.
     """
     try:
         changed = ops[0](keys[0], batch) if len(ops) == 1 else move(ops, keys, batch)
@@ -104,11 +105,11 @@ def _checked(
         if error.args != ("label",) or "label" in batch:
             raise
         raise UserError(
-            f"config.augment: {name!r} mixes labels, and a task without labels has none: remove it."
+            f"config.augment: {name!r} mixes labels, but the task has none: remove it."
         ) from error
     if not isinstance(changed, dict):
         raise UserError(
-            f"config.augment: {name!r} returned {describe(changed)} and not the batch, a dict of "
+            f"config.augment: {name!r} returned {describe(changed)}: return the batch, a dict of "
             f"{', '.join(batch)}."
         )
     rows = {entry: batch[entry] for entry in ("rows",) if entry in batch}
@@ -118,14 +119,14 @@ def _checked(
     try:
         image_size(changed, fields)
     except UserError as error:
-        raise UserError(f"config.augment: {name!r} resized some fields only. {error}") from error
+        raise UserError(f"config.augment: {name!r} resized only some fields. {error}") from error
     return {**changed, **rows}
 
 
 def _check_entry(
     name: str, entry: str, before: jax.Array, after: jax.Array | None, fields: Fields
 ) -> None:
-    """Raises UserError unless shape and dtype stay, but for the height and width of pixels."""
+    """Raises UserError if the dtype or an axis other than height and width has changed."""
     shape = list(before.shape)
     if entry in fields and np.ndim(after) == len(shape):
         for axis in SPATIAL_AXES.get(fields[entry].kind, ()):
@@ -133,8 +134,8 @@ def _check_entry(
     wanted = jax.ShapeDtypeStruct(tuple(shape), before.dtype)
     if describe(after) != describe(wanted):
         raise UserError(
-            f"config.augment: {name!r} returned {describe(after)} as the batch's {entry!r}; "
-            f"expected is {describe(wanted)}."
+            f"config.augment: {name!r} returned {describe(after)} as the batch's {entry!r}: "
+            f"return {describe(wanted)}."
         )
 
 

@@ -28,18 +28,18 @@ def color_jitter(
 ) -> Augment:
     """Changes brightness, then contrast, then saturation, then hue by random amounts.
 
-    Each of the first three replaces the image by base + factor (image - base), clipped to [0, 1],
-    where the base is black for brightness, the mean of the grey image for contrast, and the grey
-    image for saturation. Grey is 0.299 red + 0.587 green + 0.114 blue (ITU-R BT.601) when there are
-    three channels and their mean otherwise; so saturation leaves images of one channel as they are.
-    The hue turns the plane of the two colour differences I and Q of YIQ (NTSC) by an angle, grey
-    staying as it is, then clips; it, too, is for three channels only. All frames of a clip change
-    alike; the mean of a clip is that of all its frames.
+    Brightness, contrast and saturation replace the image by base + factor (image - base), clipped
+    to [0, 1]. The base is black for brightness, the mean of the grey image for contrast, and the
+    grey image for saturation. Grey is 0.299 red + 0.587 green + 0.114 blue (ITU-R BT.601) with
+    three channels, else the mean of the channels; so saturation does not change images of one
+    channel. Hue turns the plane of the colour differences I and Q of YIQ (NTSC) by an angle, keeps
+    grey, then clips; it changes only images of three channels. All frames of a clip change alike;
+    the mean of a clip is that of all its frames.
 
     Args:
         brightness, contrast, saturation: x in [0, 1]; the factor is uniform in [1 - x, 1 + x].
         hue: x in [0, 0.5]; the angle is uniform in [-x, x] of a full turn.
-        p: the probability with which an image is changed at all.
+        p: the probability that an image is changed.
     """
     reaches = (brightness, contrast, saturation)
     bases = (jnp.zeros_like, _mean_grey, _grey)
@@ -69,7 +69,7 @@ def color_jitter(
 
 
 def grayscale(p: float = 0.2, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
-    """Takes the colour out of an image with probability p; for grey see `color_jitter`."""
+    """Makes an image grey with probability p; `color_jitter` defines grey."""
     require(lambda: 0 <= p <= 1, f"p={p} must lie in [0, 1]")
 
     def op(key, batch):
@@ -84,7 +84,7 @@ def grayscale(p: float = 0.2, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
 
 
 def _map_colours(change, batch, fields):
-    """change(image) of each image (b, h, w, c), and of each clip as one image of all its frames."""
+    """Returns change(image) for each image (b, h, w, c), and for each clip as one tall image."""
     changed = {name: change(image) for name, image in select(batch, fields, "image").items()}
     for name, clip in select(batch, fields, "clip").items():
         b, t, h, w, c = clip.shape

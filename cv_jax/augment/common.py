@@ -1,12 +1,12 @@
-"""What augmentations share: the batch and its fields, checks of arguments, and small parts.
+"""Helpers of the augmentations: the fields of a batch, random draws, and checks of arguments.
 
 A batch is a dict of arrays by name, with a leading axis of b examples:
     image: (b, h, w, c) float32 in [0, 1], not yet normalised. Clips are (b, t, h, w, c).
     label: (b, n) float32 class probabilities.
-    other fields: as `cv_jax.data.fields.KINDS` says.
-    rows: a dict of what a batch says of its rows: index (b,) int32, the example's position in the
-        training set; epoch (b,) int32, the epoch that the example is drawn in; coin (b,) uint32,
-        random bits that belong to the example for the whole run.
+    other fields: see `cv_jax.data.fields.KINDS`.
+    rows: a dict of facts about each row: index (b,) int32, the example's position in the training
+        set; epoch (b,) int32, the current epoch; coin (b,) uint32, random bits that an example
+        keeps for the whole run.
 
 An augmentation is a pure function (key, batch) -> batch, which runs inside the jitted train step.
 Every example has its own randomness.
@@ -31,7 +31,7 @@ Augment = Callable[[jax.Array, Batch], Batch]
 Fields = Mapping[str, Field]
 
 
-# What an augmentation finds where nobody says more.
+# The default fields of a batch.
 IMAGE_AND_LABEL: Fields = {
     "image": Field((), "uint8", "image"),
     "label": Field((), "int32", "label"),
@@ -41,31 +41,31 @@ IMAGE_AND_LABEL: Fields = {
 SPATIAL_AXES = {"image": (1, 2), "clip": (2, 3), "mask": (1, 2)}  # height and width, in a batch
 
 
-MAX_PIXELS = 4096  # of a length that an argument gives
+MAX_PIXELS = 4096  # the largest length that an argument may give
 
 
 # --- Fields of a batch ---
 
 
 def has_kind(fields: Fields, *kinds: str) -> bool:
-    """Returns whether a field is of one of these kinds."""
+    """Returns whether any of the fields is of one of `kinds`."""
     return any(field.kind in kinds for field in fields.values())
 
 
 def select(batch: Batch, fields: Fields, *kinds: str) -> Batch:
-    """Returns the batch's fields of these kinds."""
+    """Returns the arrays of the batch whose field is of one of `kinds`."""
     return {name: batch[name] for name in fields if name in batch and fields[name].kind in kinds}
 
 
 def num_rows(batch: Batch, fields: Fields) -> int:
-    """Returns b, the number of examples of the batch."""
+    """Returns b, the number of examples in the batch."""
     return next(len(batch[name]) for name in fields if name in batch)
 
 
 def image_size(batch: Batch, fields: Fields) -> tuple[int, int]:
-    """Returns the height and width of all images, clips and masks; (0, 0) where there are none.
+    """Returns the height and width of all images, clips and masks; (0, 0) if the batch has none.
 
-    The points of an example without an image thus turn about the origin.
+    The points of an example without an image are therefore rotated about the origin.
 
     Raises:
         UserError: the sizes differ.
@@ -76,7 +76,8 @@ def image_size(batch: Batch, fields: Fields) -> tuple[int, int]:
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"{name} {h}x{w}" for name, (h, w) in sizes.items())
         raise UserError(
-            f"The images, clips and masks of an example must have one size, and have {shown}."
+            f"The images, clips and masks of an example have different sizes: {shown}. "
+            "Give them one size."
         )
     return next(iter(sizes.values()), (0, 0))
 
@@ -85,14 +86,14 @@ Change = Callable[[jax.Array], jax.Array]
 
 
 def map_images(function: Change, batch: Batch, fields: Fields) -> Batch:
-    """Returns function(image) of each image (b, h, w, c), and of each frame of each clip alike."""
+    """Returns function(image) for each image (b, h, w, c), and for each frame of each clip."""
     images = {name: function(x) for name, x in select(batch, fields, "image").items()}
     frames = jax.vmap(function, in_axes=1, out_axes=1)
     return images | {name: frames(x) for name, x in select(batch, fields, "clip").items()}
 
 
 def map_masks(function: Change, batch: Batch, fields: Fields) -> Batch:
-    """Returns function(mask) of each mask, which is given to the function as (b, h, w, 1)."""
+    """Returns function(mask) for each mask; the function gets and returns (b, h, w, 1)."""
     masks = select(batch, fields, "mask")
     return {name: function(mask[..., None])[..., 0] for name, mask in masks.items()}
 
@@ -101,23 +102,28 @@ def map_masks(function: Change, batch: Batch, fields: Fields) -> Batch:
 
 
 def _blend(a, b, share):
-    """a where `share` is 0, b where it is 1; exactly a where both are equal."""
+    """Returns a + share * (b - a), which is exactly a where a and b are equal."""
     return a + share * (b - a)
 
 
 def _integers(key, shape, count):
-    """Uniform in 0, 1, ..., count - 1, for counts far below 2^23."""
-    # jax.random.randint draws twice the bits: 5.7 us for a batch of 4 on the CPU, this 1.4 us.
+    """Draws uniform integers in 0, 1, ..., count - 1, for counts far below 2^23."""
+    # jax.random.randint draws twice the bits: 5.7 us for a batch of 4 on the CPU against 1.4 us.
     return (jax.random.uniform(key, shape) * count).astype(jnp.int32)
 
 
 def _happens(key, p, shape):
-    """Whether something of probability p, which may be a whole number, happens: bool."""
+    """Draws booleans that are true with probability p, a float or an int."""
     return jax.random.bernoulli(key, jnp.float32(p), shape)
 
 
 def _is_known_as(value, number):
-    """Whether the number is known to be this value; a swept number never is."""
+    """Returns whether the number is a constant equal to `value`; False for a swept (traced) one.
+
+    Args:
+        value: the constant to compare with.
+        number: a Python number or a traced array.
+    """
     return isinstance(value, int | float) and number == value
 
 

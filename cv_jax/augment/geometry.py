@@ -1,8 +1,8 @@
-"""Augmentations that move what an example shows, and with its pixels all other fields.
+"""Geometric augmentations: move the pixels of an example, and all other fields with them.
 
-`flip`, `alternating_flip`, `crop` and `random_resized_crop` have exact or antialiased pixel code of
-their own. The others are a `Motion`, a matrix an example; of neighbouring motions a chain makes one
-resampling. For the fields of a batch see common.py.
+`flip`, `alternating_flip`, `crop` and `random_resized_crop` have their own exact or antialiased
+pixel code. Each of the others is a `Motion`, one matrix an example; a chain resamples neighbouring
+motions once. For the fields of a batch see common.py.
 """
 
 import functools
@@ -64,10 +64,10 @@ def flip(p: float = 0.5, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
 
 
 def alternating_flip(*, fields: Fields = IMAGE_AND_LABEL) -> Augment:
-    """Mirrors an example in every second epoch; its coin decides whether in the even ones.
+    """Mirrors an example in every second epoch; its coin chooses even or odd epochs.
 
-    Any two successive epochs thus show both versions of every example. Needs no key: which version
-    is shown is the parity of coin + epoch. Source: arXiv 2404.00498.
+    Any two successive epochs show both versions of every example. The parity of coin + epoch
+    chooses the version, so the key is not used. Source: arXiv 2404.00498.
     """
 
     def op(key, batch):
@@ -79,7 +79,7 @@ def alternating_flip(*, fields: Fields = IMAGE_AND_LABEL) -> Augment:
 
 
 def _mirrored(batch, flipped, fields):
-    """The batch, with the examples mirrored where `flipped` (b,)."""
+    """Returns the batch with its examples mirrored where `flipped` (b,) is true."""
     size = image_size(batch, fields)
     mirror_pixels = functools.partial(_mirror, flipped=flipped)
     matrix = jnp.where(flipped[:, None, None], mirror(size)[None], translation(0, 0)[None])
@@ -107,14 +107,14 @@ def crop(
 ) -> Augment:
     """Pads the image by `padding` pixels on each side, then crops it back at a random place.
 
-    That moves it by whole pixels, uniform in -padding..padding in both directions, without blur.
+    The image moves by whole pixels, uniform in -padding..padding in both directions, without blur.
 
     Args:
-        padding: pixels.
-        mode: what lies outside the image: "reflect" (its mirror image, the border pixels not
-            repeated) or "zero". With boxes or masks it is "zero".
+        padding: pixels added on each side.
+        mode: the padding outside the image: "reflect" (its mirror image, the border pixels not
+            repeated) or "zero". Always "zero" with boxes or masks.
     """
-    _require_pixels("padding", padding, most=256)  # by choice, each pixel is two slices more
+    _require_pixels("padding", padding, most=256)  # _crop_by_choice needs two slices a pixel
     _require_mode(mode)
     image_mode = outside(mode, fields)
 
@@ -126,7 +126,7 @@ def crop(
         def crop_image(image):
             return _crop(image, corner, padding, image_mode)
 
-        def crop_mask(mask):  # zeros of the complement are 255
+        def crop_mask(mask):  # pads the complement with 0, which pads the mask with 255
             return IGNORED - _crop(IGNORED - mask, corner, padding, "zero")
 
         return {
@@ -148,7 +148,7 @@ def _crop(image, corner, padding, mode):
 
 
 def _crop_by_gather(image, corner, padding, mode):
-    """The crops of the padded images (b, h, w, c) whose upper left pixel is `corner` (b, 2)."""
+    """Returns the crops of the padded images (b, h, w, c) with upper left pixel `corner` (b, 2)."""
 
     def crop_one(image, corner):
         h, w, _ = image.shape
@@ -159,8 +159,10 @@ def _crop_by_gather(image, corner, padding, mode):
 
 
 def _crop_by_choice(image, corner, padding, mode):
-    """The same, from all crops that there are, for a TPU: by its compiler's account a gather of
-    pixels makes n94's step 3 % longer."""
+    """Returns the same crops, chosen among all possible ones, for a TPU.
+
+    By the TPU compiler's estimate, a gather of pixels makes n94's step 3 % longer.
+    """
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(image, pads, **({"mode": "reflect"} if mode == "reflect" else {}))
     for axis, start in ((1, corner[:, 0]), (2, corner[:, 1])):
@@ -177,12 +179,12 @@ def _crop_by_choice(image, corner, padding, mode):
 
 
 class Motion(NamedTuple):
-    """An augmentation that moves each example by a matrix of its own.
+    """An augmentation that moves each example by its own matrix.
 
     Attributes:
-        draw: (key, b, size) -> the matrices (b, 3, 3), and either None or the `source` of `warp`.
-        mode: what lies outside the image: "reflect" or "zero".
-        samples: a side, for each pixel of the output; see `warp`.
+        draw: (key, b, size) -> (matrices (b, 3, 3), the `source` of `warp` or None).
+        mode: the padding outside the image: "reflect" or "zero".
+        samples: samples a side in each pixel of the output; see `warp`.
         fields, min_area: see `warp`.
     """
 
@@ -197,7 +199,7 @@ class Motion(NamedTuple):
 
 
 def move(motions: list[Motion], keys: list[jax.Array], batch: Batch) -> Batch:
-    """Returns the batch after all motions, in one resampling; they share `mode` and `fields`."""
+    """Applies all motions in one resampling; all must have the same `mode` and `fields`."""
     _, mode, _, fields, min_area = motions[0]
     size, b = image_size(batch, fields), num_rows(batch, fields)
     drawn = [motion.draw(key, b, size) for motion, key in zip(motions, keys, strict=True)]
@@ -220,19 +222,19 @@ def affine(
 ) -> Augment:
     """Shears, scales, rotates and then moves the image, in one bilinear resampling.
 
-    All draws are uniform, and one of each is made for an example.
+    All amounts are uniform, and drawn for each example.
 
     Args:
-        degrees: the image turns about its centre by up to this angle either way; positive angles
-            turn counter-clockwise.
+        degrees: the largest rotation about the centre, either way; positive angles turn
+            counter-clockwise.
         scale: (low, high) of the magnification about the centre; above 1 the image grows.
-        translate: the image moves by up to this many pixels in each direction, down and right
-            being positive; the amounts are fractional (`crop` moves by whole pixels).
-        shear: up to this angle in degrees either way; a point moves right by tan(angle) times its
-            height below the centre.
-        mode: what lies outside the image: "reflect" or "zero", as in `crop`.
-        samples: a pixel is the mean of samples x samples values, the antialiasing of images that
-            shrink; use 1 / low, rounded up, where `scale` begins below 1/2.
+        translate: the largest shift in pixels, down and right being positive. Shifts are
+            fractional (`crop` moves by whole pixels).
+        shear: the largest angle in degrees, either way; a point moves right by tan(angle) times
+            its distance below the centre.
+        mode: the padding outside the image: "reflect" or "zero", as in `crop`.
+        samples: a pixel is the mean of samples x samples values, which antialiases images that
+            shrink. If `scale` begins below 1/2, use 1 / low, rounded up.
     """
     low, high = scale
     require(lambda: 0.01 <= low <= high <= 100, f"scale={scale} must be 0.01 <= low <= high <= 100")
@@ -257,7 +259,7 @@ def affine(
 
 
 def _affine_matrix(amounts, size):
-    """The matrices of amounts (b, 5): degrees, scale, shear, pixels down, pixels right."""
+    """Returns the matrices for amounts (b, 5): degrees, scale, shear, pixels down, pixels right."""
     degrees, scale, shear, down, right = amounts.T
     return compose(
         shearing(shear, size),
@@ -268,9 +270,9 @@ def _affine_matrix(amounts, size):
 
 
 def _affine_source(amounts, size):
-    """The rows and columns (b, h, w) of the input that the pixels of the output show.
+    """Returns the rows and columns (b, h, w) of the input that each pixel of the output reads.
 
-    The same as from the matrix, in the roundings with which `affine` has always read pixels.
+    They equal those from the matrix up to rounding; `affine` keeps these roundings.
     """
     h, w = size
 
@@ -278,7 +280,7 @@ def _affine_source(amounts, size):
         degrees, scale, shear, down, right = amounts
         cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
         center_y, center_x = (h - 1) / 2, (w - 1) / 2
-        # From a pixel of the result back to where it came from: undo the move, the turn, the rest.
+        # From a pixel of the output back to the input: undo the move, the turn, shear and scale.
         y = (jnp.arange(h, dtype=jnp.float32) - center_y - down)[:, None]
         x = (jnp.arange(w, dtype=jnp.float32) - center_x - right)[None]
         y, x = cos * y + sin * x, cos * x - sin * y
@@ -295,7 +297,7 @@ def rotate(
     fields: Fields = IMAGE_AND_LABEL,
     min_area: float = MIN_AREA,
 ) -> Augment:
-    """Turns the image by up to `degrees` either way: `affine` with rotation alone."""
+    """Turns the image by up to `degrees` either way: `affine` with rotation only."""
     return affine(degrees=degrees, mode=mode, fields=fields, min_area=min_area)
 
 
@@ -308,7 +310,7 @@ def scale(
     fields: Fields = IMAGE_AND_LABEL,
     min_area: float = MIN_AREA,
 ) -> Augment:
-    """Magnifies the image by a factor in [low, high]: `affine` with scale alone."""
+    """Magnifies the image by a factor in [low, high]: `affine` with scale only."""
     reach = (low, high)
     return affine(scale=reach, mode=mode, samples=samples, fields=fields, min_area=min_area)
 
@@ -320,12 +322,12 @@ def translate(
     fields: Fields = IMAGE_AND_LABEL,
     min_area: float = MIN_AREA,
 ) -> Augment:
-    """Moves the image by up to `pixels` in each direction: `affine` with translation alone."""
+    """Moves the image by up to `pixels` in each direction: `affine` with translation only."""
     return affine(translate=pixels, mode=mode, fields=fields, min_area=min_area)
 
 
 def rot90(*, fields: Fields = IMAGE_AND_LABEL, min_area: float = MIN_AREA) -> Augment:
-    """Turns a square image by 0, 1, 2 or 3 quarter turns, each equally often and exact."""
+    """Turns a square image by 0, 1, 2 or 3 quarter turns, equally likely, without resampling."""
 
     def draw(key, b, size):
         if size[0] != size[1]:
@@ -339,7 +341,7 @@ def rot90(*, fields: Fields = IMAGE_AND_LABEL, min_area: float = MIN_AREA) -> Au
         count = _integers(key, (b,), 4)
         return turns.at[count].get(mode="promise_in_bounds"), None
 
-    # A quarter turn leaves nothing outside, so every mode is the same, and "reflect" the default.
+    # A quarter turn reads no pixel outside the image, so all modes agree; "reflect" is the default.
     return Motion(draw, outside("reflect", fields), 1, fields, min_area)
 
 
@@ -356,13 +358,13 @@ def random_resized_crop(
 ) -> Augment:
     """Cuts out a box of random area, shape and place, and resizes it (bilinear, antialiased).
 
-    Ten boxes are drawn and the first that fits into the image is taken; should none fit, the
-    largest box whose shape is allowed. Boxes have fractional borders.
+    Ten boxes are drawn, and the first that fits into the image is taken. If none fits, the largest
+    box of an allowed shape is taken. Boxes have fractional borders.
 
     Args:
-        size: height and width of the result in pixels; None keeps those of the image.
+        size: height and width of the result in pixels; None: those of the image.
         scale: (low, high) of the box's share of the image's area, drawn uniformly.
-        ratio: (low, high) of the box's width / height; its logarithm is drawn uniformly.
+        ratio: (low, high) of the box's width / height, with a uniform logarithm.
 
     Source: arXiv 1409.4842, section 6.
     """
@@ -408,7 +410,7 @@ def random_resized_crop(
 
 
 def _box_shapes(key, b, h, w, scale, ratio):
-    """Heights and widths, (b, 2), of the boxes of `random_resized_crop`."""
+    """Draws the heights and widths, (b, 2), of the boxes of `random_resized_crop`."""
     area_key, ratio_key = jax.random.split(key)
     area = h * w * jax.random.uniform(area_key, (b, 10), minval=scale[0], maxval=scale[1])
     low, high = math.log(ratio[0]), math.log(ratio[1])

@@ -30,7 +30,7 @@ def cutout(
 ) -> Augment:
     """Hides a square of `size` pixels; its centre is uniform over the image, so borders cut it.
 
-    Hidden pixels of a mask are 255. A box is dropped where less than `min_area` of it is seen.
+    Hidden pixels of a mask are 255. A box is dropped if less than `min_area` of it stays visible.
 
     Args:
         size: side of the square in pixels.
@@ -58,7 +58,7 @@ def cutout(
 
 
 def _random_patch(key, sides, size):
-    """The corners (y, x), (b, 2) each, at which a patch of `sides` (b, 2) pixels begins and ends.
+    """Draws patches of `sides` (b, 2) pixels; returns their corners (y, x) begin and end, (b, 2).
 
     The patch begins half its side, rounded down, before a pixel that is uniform over the image.
     """
@@ -68,7 +68,7 @@ def _random_patch(key, sides, size):
 
 
 def _pixels_between(begin, end, size):
-    """A mask (b, h, w, 1), true in the patch between the corners."""
+    """Returns a mask (b, h, w, 1), true in the patch between the corners."""
     h, w = size
     i = jnp.arange(max(h, w))[None, None]
     inside = (begin[:, :, None] <= i) & (i < end[:, :, None])  # (b, 2, max(h, w))
@@ -76,18 +76,18 @@ def _pixels_between(begin, end, size):
 
 
 def _area_between(begin, end, boxes):
-    """Of boxes (b, o, 4), the area (b, o) that lies in the patch between the corners."""
+    """Returns the area (b, o) of boxes (b, o, 4) that lies in the patch between the corners."""
     first, last = (i[:, None, ::-1].astype(boxes.dtype) for i in (begin, end))  # x, y
     sides = jnp.minimum(boxes[..., 2:], last) - jnp.maximum(boxes[..., :2], first)
     return jnp.prod(jnp.maximum(sides, 0), axis=-1)
 
 
 # --- Two examples in one ---
-# The partner of an example is the next one of its batch: the order of the data is random already,
-# and a roll by one is all that devices which share the batch must send.
+# The partner of an example is the next in the batch: the order of the data is already random, and
+# devices that share the batch send only one example each.
 
 _MIXED = ("image", "clip", "label")
-_UNCHANGED = ("group", "size")  # what a mixed example keeps of its own
+_UNCHANGED = ("group", "size")  # fields that a mixed example keeps
 
 
 def mixup(alpha: float = 0.2, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
@@ -111,11 +111,11 @@ def mixup(alpha: float = 0.2, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
 
 
 def cutmix(alpha: float = 1.0, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
-    """Pastes a box of the next example into the image; labels mix by the areas that are seen.
+    """Pastes a box of the next example into the image; labels mix by the visible areas.
 
-    The box has the shape of the image and, before the border cuts it and its sides are rounded
-    down to pixels, the share 1 - lam of its area, where lam is drawn from Beta(alpha, alpha) for
-    each example; its centre is uniform over the image. Source: arXiv 1905.04899.
+    The box has the image's shape and the share 1 - lam of its area, before its sides are rounded
+    down to pixels and the border cuts it. lam is drawn from Beta(alpha, alpha) for each example;
+    the centre is uniform over the image. Source: arXiv 1905.04899.
     """
     _require_beta(alpha)
     _require_mixable(fields)
@@ -144,11 +144,11 @@ def _next(array):
 
 
 def _require_mixable(fields):
-    """Raises ValueError for fields of which two cannot be one."""
+    """Raises ValueError if a field cannot be mixed, or if there is no label."""
     others = [n for n, field in fields.items() if field.kind not in (*_MIXED, *_UNCHANGED)]
-    message = f"it mixes images and labels, and cannot mix {', '.join(others)}: remove it"
+    message = f"it mixes images and labels, but cannot mix {', '.join(others)}: remove it"
     require(lambda: not others, message)
-    require(lambda: bool(_labels(fields)), "it mixes labels, and the task has none: remove it")
+    require(lambda: bool(_labels(fields)), "it mixes labels, but the task has none: remove it")
 
 
 def _require_beta(alpha):

@@ -1,8 +1,8 @@
-"""Progressive resizing: smaller images in the first part of a training cost it fewer FLOPs.
+"""Progressive resizing: smaller images early in the training save FLOPs.
 
 From J. Howard and S. Gugger, "fastai: A Layered API for Deep Learning",
-https://arxiv.org/abs/2002.04688. It is written "size(20, until=0.3)|size(24, until=0.6)": images of
-20x20 pixels for the first 30 % of the steps, of 24x24 up to 60 %, and as they are from there on.
+https://arxiv.org/abs/2002.04688. For example "size(20, until=0.3)|size(24, until=0.6)" means:
+images of 20x20 pixels for the first 30 % of the steps, of 24x24 up to 60 %, then of full size.
 """
 
 from typing import NamedTuple
@@ -26,28 +26,33 @@ _KEY = "config.progressive_resizing"
 
 
 class Stage(NamedTuple):
-    """A part of the training: its first step, and the pixels a side of its images, None: all."""
+    """A part of the training with images of one size.
+
+    Attributes:
+        start: the stage's first step.
+        size: pixels a side of the images; None: full size.
+    """
 
     start: int
     size: int | None
 
 
 def make_stages(text: str, total_steps: int) -> list[Stage]:
-    """The stages of a training of `total_steps`; the last, of "" the only one, has whole images.
+    """Builds the stages of a training of `total_steps`; the last (for "" the only) has full size.
 
     Raises:
-        UserError: a text that is not understood, or shares of the training that do not grow.
+        UserError: the text is not valid, or `until` does not increase from size to size.
     """
     sizes = build(text, SIZES, _KEY)
     shares = [until for _, until in sizes]
     if shares != sorted(set(shares)):
-        raise UserError(f"{_KEY}={text!r}: each `until` must be above the one before.")
+        raise UserError(f"{_KEY}={text!r}: each `until` must be above the one before it.")
     starts = [0, *(round(until * total_steps) for until in shares)]
     return [Stage(*stage) for stage in zip(starts, [*(s for s, _ in sizes), None], strict=True)]
 
 
 def size_at(stages: list[Stage], step: int) -> int | None:
-    """The size of the images in this step."""
+    """Returns the size of the images in a step; None: full size."""
     return [stage.size for stage in stages if stage.start <= step][-1]
 
 
@@ -63,10 +68,10 @@ SIZES = {"size": _size}
 
 
 def resize(batch: Batch, size: int | None, fields: Fields = IMAGE_AND_LABEL) -> Batch:
-    """Returns the batch with images of `size` x `size`, and with all other fields moved alike.
+    """Returns the batch with images of `size` x `size`, and its other fields moved alike.
 
-    Images and the frames of clips are as from `resize_images`, masks have the nearest pixel, and
-    boxes, points and tracks are scaled. For None the batch stays as it is.
+    Images and frames of clips are resized by `resize_images`, masks by the nearest pixel; boxes,
+    points and tracks are scaled. With size=None the batch is unchanged.
 
     Raises:
         UserError: the images are smaller than `size`.
@@ -85,7 +90,7 @@ def resize(batch: Batch, size: int | None, fields: Fields = IMAGE_AND_LABEL) -> 
 
 
 def resize_images(images: jax.Array, size: int | None) -> jax.Array:
-    """(b, h, w, c) to (b, size, size, c), bilinear and antialiased; as they are for None.
+    """Resizes (b, h, w, c) to (b, size, size, c), bilinear and antialiased; unchanged for None.
 
     Raises:
         UserError: the images are smaller than `size`.
@@ -94,5 +99,8 @@ def resize_images(images: jax.Array, size: int | None) -> jax.Array:
         return images
     b, h, w, c = images.shape
     if size > max(h, w):
-        raise UserError(f"{_KEY}: {size} pixels a side are more than the images' {h}x{w}.")
+        raise UserError(
+            f"{_KEY}: {size} pixels a side are more than the images' {h}x{w}. Choose a smaller "
+            "size."
+        )
     return jax.image.resize(images, (b, size, size, c), "linear", antialias=True)

@@ -21,11 +21,11 @@ from cv_jax.augment.common import (
     select,
 )
 
-MIN_AREA = 0.3  # the share of a box's area that has to be inside the image
-IGNORED = 255  # the class of mask pixels that count for nothing
+MIN_AREA = 0.3  # the share of a box's area that must stay inside the image
+IGNORED = 255  # the class of mask pixels that losses and metrics ignore
 
-# A box inside by exactly min_area stays although float32 rounds: 1e-4 of a box of 10 pixels' width
-# is some ten units in the last place of a coordinate of 1000.
+# Keeps a box that is inside by exactly min_area, in spite of float32 rounding: 1e-4 of a box 10
+# pixels wide is some ten units in the last place of a coordinate of 1000.
 _ROUNDING = 1e-4
 
 
@@ -49,7 +49,7 @@ def scaling(factor: ArrayLike, size: tuple[int, int]) -> jax.Array:
 
 
 def shearing(degrees: ArrayLike, size: tuple[int, int]) -> jax.Array:
-    """Builds the matrix that moves points right by tan(degrees) of their depth below the centre."""
+    """Builds the matrix that moves points right by tan(degrees) times depth below the centre."""
     return _about_centre(1, jnp.tan(jnp.deg2rad(degrees)), 0, 1, size)
 
 
@@ -59,7 +59,7 @@ def mirror(size: tuple[int, int]) -> jax.Array:
 
 
 def quarter_turn(size: tuple[int, int]) -> jax.Array:
-    """Builds the matrix that turns an image as numpy.rot90 does: height and width change places."""
+    """Builds the matrix that turns an image like numpy.rot90, which swaps height and width."""
     return _matrix(0, 1, 0, -1, 0, size[1])
 
 
@@ -70,10 +70,10 @@ def resize(before: tuple[ArrayLike, ArrayLike], after: tuple[int, int]) -> jax.A
 
 
 def compose(*matrices: jax.Array) -> jax.Array:
-    """Returns the product of matrices (b, 3, 3): the motion by all of them, the first one first."""
+    """Returns the product of matrices (b, 3, 3), which applies the first matrix first."""
     product = matrices[0]
     for matrix in matrices[1:]:
-        # Not `@`, whose float32 operands a TPU or GPU rounds to fewer bits.
+        # Not `@`: a TPU or GPU rounds its float32 operands to fewer bits.
         product = (matrix[..., :, :, None] * product[..., None, :, :]).sum(-2)
     return product
 
@@ -92,7 +92,7 @@ def _about_centre(a, b, c, d, size):
 def _inverse(matrix):
     (a, b, x), (c, d, y) = matrix[0], matrix[1]
     entries = (d, -b, b * y - d * x, -c, a, c * x - a * y)
-    # Exact for quarter turns and mirrors, which jnp.linalg.inv is not.
+    # Exact for quarter turns and mirrors; jnp.linalg.inv is not.
     return _matrix(*(entry / (a * d - b * c) for entry in entries))
 
 
@@ -111,24 +111,25 @@ def warp(
 ) -> Batch:
     """Moves every field of each example by its matrix, images in one resampling.
 
-    Images and clips are bilinear. Masks take the nearest pixel, and 255 where there is none. Boxes
-    become the boxes around their four moved corners, cut at the border of the image. A box is
-    dropped where less than `min_area` of the moved box is inside: box, box_label and box_flag are
-    their fills then. Points and tracks move; all other fields stay.
+    Images and clips are sampled bilinearly. Masks take the nearest pixel, and 255 outside the
+    image. Boxes become the boxes around their four moved corners, cut at the image's border. If
+    less than `min_area` of a moved box is inside, the box is dropped: its box, box_label and
+    box_flag get their fill values. Points and tracks move; all other fields are unchanged.
 
     Args:
-        matrix: (b, 3, 3).
+        batch: the batch to move.
+        matrix: (b, 3, 3), the matrix of each example.
         size: height and width of the output.
-        fields: of the batch.
-        mode: what lies outside the image: "reflect" (its mirror image, the border pixels not
-            repeated) or "zero". Where the fields have boxes or a mask it is "zero": a mirrored
-            object would have no box.
-        min_area: share of a moved box's area.
-        samples: the value of a pixel is the mean over samples x samples places in it, the
-            antialiasing of images that shrink. 1 reads its centre alone, as `affine` does, which
-            aliases where an image shrinks to less than half.
-        source: the rows y and columns x, each (b, *size), at which images are read, pixel (0, 0)
-            being at y = x = 0. None means from the matrix; `affine` has roundings of its own.
+        fields: the batch's fields.
+        mode: the padding outside the image: "reflect" (its mirror image, the border pixels not
+            repeated) or "zero". Always "zero" with boxes or a mask: a mirrored object would have
+            no box.
+        min_area: the smallest share of a moved box's area that must stay inside the image.
+        samples: a pixel is the mean over samples x samples places in it, which antialiases images
+            that shrink. 1 reads only the centre, which aliases if an image shrinks to less than
+            half.
+        source: the rows y and columns x, each (b, *size), at which images are read; pixel (0, 0)
+            is at y = x = 0. None: from the matrix. `affine` has its own roundings.
     """
     mode = outside(mode, fields)
     if source is None:
@@ -147,12 +148,12 @@ def warp(
 
 
 def outside(mode: str, fields: Fields) -> str:
-    """Returns `mode`, and "zero" where the fields have boxes or masks: objects are not mirrored."""
+    """Returns `mode`, or "zero" with boxes or masks, so that no object is mirrored."""
     return "zero" if has_kind(fields, "boxes", "mask") else mode
 
 
 def move_masks(batch: Batch, matrix: jax.Array, size: tuple[int, int], fields: Fields) -> Batch:
-    """Returns the masks that `warp` makes."""
+    """Returns the masks moved as in `warp`."""
 
     def move_one(mask, matrix):
         y, x = _source(matrix, size)
@@ -169,7 +170,7 @@ def move_coordinates(
     fields: Fields,
     min_area: float = MIN_AREA,
 ) -> Batch:
-    """Returns the boxes, their labels and flags, the points and the tracks that `warp` makes."""
+    """Returns the boxes, their labels and flags, the points and the tracks moved as in `warp`."""
     moved = {
         name: jax.vmap(_move_points)(matrix, points)
         for name, points in select(batch, fields, "points", "tracks").items()
@@ -185,11 +186,14 @@ def move_coordinates(
 def keep_boxes(
     batch: Batch, seen: jax.Array, area: jax.Array, fields: Fields, min_area: float
 ) -> Batch:
-    """Returns the boxes, their labels and flags, with the fill where too little of a box is seen.
+    """Returns the boxes, their labels and flags; a box with too little visible area gets fills.
 
     Args:
-        seen, area: (b, o), of each box the area that is seen and the whole area. A box without
-            area, as padding is, is dropped.
+        batch: the batch with the boxes.
+        seen: (b, o), the visible area of each box.
+        area: (b, o), the whole area of each box. A box of area 0, such as padding, is dropped.
+        fields: the batch's fields.
+        min_area: the smallest share of a box's area that must be visible.
     """
     kept = (seen > 0) & (seen >= min_area * (1 - _ROUNDING) * area)
     filled = {}
@@ -200,14 +204,14 @@ def keep_boxes(
 
 
 def _move_points(matrix, points):
-    """Points (..., 2), moved by a matrix (3, 3)."""
+    """Moves points (..., 2) by a matrix (3, 3)."""
     x, y = points[..., 0], points[..., 1]
     (a, b, right), (c, d, down) = matrix[0], matrix[1]
     return jnp.stack([a * x + b * y + right, c * x + d * y + down], axis=-1)
 
 
 def _move_boxes(matrix, boxes):
-    """The boxes (o, 4) around the moved corners of boxes."""
+    """Returns the boxes (o, 4) around the moved corners of boxes (o, 4)."""
     corners = boxes[:, np.array([[0, 1], [2, 1], [0, 3], [2, 3]])]
     corners = _move_points(matrix, corners)  # (o, 4, 2)
     return jnp.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1)
@@ -219,14 +223,14 @@ def area_of(boxes: jax.Array) -> jax.Array:
 
 
 # --- Reading the pixels of one image ---
-# Under vmap the compiler knows that an example's pixels come from that example; were the example
-# an index of the gather, devices that share a batch would each fetch all of it.
+# Under vmap the compiler knows that an example's pixels come from that example. With the example as
+# an index of the gather, each device that shares a batch would fetch the whole batch.
 
 
 def _source(matrix, size, samples=1):
-    """The rows y and columns x of the input that the pixels of the output show, each `size`.
+    """Returns the rows y and columns x of the input that each pixel of the output reads.
 
-    Of several samples a pixel, `size` times `samples`.
+    Both have the shape `size`, times `samples` in each axis.
     """
     places = ((jnp.arange(side * samples, dtype=jnp.float32) + 0.5) / samples for side in size)
     y, x = jnp.meshgrid(*places, indexing="ij")
@@ -241,7 +245,7 @@ def _mean_of_blocks(images, samples):
 
 
 def _bilinear(image, y, x, mode):
-    """Values of `image` at the fractional rows y and columns x, both (h, w)."""
+    """Interpolates `image` at the fractional rows y and columns x, both (h, w)."""
     # dm_pix.affine_transform also interpolates between channels: on the CPU it takes 80 times as
     # long (20 times with its mode "reflect").
     top, left = jnp.floor(y), jnp.floor(x)
@@ -260,19 +264,19 @@ def _bilinear(image, y, x, mode):
 def read_pixels(
     image: jax.Array, rows: jax.Array, cols: jax.Array, mode: str, fill: int = 0
 ) -> jax.Array:
-    """Returns image[rows, cols]; outside the image a mirrored pixel or `fill`, as `mode` says."""
-    # One gather of whole pixels from the image as it is: on the CPU a crop takes a fifth of the
-    # time of a padded copy and a dynamic_slice from it.
+    """Returns image[rows, cols]; outside the image a mirrored pixel or `fill`, by `mode`."""
+    # One gather of whole pixels from the unpadded image: on the CPU a crop takes a fifth of the
+    # time of a padded copy and a dynamic_slice.
     h, w, _ = image.shape
     if mode == "reflect":
         return image.at[_reflect(rows, h), _reflect(cols, w)].get(mode="promise_in_bounds")
     inside = (rows >= 0) & (rows < h) & (cols >= 0) & (cols < w)
-    # Without the clip, row -1 would be the last one.
+    # Without the clip, row -1 would be the last row.
     nearest = image.at[jnp.clip(rows, 0, h - 1), jnp.clip(cols, 0, w - 1)]
     return jnp.where(inside[..., None], nearest.get(mode="promise_in_bounds"), fill)
 
 
 def _reflect(i, size):
-    """Where pixel i is found when the image is continued by its mirror images for ever."""
+    """Returns the position of pixel i in an image that is continued by its mirror images."""
     period = max(1, 2 * (size - 1))
     return jnp.minimum(i % period, period - i % period)

@@ -1,7 +1,7 @@
-"""Data sets by name: reading, checking, splits, the cache, and batches of (seed, step).
+"""Data sets: reads, checks, splits and caches them, and makes batches of (seed, step).
 
-Examples are dicts of arrays by the names of their fields. Imports config and runtime. A new data
-set is a function that returns `Stored`, found by `load.py`.
+Examples are dicts: field name -> array. Imports config and runtime. A new data set is a function
+that returns `Stored`, found by `load.py`.
 """
 
 from cv_jax.data.dataset import Dataset, DataSpec, Stored

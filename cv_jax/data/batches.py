@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, step), from resident arrays or from a stream.
 
-Both ways give the loop the same three functions, and the same batches bit for bit. There is no
-iterator, so nothing of the data's order has to be saved: the step number says it all. Given the
-keys of several runs, a feed holds what each of them reads; the data itself it holds once.
+Both give the training loop the same three functions, and the same batches bit for bit. There is
+no iterator, so checkpoints need no position in the data: the step number determines the batch.
+With the keys of several runs, a feed holds each run's order, and the data once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,12 +26,12 @@ from cv_jax.runtime.mesh import (
     stream_sharding,
 )
 
-# Batches that a stream hands over at once: enough to hide the dispatch, little enough to hold.
+# Batches in one feed of a stream: enough to hide the dispatch, few enough for the memory.
 STREAM_STEPS = 8
 
 
 class RandomAccess(Protocol):
-    """What a stream reads: examples by their position, in any order."""
+    """A source for a stream: returns examples by their positions, in any order."""
 
     def __len__(self) -> int: ...
 
@@ -42,12 +42,12 @@ class Batches(NamedTuple):
     """The training batches.
 
     Attributes:
-        limit: step -> the most steps that one feed may hold from there on.
-        feed: (step, num_steps) -> arrays that hold the batches of these steps. Its shapes never
-            change, so that a program compiled for one feed takes them all.
+        limit: step -> the most steps that a feed from this step may hold.
+        feed: (step, num_steps) -> arrays that hold the batches of these steps. Every feed has the
+            same shapes, so one compiled program takes them all.
         pick: (feed of one run, step) -> batch; pure, called inside jit with a traced step.
         shapes: a batch as ShapeDtypeStructs: the fields, and `rows` with index, epoch and coin.
-        axes: for jax.vmap, where the feed of several runs has its axis of runs: 0 or None.
+        axes: {name: axis of runs in the feed of several runs, 0 or None}, for jax.vmap.
     """
 
     limit: Callable[[int], int]
@@ -76,14 +76,14 @@ def make_batches(
     mesh: Mesh,
     positions: np.ndarray | None = None,
 ) -> Batches:
-    """Builds the training batches in the way that `config.data.stream` chooses.
+    """Builds the training batches, resident or as a stream, as `config.data.stream` chooses.
 
     Args:
-        config: of the runs.
+        config: the runs' config.
         split: the training examples.
-        key: of the data order; or (r,) keys, of r runs.
-        mesh: its devices share each batch, and runs.
-        positions: (r, m) int32, the training examples of each run; None: all runs have all.
+        key: PRNG key of the data order; (r,) keys for r runs.
+        mesh: devices that share each batch, and the runs.
+        positions: (r, m) int32, the training examples of each run; None: all examples.
     """
     if config.data.stream:
         source = SplitStream(split)
@@ -92,14 +92,14 @@ def make_batches(
 
 
 def epoch_order(key: jax.Array, epoch: jax.Array, num_train: int, batch_size: int) -> jax.Array:
-    """The examples of an epoch: (steps, b) int32, a permutation without its incomplete batch."""
+    """Returns the order of an epoch: (steps, b) int32, without the last incomplete batch."""
     order = jax.random.permutation(jax.random.fold_in(key, epoch), num_train).astype(jnp.int32)
     num_steps = num_train // batch_size
     return order[: num_steps * batch_size].reshape(num_steps, batch_size)
 
 
 def _shapes(examples: Examples, batch_size: int) -> dict:
-    """Returns the shapes of a training batch of such examples."""
+    """Returns the shapes of a training batch of `examples`."""
 
     def of(shape, dtype):
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
@@ -110,9 +110,9 @@ def _shapes(examples: Examples, batch_size: int) -> dict:
 
 
 def _rows(key: jax.Array, index: jax.Array, epoch: jax.Array) -> dict:
-    """Returns what a batch says of its rows: position, epoch, and a coin of 32 random bits.
+    """Returns the `rows` of a batch: each row's position, epoch, and coin of 32 random bits.
 
-    The coin belongs to the example for the whole run; it differs between seeds.
+    An example keeps its coin for the whole run; another seed gives another coin.
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     coin = jax.vmap(partial(jax.random.bits, dtype=jnp.uint32))(keys)
@@ -126,10 +126,10 @@ def resident_batches(
     mesh: Mesh,
     positions: np.ndarray | None = None,
 ) -> Batches:
-    """Gathers batches on the device, where the whole split lives.
+    """Builds batches that are gathered on the device, which holds the whole split.
 
     Args:
-        split: {name: (m, ...)}; a copy goes to every device.
+        split: {field: (m, ...)}, copied to every device.
         batch_size: examples in a batch.
         key, mesh, positions: see `make_batches`.
     """
@@ -142,7 +142,7 @@ def resident_batches(
 
     def pick(feed, step):
         index = feed["order"][step % orders.steps]
-        # Each example is found in one of the replicas: the gather moves nothing between devices.
+        # Every device has a replica of the split: the gather moves nothing between devices.
         index = divide(index, mesh)
         fields = {name: x[index] for name, x in feed["examples"].items()}
         rows = _rows(feed["key"], index, feed["epoch"])
@@ -164,20 +164,21 @@ def stream_batches(
     mesh: Mesh,
     positions: np.ndarray | None = None,
 ) -> Batches:
-    """Reads batches on the host, a few at a time, for data that the device does not hold.
+    """Builds batches that are read on the host, a few at a time, for data too large for a device.
 
     Args:
-        source: the training split; `source[positions]` returns these examples.
+        source: the training split; `source[positions]` returns the examples at `positions`.
         batch_size: examples in a batch.
-        key: of the data order, which is the one of `resident_batches`; or (r,) keys, of r runs.
-        mesh: its devices share each batch, and runs; a process reads what its own devices need.
+        key: PRNG key of the data order, the same as in `resident_batches`; (r,) keys for r runs.
+        mesh: devices that share each batch, and the runs. A process reads only the examples of
+            its own devices.
         positions: see `make_batches`.
     """
     orders = _Orders(key, len(source), batch_size, positions, replicated(mesh))
     sharding = stream_sharding(mesh, of_runs=key.ndim > 0)
 
     def read(index):
-        """Reads the examples at (r, k, b) or (k, b), with zeros for the steps that are missing."""
+        """Reads the examples at (r, k, b) or (k, b), padded with zeros to STREAM_STEPS steps."""
         examples = source[index.reshape(-1)]
         arrays = {
             name: np.asarray(x).reshape(*index.shape, *x.shape[1:]) for name, x in examples.items()
@@ -216,8 +217,8 @@ def stream_batches(
         fields, index = divide(
             jax.tree.map(lambda x: x[i], (feed["examples"], feed["index"])), mesh
         )
-        # The barrier keeps the compiler from shaping the step to where its batch comes from:
-        # both ways run the same arithmetic, to the last bit.
+        # The barrier keeps the compiler from fusing the step with the source of its batch, so
+        # that resident and streamed batches run the same arithmetic, to the last bit.
         rows = _rows(feed["key"], index, feed["epoch"])
         return jax.lax.optimization_barrier({**fields, "rows": rows})
 
@@ -229,7 +230,7 @@ class _Orders:
     """The order of the newest epoch: (steps, b) positions in train, or (r, steps, b) of r runs.
 
     Attributes:
-        steps: of an epoch.
+        steps: number of steps in an epoch.
     """
 
     def __init__(
@@ -265,7 +266,7 @@ class _Orders:
 
 
 def _own_sharding(key: jax.Array, mesh: Mesh) -> NamedSharding:
-    """Of what each run has of its own, where `key` holds the keys of several."""
+    """Returns the sharding of per-run arrays if `key` holds several keys, else replicated."""
     return run_sharding(mesh) if key.ndim else replicated(mesh)
 
 
@@ -281,9 +282,9 @@ def _steps_per_epoch(num_train: int, batch_size: int) -> int:
 def padded_batches(
     split: Examples, fields: Mapping[str, Field], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Yields a split as whole batches: {field: (b, ...)}, and the weight (b,) of their rows.
+    """Yields a split in whole batches: {field: (b, ...), "rows": {"weight": (b,)}}.
 
-    The last batch is filled up with padding of the fill value of each field, whose weight is 0.
+    The last batch is padded with each field's fill value. Examples have weight 1, padding has 0.
     """
     filling = padding(fields, batch_size)
     for start in range(0, num_examples(split), batch_size):

@@ -1,6 +1,6 @@
-"""Decoded data sets, kept between runs: `cache_dir()`/data, which CV_JAX_CACHE moves.
+"""Keeps decoded data sets between runs, in `cache_dir()`/data; CV_JAX_CACHE moves it.
 
-An entry is a directory: arrays as .npy files, and cache.json with a checksum of each.
+An entry is a directory: arrays as .npy files, and cache.json with a checksum of each array.
 """
 
 import contextlib
@@ -18,22 +18,22 @@ import numpy as np
 from cv_jax.data.dataset import Stored, field_from_json, field_to_json
 from cv_jax.runtime.startup import cache_dir
 
-# Part of every identity: to be raised when decoding gives other arrays than before.
+# Part of every identity. Raise it when decoding starts to give other arrays.
 FORMAT = 2
 
 
 def cached(directory: Path, read: Callable[[Path], Stored], settings: str = "") -> Stored:
-    """Returns `read(directory)`, done once; later calls map its arrays from the cache into memory.
+    """Returns `read(directory)`; later calls map the arrays from the cache into memory.
 
-    An entry belongs to the directory's path, to `settings`, and to the names, sizes and times of
-    all files in the directory and in the directories below it. All of it is verified by checksum on
-    every call. A damaged entry is made again, which a line on stderr says; so it does where the
-    cache cannot be written, and then there is none.
+    The key of an entry is the directory's path, `settings`, and the names, sizes and times of all
+    files below the directory. Every call verifies the entry's checksums. A damaged entry is
+    written again, with a warning on stderr. If the cache cannot be written, a line on stderr says
+    so, and the data is used without it.
 
     Args:
         directory: a prepared data set, .../NAME[/CONFIG]/VERSION.
-        read: decodes it.
-        settings: what else `read` depends on, as text; each text has an entry of its own.
+        read: decodes the data set.
+        settings: other settings that `read` depends on, as text; each text has its own entry.
     """
     path = directory.resolve()
     key = _digest(f"{path}\0{settings}" if settings else str(path))[:12]
@@ -42,8 +42,8 @@ def cached(directory: Path, read: Callable[[Path], Stored], settings: str = "") 
     try:
         if found := _load(entry, identity):
             return found
-    except Exception as error:  # whatever is wrong with it: it is not trusted
-        _warn(f"the cache {entry} is damaged ({error}) and is made again.")
+    except Exception as error:  # any damage: the entry is not trusted
+        _warn(f"the cache {entry} is damaged ({error}): decoding again.")
     stored = read(directory)
     try:
         _save(entry, identity, stored)
@@ -61,13 +61,13 @@ def _identity(directory: Path) -> str:
     for folder, _, names in os.walk(directory, followlinks=True):
         for name in names:
             path = Path(folder, name)
-            stat = path.stat() if path.exists() else path.lstat()  # of a broken link, its own
+            stat = path.stat() if path.exists() else path.lstat()  # a broken link
             facts.append((str(path.relative_to(directory)), stat.st_size, stat.st_mtime_ns))
     return _digest(repr((FORMAT, sorted(facts))))
 
 
 def _arrays(stored: Stored) -> dict[str, np.ndarray]:
-    """Arrays by their names in the entry: SPLIT.FIELD and histogram.FIELD."""
+    """Returns the arrays by their names in the entry: SPLIT.FIELD and histogram.FIELD."""
     parts = {"train": stored.train, "test": stored.test, "val": stored.val}
     parts["histogram"] = stored.histograms
     return {
@@ -78,7 +78,7 @@ def _arrays(stored: Stored) -> dict[str, np.ndarray]:
 
 
 def _save(entry: Path, identity: str, stored: Stored) -> None:
-    """Writes an entry; cache.json comes last, so that a reader finds all of it or none."""
+    """Writes an entry; cache.json comes last, so that a reader finds a whole entry or none."""
     entry.mkdir(parents=True, exist_ok=True)
     checks = {}
     for name, array in _arrays(stored).items():
@@ -93,7 +93,7 @@ def _save(entry: Path, identity: str, stored: Stored) -> None:
 
 @contextlib.contextmanager
 def _replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all of it is written, and not before."""
+    """Yields a temporary file, which replaces `path` once it is written completely."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -104,10 +104,10 @@ def _replaced(path: Path) -> Iterator[BinaryIO]:
 
 
 def _load(entry: Path, identity: str) -> Stored | None:
-    """Maps an entry into memory; None where there is none of this identity.
+    """Maps an entry into memory; None if no entry has this identity.
 
     Raises:
-        Exception: of any kind, if something in it is damaged.
+        Exception: of any type, if the entry is damaged.
     """
     if not (entry / "cache.json").exists():
         return None

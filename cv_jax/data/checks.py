@@ -1,4 +1,4 @@
-"""Checks what a source of data returns, before anything relies on it."""
+"""Checks the data set that a source returns, before any other code uses it."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from cv_jax.data.dataset import Stored
 from cv_jax.data.fields import KINDS, Field, num_examples
 from cv_jax.data.statistics import histogram
 
-# What a batch says of its rows stands beside the fields under this name.
+# The name of `rows` in a batch, beside the fields.
 RESERVED = "rows"
 
 
 def check_stored(name: str, stored: Stored) -> Stored:
-    """Returns a sound data set: arrays of the dtypes of its fields, and histograms of its images.
+    """Checks a data set; returns it with the dtypes of its fields and histograms of its images.
 
     Raises:
-        UserError: the data set is not what `Stored` says; the message names split and field.
+        UserError: the data set does not match `Stored`; the message names split and field.
     """
     if problem := _problem(stored):
         raise UserError(f"The data set {name!r}: {problem}.")
@@ -41,7 +41,7 @@ def _sound(field: Field) -> Field:
 
 def _problem(stored: Any) -> str | None:
     if not isinstance(stored, Stored):
-        return f"its function returns {type(stored).__name__} and not cv_jax.data.Stored"
+        return f"its function returns {type(stored).__name__}: return cv_jax.data.Stored"
     if not isinstance(stored.fields, dict) or not stored.fields:
         return "fields must be a dict such as {'image': image_field((h, w, c))}"
     for name, field in stored.fields.items():
@@ -59,14 +59,15 @@ def _problem(stored: Any) -> str | None:
         if np.shape(counted) != shape or (np.sum(counted, axis=0) != image[..., 0].size).any():
             return (
                 f"the histogram of {name!r}, of shape {np.shape(counted)}, does not count the "
-                f"pixels of train, which makes {shape}; leave it out of Stored, and it is counted"
+                f"pixels of train, whose histogram is {shape}; leave it out of Stored, so that it "
+                "is computed"
             )
     return None
 
 
 def _field_problem(name: Any, field: Any) -> str | None:
     if not isinstance(name, str) or not name or name == RESERVED:
-        return f"a field cannot have the name {name!r}"
+        return f"a field cannot have the name {name!r}; choose another"
     if not isinstance(field, Field):
         return f"fields[{name!r}] must be a cv_jax.data.fields.Field, not {type(field).__name__}"
     if field.kind not in KINDS:
@@ -77,7 +78,7 @@ def _field_problem(name: Any, field: Any) -> str | None:
     if field.kind == "image" and not is_image:
         return (
             f"the images {name!r} have the shape {tuple(field.shape)} and not (h, w, c) with 1 to "
-            "4 channels; grey images take [..., None]"
+            "4 channels; add a channel to grey images with [..., None]"
         )
     if field.kind == "label" and not field.names:
         return f"fields[{name!r}] needs names of its classes, such as ('cat', 'dog')"
@@ -90,7 +91,7 @@ def _names_problem(name: str, names: Any) -> str | None:
     first: dict[str, int] = {}
     for i, text in enumerate(names):
         if not (isinstance(text, str) and text) or first.setdefault(text, i) < i:
-            return f"fields[{name!r}].names[{i}]={text!r} must be a text that no other class has"
+            return f"fields[{name!r}].names[{i}]={text!r} must be a text, unique among the names"
     return None
 
 
@@ -99,10 +100,10 @@ def _split_problem(split: str, examples: Any, fields: dict[str, Field]) -> str |
         isinstance(x, np.ndarray) for x in examples.values()
     )
     if not arrays:
-        return f"{split} must be a dict of NumPy arrays by the names of its fields"
+        return f"{split} must be a dict from the names of its fields to NumPy arrays"
     if examples.keys() != fields.keys():
         return (
-            f"{split} has the arrays {', '.join(examples) or 'none'}, and its fields are "
+            f"{split} has the arrays {', '.join(examples) or 'none'}, but Stored.fields has "
             f"{', '.join(fields)}"
         )
     for name, field in fields.items():
@@ -111,9 +112,9 @@ def _split_problem(split: str, examples: Any, fields: dict[str, Field]) -> str |
     sizes = {name: len(array) for name, array in examples.items()}
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"{count} of {name}" for name, count in sizes.items())
-        return f"{split} has {shown}; each example takes one of each"
+        return f"{split} has {shown}; each example needs one of each"
     if not num_examples(examples):
-        return f"{split} has no examples; train and test need some, val is held out of train"
+        return f"{split} has no examples: give at least one; val may be None"
     return None
 
 
@@ -141,7 +142,7 @@ def _shape(field: Field) -> str:
 
 
 def _class_problem(where: str, array: np.ndarray, field: Field) -> str | None:
-    """A label of an image is never padding; a box may be -1, a pixel 255."""
+    """Describes the first unknown class. Padding is allowed for a box (-1) and a pixel (255)."""
     known = (array >= 0) & (array < len(field.names))
     if field.kind != "label":
         known |= array == field.fill
@@ -149,6 +150,6 @@ def _class_problem(where: str, array: np.ndarray, field: Field) -> str | None:
         return None
     place = np.unravel_index(int(np.argmin(known)), array.shape)
     return (
-        f"{where}[{', '.join(map(str, place))}] is {array[place]}, and its {len(field.names)} "
-        f"names are counted from 0 to {len(field.names) - 1}"
+        f"{where}[{', '.join(map(str, place))}] is {array[place]}, but its {len(field.names)} "
+        f"classes are 0 to {len(field.names) - 1}"
     )

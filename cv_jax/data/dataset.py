@@ -1,4 +1,4 @@
-"""What a data set is: examples in three splits, and facts about their fields."""
+"""Defines a data set: examples in three splits, and a description of their fields."""
 
 import zlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from cv_jax.config.errors import UserError
 from cv_jax.data.fields import Examples, Field, num_examples
 from cv_jax.data.typical import Typical, typical_from_json, typical_to_json
 
-# Train images that a model may look at for its data-dependent initialisation.
+# Training images that a model may use for its data-dependent initialisation.
 SAMPLE_SIZE = 5000
 SPLITS = ("train", "val", "test")
 
@@ -20,12 +20,12 @@ class DataSpec(NamedTuple):
     """Facts about a data set, for models, augmentation, tasks and the log.
 
     Attributes:
-        name: `config.data.name`.
-        fields: what each array of an example means, by name.
-        num_train, num_val, num_test: examples in each split.
+        name: the value of `config.data.name`.
+        fields: {name: description of this array of an example}.
+        num_train, num_val, num_test: number of examples in the split.
         sample: the first min(5000, num_train) examples of train.
-        num_unlabelled: examples of train whose field `labelled` is False.
-        typical: statistics of the training images; None where they were not measured.
+        num_unlabelled: number of training examples whose field `labelled` is False.
+        typical: statistics of the training images; None: not measured.
     """
 
     name: str
@@ -39,15 +39,15 @@ class DataSpec(NamedTuple):
 
     @property
     def num_labelled(self) -> int:
-        """Examples of train whose label is known."""
+        """Returns the number of training examples whose label is known."""
         return self.num_train - self.num_unlabelled
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of the field `image`.
+        """Returns (h, w, c) of the field `image`.
 
         Raises:
-            UserError: there is no such field.
+            UserError: the data set has no field `image`.
         """
         if "image" not in self.fields:
             raise UserError(f"The data set {self.name!r} has no images, only {self.summary}.")
@@ -55,7 +55,7 @@ class DataSpec(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """The shapes of an example in words, such as "32x32x3, 10 classes"."""
+        """Returns the shapes of an example in words, such as "32x32x3, 10 classes"."""
         return ", ".join(
             f"{len(field.names)} classes"
             if field.kind == "label"
@@ -66,17 +66,17 @@ class DataSpec(NamedTuple):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names of the field `label`; () without that field."""
+        """Returns the class names of the field `label`; () without this field."""
         return self.fields["label"].names if "label" in self.fields else ()
 
     @property
     def num_classes(self) -> int:
-        """How many classes the field `label` has; 0 without that field."""
+        """Returns the number of classes of the field `label`; 0 without this field."""
         return len(self.class_names)
 
 
 def spec_to_json(spec: DataSpec) -> dict[str, Any]:
-    """Returns the facts as JSON values, without the sample."""
+    """Returns a spec as JSON values, without its sample."""
     fields = {name: field_to_json(field) for name, field in spec.fields.items()}
     typical = typical_to_json(spec.typical) if spec.typical else None
     return {**spec._asdict(), "fields": fields, "sample": None, "typical": typical}
@@ -93,9 +93,9 @@ def field_to_json(field: Field) -> dict[str, Any]:
 
 
 def spec_from_json(values: Mapping[str, Any]) -> DataSpec:
-    """Returns the spec that `spec_to_json` was given; its sample is one example of padding.
+    """Returns the spec from the values of `spec_to_json`; its sample is one example of padding.
 
-    Values that older code wrote, of one image and one label, are understood, too.
+    Also reads the older format, of one image and one label.
 
     Raises:
         KeyError, TypeError, ValueError: the values are not those of a spec.
@@ -107,7 +107,7 @@ def spec_from_json(values: Mapping[str, Any]) -> DataSpec:
     typical = values.get("typical")
     if typical is not None:
         typical = typical_from_json(typical, fields["image"].shape[-1])
-    sample = {  # takes no memory, whatever the shape
+    sample = {  # takes no memory, for any shape
         name: np.broadcast_to(np.asarray(field.fill, field.dtype), (1, *field.shape))
         for name, field in fields.items()
     }
@@ -122,7 +122,7 @@ def _from_image_and_label(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def field_from_json(values: dict[str, Any]) -> Field:
-    """Returns the field that `field_to_json` was given."""
+    """Returns the field from the values of `field_to_json`."""
     field = Field(**{**values, "shape": tuple(values["shape"]), "names": tuple(values["names"])})
     np.dtype(field.dtype)
     return field._replace(
@@ -132,7 +132,7 @@ def field_from_json(values: dict[str, Any]) -> Field:
 
 
 def padding(fields: Mapping[str, Field], count: int) -> Examples:
-    """Returns `count` examples of nothing but fill values."""
+    """Returns `count` examples whose fields have their fill values."""
     return {
         name: np.full((count, *field.shape), field.fill, field.dtype)
         for name, field in fields.items()
@@ -140,7 +140,7 @@ def padding(fields: Mapping[str, Field], count: int) -> Examples:
 
 
 def example_shapes(fields: Mapping[str, Field], *leading: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of examples with these leading axes, such as a batch size."""
+    """Returns the shapes of examples with the axes `leading` in front, such as a batch size."""
     return {
         name: jax.ShapeDtypeStruct((*leading, *field.shape), field.dtype)
         for name, field in fields.items()
@@ -148,11 +148,11 @@ def example_shapes(fields: Mapping[str, Field], *leading: int) -> dict[str, jax.
 
 
 class Dataset(NamedTuple):
-    """Three splits in host memory, memory-mapped where they come from the cache, and their spec.
+    """Three splits in host memory (memory-mapped if read from the cache), and their spec.
 
     Attributes:
-        spec: facts about them.
-        train, val, test: arrays by the names of `spec.fields`.
+        spec: facts about the data set.
+        train, val, test: {field: (m, ...) array}, for the names of `spec.fields`.
         notes: lines that the log shows at the start.
     """
 
@@ -164,15 +164,15 @@ class Dataset(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A data set as its source has it, before val is held out of train.
+    """A data set as its source returns it, before val is held out of train.
 
     Attributes:
-        fields: what each array of an example means, by name; see `data.fields`.
-        train, test: {name of a field: (m, ...) array}.
-        val: the official val split; None where there is none.
-        histograms: {name of an image field: (256, c) int64}, how often each channel of train has
-            each value. Mean and std of train without val follow from it without another look at
-            every pixel. `check_stored` counts where a source has none.
+        fields: {name: description of this array of an example}; see `data.fields`.
+        train, test: {field: (m, ...) array}.
+        val: the official val split, {field: (m, ...) array}; None: the source has no val split.
+        histograms: {image field: (256, c) int64}, how often each channel of train has each value.
+            Mean and std of train without val follow from it without reading every pixel again.
+            None: `check_stored` computes the histograms.
     """
 
     fields: dict[str, Field]
@@ -183,7 +183,7 @@ class Stored(NamedTuple):
 
 
 def data_fingerprint(data: Dataset) -> dict[str, int]:
-    """Returns checksums of a data set, by which processes agree that they read the same one."""
+    """Returns checksums of a data set; processes compare them to check that their data is equal."""
     return {
         f"data set ({split}, CRC-32 of the field {name})": zlib.crc32(np.ascontiguousarray(array))
         for split in SPLITS
@@ -192,7 +192,7 @@ def data_fingerprint(data: Dataset) -> dict[str, int]:
 
 
 def counts(train: Examples, val: Examples, test: Examples) -> dict[str, int]:
-    """Returns the numbers of examples as `DataSpec` names them."""
+    """Returns the number of examples of each split, by the attribute names of `DataSpec`."""
     return {
         f"num_{name}": num_examples(split)
         for name, split in zip(SPLITS, (train, val, test), strict=True)

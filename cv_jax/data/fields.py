@@ -1,14 +1,14 @@
-"""Names the arrays that the examples of a data set consist of, and says what each of them means."""
+"""Describes the fields of a data set: the arrays that make up an example."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-# Examples, a batch, or one example: arrays by the name of their field.
+# Examples, a batch, or one example: {field name: array}.
 Examples = dict[str, np.ndarray]
 
-# What a field can be, as the shape and dtype of one example. t frames, o objects, a agents, l
+# The kinds of field, with the shape and dtype of one example. t frames, o objects, a agents, l
 # tokens, p points. Coordinates are (x, y) in pixels of the stored image; the pixel in row i and
 # column j covers [j, j + 1) x [i, i + 1).
 KINDS = {
@@ -19,7 +19,7 @@ KINDS = {
     "boxes": "(o, 4) float32, corners x0 y0 x1 y1, half-open",
     "box_label": "(o,) int32, the class of a box; -1 is padding",
     "box_flag": "(o,) bool, such as `difficult`",
-    "mask": "(h, w) uint8, a class for each pixel; 255 counts for nothing",
+    "mask": "(h, w) uint8, a class for each pixel; 255 is ignored",
     "points": "(p, 2) float32, x y",
     "tracks": "(a, t, 2) float32, x y",
     "valid": "(a, t) bool, which positions of a track are known",
@@ -35,14 +35,14 @@ class Field(NamedTuple):
     """One array of each example.
 
     Attributes:
-        shape: of one example, such as (h, w, c).
+        shape: the shape of one example, such as (h, w, c).
         dtype: "uint8", "int32", "float32" or "bool".
         kind: one of KINDS.
-        fill: the value of padding, in rows that fill up a batch and in missing objects.
-        names: of the classes or tokens, in order; () where there are none.
-        unit: of the values, such as "px" or "m"; "" where there is none.
-        mean, std: (c,) float32 in [0, 1], per channel over all pixels of train. Images alone have
-            them.
+        fill: the value of padding, in padded rows of a batch and for missing objects.
+        names: the names of the classes or tokens, in order; (): no names.
+        unit: the unit of the values, such as "px" or "m"; "": no unit.
+        mean, std: (c,) float32 in [0, 1], per channel over all pixels of train; None for other
+            kinds than images.
     """
 
     shape: tuple[int, ...]
@@ -71,10 +71,10 @@ def points_field(count: int) -> Field:
 
 
 def num_examples(examples: Mapping[str, Any]) -> int:
-    """Returns how many examples there are: the length of every field."""
+    """Returns the number of examples, which is the length of every field."""
     return len(next(iter(examples.values())))
 
 
 def take(examples: Mapping[str, np.ndarray], positions: Any) -> Examples:
-    """Returns the examples at these positions (an index array or a slice)."""
+    """Returns the examples at `positions`, an index array or a slice."""
     return {name: array[positions] for name, array in examples.items()}

@@ -11,23 +11,26 @@ from cv_jax.data.sources.digits import load_digits
 from cv_jax.data.sources.location import find_prepared, tfds_data_dir
 from cv_jax.data.splits import count_equal, hold_out, limit_examples, limit_labels
 
-# Data sets that do not come from TFDS: a new one is a function here, () -> Stored.
+# Data sets that do not come from TFDS. Add a new one here, as a function () -> Stored.
 OWN = {"digits": load_digits}
 
 
 def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
-    """Loads what `config_data` names; TFDS downloads and prepares it first where it must.
+    """Loads the data set that `config_data` names. TFDS first downloads one that is missing.
 
     Args:
-        config_data: `name` is one of OWN, "module:function" of your own, () -> Stored, or the TFDS
-            name of an image-classification data set; `dir` is where TFDS keeps its data ("":
-            TFDS_DATA_DIR or ~/tensorflow_datasets); `num_val` examples of train become val, see
-            `splits.hold_out`; above 0, `limit` keeps only so many examples of each split; in train
-            `labels_per_class` or `label_fraction` keep their labels, see `limit_labels`.
+        config_data: the config's `data`, with these keys:
+            name: one of OWN, "module:function" of your own (() -> Stored), or the TFDS name of an
+                image-classification data set.
+            dir: TFDS's data directory; "": TFDS_DATA_DIR or ~/tensorflow_datasets.
+            num_val: the number of training examples that become val, see `splits.hold_out`.
+            limit: the most examples to keep of each split; 0: all.
+            labels_per_class, label_fraction: the training examples that keep their labels, see
+                `limit_labels`.
 
     Raises:
-        UserError: the name is unknown, the data cannot be fetched or read, the data set is not
-            sound, or `num_val` or the number of labels does not fit.
+        UserError: the name is unknown, the data cannot be fetched or read, the data set does not
+            match `Stored`, or `num_val` or the number of labels does not fit.
     """
     name = config_data.name
     data = hold_out(name, check_stored(name, _load(name, config_data.dir)), config_data.num_val)
@@ -58,7 +61,7 @@ def _load_tfds(name: str, config_dir: str) -> Stored:
         directory = find_prepared(name, data_dir)
     if directory is None:
         raise UserError(
-            f"{data_dir} has a directory of {name} without dataset_info.json in it: "
+            f"The directory of {name} in {data_dir} has no dataset_info.json: "
             "remove that directory, so that it can be prepared again."
         )
     return cached(directory, _read_prepared)

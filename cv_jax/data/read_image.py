@@ -1,4 +1,4 @@
-"""Image files of any kind, as the arrays that a network takes."""
+"""Reads image files of any kind into arrays that a network takes."""
 
 import stat
 import warnings
@@ -13,43 +13,43 @@ from PIL import Image, ImageOps
 
 from cv_jax.config.errors import UserError, first_line
 
-# A few bytes can say that they are an image of any size: more pixels are refused.
+# A file of a few bytes can claim any size, so an image with more pixels is an error.
 MAX_PIXELS = 50_000_000
-MAX_BYTES = 500_000_000  # of a file: so many pixels of 8 bytes, and its other contents
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of twice as many
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage that leaves the pixels whole
+MAX_BYTES = 500_000_000  # MAX_PIXELS of 8 bytes, and the file's other contents
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
+warnings.filterwarnings("ignore", module=r"PIL\.")  # damage that leaves the pixels whole
 Image.init()
-KINDS = [kind for kind in Image.ID if kind != "EPS"]  # which Ghostscript would run as a program
+KINDS = [kind for kind in Image.ID if kind != "EPS"]  # Ghostscript would execute an EPS file
 
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of so many channels
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
 
 
 def read_bytes(path: Path) -> bytes:
     """Reads a file that a user names.
 
     Raises:
-        UserError: the path is not that of a plain file of at most 500 MB that can be read.
+        UserError: the path is not a plain, readable file of at most 500 MB.
     """
     try:
         about = path.stat()
         if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
-            raise UserError("it is a pipe, a socket or a device and not a file")  # may never end
+            raise UserError("it is a pipe, a socket or a device, not a file")  # may never end
         if about.st_size > MAX_BYTES:
             raise UserError(f"it has more than {MAX_BYTES // 10**6} MB")
         return path.read_bytes()
     except IsADirectoryError as error:
-        raise UserError("it is a directory that is not looked into: name it as --dir") from error
+        raise UserError("it is a directory: use --dir to predict the images in it") from error
     except OSError as error:
         raise UserError(error.strerror or str(error)) from error
 
 
 class Back(NamedTuple):
-    """The way from the pixels of a network's input back to those of the file.
+    """The map from pixels of a network's input back to pixels of the file.
 
     Attributes:
-        size: (height, width) of the image in the file, turned as its EXIF data say.
-        matrix: (3, 3) float64; (x, y, 1) of the input to (x, y, 1) of the file.
+        size: (height, width) of the image in the file, after its EXIF rotation.
+        matrix: (3, 3) float64, maps (x, y, 1) of the input to (x, y, 1) of the file.
     """
 
     size: tuple[int, int]
@@ -57,34 +57,35 @@ class Back(NamedTuple):
 
 
 def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Decodes an image file and brings it to (h, w, c) uint8: see `fit_image`."""
+    """Decodes an image file and fits it to (h, w, c) uint8: see `fit_image`."""
     return fit_image(data, image_shape)[0]
 
 
 def fit_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.ndarray, Back]:
-    """Decodes an image file and brings it to the shape of the images of a data set.
+    """Decodes an image file and fits it to the image shape of a data set.
 
-    Evaluation takes images as they are, so one of that size keeps each of its pixels. Any other is
-    resized (bicubic, antialiased where it shrinks) until it covers h x w, and its middle is cut
-    out. Before that it is turned as its EXIF data say, unless they are damaged; grey becomes RGB,
-    or colours the grey of ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B); 16 bits become 8. Where there
-    is no channel for transparency, transparent pixels become white. Of several frames the first is
-    read.
+    The steps, in order:
+    - read the first frame, and rotate it by its EXIF data unless they are damaged;
+    - convert 16 bits to 8;
+    - without a channel for transparency, make transparent pixels white;
+    - convert grey to RGB, or colours to the grey of ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B);
+    - resize to cover h x w (bicubic, antialiased where it shrinks), and crop at the centre. An
+      image of h x w pixels keeps every pixel, as in evaluation.
 
     Args:
         data: the content of a file of a kind that Pillow or OpenCV opens.
-        image_shape: (h, w, c), c is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGBA.
+        image_shape: (h, w, c); c is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGBA.
 
     Returns:
-        (h, w, c) uint8, and the way back to the file's own pixels.
+        The image (h, w, c) uint8, and the map back to the file's own pixels.
 
     Raises:
-        UserError: the file is not an image, damaged, or has more than 50 million pixels.
+        UserError: the file is not an image, is damaged, or has more than 50 million pixels.
     """
     h, w, c = image_shape
     try:
         image = _open(data)
-        with suppress(Exception):  # whatever damaged EXIF data do: the pixels are whole
+        with suppress(Exception):  # damaged EXIF data: the pixels are still whole
             ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image)
         if c in (1, 3) and image.has_transparency_data:
@@ -96,13 +97,13 @@ def fit_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.ndarra
             image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged file does to a decoder
+    except Exception as error:  # a decoder may raise anything on a damaged file
         raise UserError(f"it is damaged ({first_line(error)})") from error
     return np.asarray(image).reshape(h, w, c), back
 
 
 def _way_back(size: tuple[int, int], fitted: tuple[int, int]) -> Back:
-    """Returns the way back from an image that covers `fitted` (w, h), cut out of its middle."""
+    """Returns the map back from a centre crop of `fitted` (w, h) to an image of `size` (w, h)."""
     scale = min(size[0] / fitted[0], size[1] / fitted[1])
     left, top = ((side - scale * small) / 2 for side, small in zip(size, fitted, strict=True))
     matrix = np.array([[scale, 0, left], [0, scale, top], [0, 0, 1]])
@@ -123,18 +124,18 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _open_by_opencv(data: bytes, error: Exception) -> Image.Image:
-    """Of the kinds that Pillow does not know, such as Radiance HDR."""
+    """Decodes an image of a kind that Pillow does not read, such as Radiance HDR."""
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error:  # no data at all, or too many pixels
         pixels = None
     if pixels is None:
-        raise UserError("it is no image of a kind that can be read") from error
+        raise UserError("it is not an image of a kind that can be read") from error
     return Image.fromarray(pixels)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, or of floating-point numbers in [0, 1]: Pillow would cut the values off."""
+    """Converts grey of 16 bits, or floats in [0, 1], to 8 bits; Pillow would clip the values."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     most = 1 if image.mode == "F" else 2**16 - 1

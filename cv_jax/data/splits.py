@@ -1,4 +1,4 @@
-"""Chooses which examples are val, which stay, and which keep their labels; the same for a seed."""
+"""Chooses the examples of val, the examples to keep, and those that keep their labels, by seed."""
 
 import numpy as np
 
@@ -7,23 +7,23 @@ from cv_jax.data.dataset import SAMPLE_SIZE, SPLITS, Dataset, DataSpec, Stored, 
 from cv_jax.data.fields import Examples, Field, num_examples, take
 from cv_jax.data.statistics import histogram, mean_and_std
 
-OFFICIAL = -1  # config.data.num_val of the val split that the source has
+OFFICIAL = -1  # config.data.num_val that takes the source's own val split
 
 
 def hold_out(name: str, stored: Stored, num_val: int) -> Dataset:
     """Moves `num_val` examples from train to val, see `choose_val`; -1 takes the official val.
 
-    Both keep the order that train had.
+    Train and val keep the order of the source.
 
     Raises:
-        UserError: `num_val` leaves nothing to train on, or there is no official val.
+        UserError: `num_val` leaves nothing to train on, or the source has no official val.
     """
     train = stored.train
     count = num_examples(train)
     if num_val == OFFICIAL and stored.val is None:
         raise UserError(
-            f"config.data.num_val={OFFICIAL} asks for the official val split, and {name} has none: "
-            "give the number of training examples to hold out."
+            f"config.data.num_val={OFFICIAL} asks for the official val split, but {name} has "
+            "none: set it to the number of training examples to hold out."
         )
     if num_val != OFFICIAL and not 0 <= num_val < count:
         raise UserError(
@@ -57,8 +57,8 @@ def choose_val(train: Examples, fields: dict[str, Field], count: int) -> np.ndar
     """Chooses `count` examples for val; returns their positions, ascending.
 
     With a field `group`, whole groups are chosen at random until at least `count` examples are
-    held out. Else the choice is stratified: by `label`; by the rarest class present in an example
-    with `box_label`; without either, at random.
+    held out. Else the choice is stratified by `label`, or by the rarest class in each example's
+    `box_label`; without either field, it is random.
     """
     if "group" in fields:
         return _choose_groups(train["group"], count)
@@ -66,7 +66,7 @@ def choose_val(train: Examples, fields: dict[str, Field], count: int) -> np.ndar
 
 
 def _strata(examples: Examples, fields: dict[str, Field]) -> np.ndarray:
-    """A whole number for each example, by which choices are stratified."""
+    """Returns an integer for each example, by which choices are stratified."""
     if "label" in fields:
         return examples["label"]
     if "box_label" not in fields:
@@ -92,10 +92,10 @@ def _choose_groups(group: np.ndarray, count: int) -> np.ndarray:
 
 
 def limit_examples(data: Dataset, count: int) -> Dataset:
-    """Cuts every split down to `count` examples; mean and std remain those of all.
+    """Cuts every split down to `count` examples; mean and std stay those of all examples.
 
-    The choice is stratified like val's, and keeps the order. A split whose examples are sorted by
-    class or by scene keeps all of its classes or scenes in this way.
+    The choice is stratified like val's, and keeps the order. A split that is sorted by class or
+    by scene therefore keeps all its classes or scenes.
     """
 
     def cut(split):
@@ -112,18 +112,21 @@ def limit_examples(data: Dataset, count: int) -> Dataset:
 def limit_labels(
     data: Dataset, per_class: int, fraction: float, seed: int, keep_unlabelled: bool
 ) -> Dataset:
-    """Removes the labels of all training examples but a few, which are stratified.
+    """Keeps the labels of a few training examples, chosen stratified.
+
+    Val, test, mean and std are unchanged.
 
     Args:
-        data: val and test stay as they are; so do mean and std.
-        per_class: examples of each class that keep their labels, when above zero.
-        fraction: else the share of all examples that keep them; 0: all.
-        seed: of the choice.
-        keep_unlabelled: whether the others stay in train. Then every split has a field `labelled`,
-            and their label is that of padding, -1.
+        data: the data set.
+        per_class: number of examples of each class that keep their labels; 0: use `fraction`.
+        fraction: share of all examples that keep their labels; 0: all.
+        seed: the seed of the choice.
+        keep_unlabelled: whether the other examples stay in train. If so, every split gets a field
+            `labelled`, and the label of these examples is -1, the value of padding.
 
     Raises:
-        UserError: a class has too few examples, none keeps its label, or there are no labels.
+        UserError: a class has too few examples, no example keeps its label, or the data set has
+            no labels.
     """
     if not per_class and not fraction:
         return data
@@ -146,13 +149,14 @@ def _choose_labelled(data: Dataset, per_class: int, fraction: float, seed: int) 
             raise UserError(
                 f"config.data.labels_per_class={per_class}: the class "
                 f"{data.spec.class_names[sizes.argmin()]!r} has only {sizes.min()} training "
-                "examples."
+                "examples. Choose a smaller number."
             )
         return _choose(label, np.full(len(sizes), per_class), seed)
     chosen = stratified(label, round(fraction * len(label)), seed)
     if not len(chosen):
         raise UserError(
-            f"config.data.label_fraction={fraction} leaves none of {len(label)} labels."
+            f"config.data.label_fraction={fraction} leaves none of {len(label)} labels. "
+            "Choose a larger fraction."
         )
     return chosen
 
@@ -174,18 +178,18 @@ def _with_labelled(data: Dataset, chosen: np.ndarray) -> Dataset:
 
 
 def stratified(label: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Chooses `count` examples at random, every class in proportion; the same ones for a seed.
+    """Chooses `count` examples at random, each class in proportion; equal seeds choose equally.
 
-    Class i with m_i of the m examples gets floor(m_i count / m) of them, and the classes with the
-    largest remainders one more each, until there are `count`.
+    Class i with m_i of the m examples gets floor(m_i count / m). The classes with the largest
+    remainders get one more each, up to `count` in total.
 
     Args:
         label: (m,) int, 0 or more.
-        count: between 0 and m.
-        seed: of the choice.
+        count: number of examples to choose, between 0 and m.
+        seed: the seed of the choice.
 
     Returns:
-        (count,) int64, the positions, ascending.
+        (count,) int64, the positions of the chosen examples, ascending.
     """
     sizes = np.bincount(label)
     quota, remainder = np.divmod(sizes * count, len(label))
@@ -201,7 +205,7 @@ def _choose(label: np.ndarray, quota: np.ndarray, seed: int) -> np.ndarray:
 
 
 def count_equal(data: Dataset) -> list[str]:
-    """Returns a note for each two splits that share equal images."""
+    """Returns a note for each pair of splits that share equal images."""
     names = [name for name, field in data.spec.fields.items() if field.kind == "image"]
     if not names:
         return []
@@ -209,7 +213,7 @@ def count_equal(data: Dataset) -> list[str]:
     notes = []
     for first, second in (("val", "train"), ("test", "train"), ("test", "val")):
         if equal := _num_equal(images[first], images[second]):
-            notes.append(f"data    {equal:,} images of {first} are in {second}, too")
+            notes.append(f"data    {equal:,} images of {first} are also in {second}")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Statistics of the pixels of a split."""
+"""Computes statistics of the pixels of a split."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def histogram(image: np.ndarray) -> np.ndarray:
 
 
 def mean_and_std(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation, (c,) float32 in [0, 1], of what `histogram` counted."""
+    """Returns mean and std, each (c,) float32 in [0, 1], from the counts of `histogram`."""
     value = np.arange(256)[:, None] / 255
     share = counts / counts.sum(0)
     mean = (share * value).sum(0)

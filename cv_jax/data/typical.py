@@ -1,21 +1,21 @@
-"""Scores how unlike the training images an image is, by simple statistics of its pixels."""
+"""Scores how far an image is from the training images, by simple statistics of its pixels."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-MOST = 2000  # images that are measured: more say no more
-GROUP = 100  # of them at a time, in float32
-SHARE = 0.99  # of val, which is like train
+MOST = 2000  # images measured; more do not change the statistics
+GROUP = 100  # images converted to float32 at a time
+SHARE = 0.99  # share of val whose scores do not exceed the threshold
 
 
 class Typical(NamedTuple):
-    """What the images of a data set are like.
+    """Statistics of the training images, and the largest score of a typical image.
 
     Attributes:
-        mean, std: (4 c,) float32, of the statistics of the first 2,000 images of train.
-        threshold: the score that 99 % of the first 2,000 images of val do not exceed; of train
-            where there is no val.
+        mean, std: (4 c,) float32, over the statistics of the first 2,000 images of train.
+        threshold: the score that 99 % of the first 2,000 images of val do not exceed; without
+            val, of train.
     """
 
     mean: np.ndarray
@@ -24,22 +24,22 @@ class Typical(NamedTuple):
 
 
 def measure(train: np.ndarray, val: np.ndarray) -> Typical:
-    """Returns what images are like, from those of train and val: (m, h, w, c) uint8."""
+    """Measures the statistics of the images of train and val, (m, h, w, c) uint8."""
     statistics = _statistics(train[:MOST])
-    # Where all images agree, as in the alpha of opaque ones, 1 % of the range is a difference.
+    # If all images agree (for example in alpha), the std is set to 1 % of the range.
     mean, std = statistics.mean(0), np.maximum(statistics.std(0), 0.01)
     scores = score(val[:MOST] if len(val) else train[:MOST], Typical(mean, std, 0.0))
     return Typical(mean, std, float(np.quantile(scores, SHARE)))
 
 
 def score(image: np.ndarray, typical: Typical) -> np.ndarray:
-    """Returns how far the statistics of images are from those of train.
+    """Returns the distance of each image's statistics from those of train.
 
-    It is the root mean square of (statistic - mean) / std, about 1 for an image of train.
+    The distance is the root mean square of (statistic - mean) / std, about 1 for an image of train.
 
     Args:
         image: (m, h, w, c) uint8.
-        typical: of the data set.
+        typical: the statistics of the data set.
 
     Returns:
         (m,) float32.
@@ -48,7 +48,7 @@ def score(image: np.ndarray, typical: Typical) -> np.ndarray:
 
 
 def _statistics(image: np.ndarray) -> np.ndarray:
-    """Of each channel: mean, std, and mean difference of neighbours in a column and in a row."""
+    """Computes per channel: mean, std, mean difference of neighbours in columns and in rows."""
 
     def of(x):
         x = x.astype(np.float32) / np.float32(255)
@@ -59,7 +59,7 @@ def _statistics(image: np.ndarray) -> np.ndarray:
 
 
 def typical_to_json(typical: Typical) -> dict[str, Any]:
-    """Returns the values as JSON has them."""
+    """Returns the statistics as JSON values."""
     return {
         "mean": typical.mean.tolist(),
         "std": typical.std.tolist(),
@@ -68,10 +68,10 @@ def typical_to_json(typical: Typical) -> dict[str, Any]:
 
 
 def typical_from_json(values: dict[str, Any], channels: int) -> Typical:
-    """Returns what `typical_to_json` was given.
+    """Returns the statistics from the values of `typical_to_json`.
 
     Raises:
-        KeyError, TypeError, ValueError: the values are not those of so many channels.
+        KeyError, TypeError, ValueError: the values do not fit images of `channels` channels.
     """
     mean, std = (np.float32(values[name]).reshape(4 * channels) for name in ("mean", "std"))
     return Typical(mean, std, float(values["threshold"]))

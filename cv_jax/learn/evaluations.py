@@ -1,17 +1,17 @@
-"""What an evaluation can be, beside sums of a batch: a Probe, or Collected predictions."""
+"""Two kinds of evaluation beside sums over batches: Probe and Collected."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Probe(NamedTuple):
-    """An evaluation of features, by what can be learned from those of labelled training images.
+    """An evaluation of features by a predictor that is fitted on labelled training images.
 
     Attributes:
         embed: (state, batch) -> features (b, d).
-        fit: (features (m, d), label (m,)), of m training images -> what was learned of them.
-        score: (state, what was learned, batch) -> {metric: (sum, count)}.
-        limit: so many labelled training images at most, the first ones; None: all.
+        fit: (features (m, d), label (m,)) of m training images -> the fitted predictor.
+        score: (state, fitted predictor, batch) -> {metric: (sum, count)}.
+        limit: the most labelled training images to fit on, the first of train; None: all.
     """
 
     embed: Callable
@@ -23,14 +23,14 @@ class Probe(NamedTuple):
 class Collected(NamedTuple):
     """An evaluation of all predictions together, such as average precision or a median.
 
-    Each example is predicted once, whatever the devices. Process 0 folds the predictions on the
-    host, in the order of the examples, one fold for each run.
+    Each example is predicted once, on any number of devices. Process 0 folds the predictions on
+    the host, in the order of the examples, one fold for each run.
 
     Attributes:
         predict: (state, batch) -> {name: (b, ...)}; traced, for one run.
         start: () -> an empty fold.
-        add: (fold, predictions, examples) -> fold, of some examples: NumPy arrays by name, without
-            padding. The examples have all fields of the data set.
+        add: (fold, predictions, examples) -> fold. Predictions and examples are NumPy arrays by
+            name, without padding. The examples have all fields of the data set.
         finish: fold -> {metric: number}.
     """
 

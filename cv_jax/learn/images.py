@@ -1,4 +1,4 @@
-"""What tasks on images share: reading a file into an example, and drawing one."""
+"""Reads an image file into an example, and draws an example. Tasks on images share both."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,10 @@ from cv_jax.data.read_image import Back, fit_image
 
 
 def make_read(spec: DataSpec) -> Callable[[bytes], list[tuple[dict[str, np.ndarray], Back]]]:
-    """Returns a function from an image file to its only example, with the way back.
+    """Returns a function: image file -> [(example, back)], where `back` undoes the crop.
 
-    The image covers the network's size, and its middle is cut out: see `data.read_image`.
+    The image is scaled to cover the network's size and cropped at the centre: see
+    `data.read_image`.
     """
 
     def read(data: bytes) -> list[tuple[dict[str, np.ndarray], Back]]:
@@ -26,8 +27,8 @@ def draw_image(example: dict[str, Any], prediction: Any = None, back: Any = None
     """Returns the image of an example as a picture (h, w, 3) uint8.
 
     Args:
-        example: its `image` is uint8, or float32 in [0, 1].
-        prediction, back: not drawn.
+        example: {"image": (h, w, c) uint8, or float32 in [0, 1]}.
+        prediction, back: ignored.
     """
     del prediction, back
     image = np.asarray(example["image"])

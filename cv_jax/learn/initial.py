@@ -1,4 +1,4 @@
-"""What a network starts from: random numbers, training images, or a network of another run."""
+"""Initialises a network: random, from training images, or from a network of another run."""
 
 import functools
 import re
@@ -22,11 +22,11 @@ from cv_jax.workdir.bucket import work_directory
 
 
 class Initial(NamedTuple):
-    """How a network starts.
+    """The initial variables of a network.
 
     Attributes:
         draw: key -> the model's variables by collection.
-        shapes: of them, as ShapeDtypeStructs.
+        shapes: the variables as ShapeDtypeStructs.
         notes: lines that the log shows at the start.
     """
 
@@ -38,17 +38,17 @@ class Initial(NamedTuple):
 def make_initial(
     config: ml_collections.ConfigDict, model: nn.Module, normalize: Callable, spec: DataSpec
 ) -> Initial:
-    """The start of `model`: drawn, but for what it takes from the training images or another run.
+    """Returns the initial variables: random, from training images, or from `config.init_from`.
 
     Args:
-        config: of the run; `init_from`, see `take_over`.
-        model: of images as `normalize` gives them. What it has in `params_from_images`, or its
-            `backbone` has, replaces what was drawn.
+        config: the run's config.
+        model: takes images that `normalize` returned. A method `params_from_images` of the model
+            or of its `backbone` returns parameters that replace random ones.
         normalize: see `inputs.make_normalize`.
-        spec: of the data.
+        spec: describes the data set.
 
     Raises:
-        UserError: `init_from` does not fit.
+        UserError: `config.init_from` does not fit, see `take_over`.
     """
     from_images = _params_from_images(model, lambda: normalize(to_unit(spec.sample["image"])))
 
@@ -88,25 +88,26 @@ def take_over(
     allow: Callable[[str], bool],
     anew: Callable[[str], bool],
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """What a network takes from the one that `config.init_from` names, RUN or RUN:SUBTREE.
+    """Loads the parameters and batch statistics of another network that match by name.
 
-    Parameters, and statistics of batches, go by their names; those of RUN:SUBTREE by what follows
-    SUBTREE in them. All have to be in both networks and of one shape, but for those that are
-    allowed not to be: what is here alone starts as it would without RUN, and so does what has
-    another number of values there; of as many values it is reshaped; and what is there alone is
-    left.
+    With RUN:SUBTREE the names are those below SUBTREE. Every array must be in both networks and
+    have one shape. Where `allow` permits a difference:
+    - missing in RUN: initialised as without RUN;
+    - another number of values in RUN: initialised as without RUN;
+    - as many values in another shape: reshaped;
+    - only in RUN: ignored.
 
     Args:
-        init_from: which one.
-        shapes: of the network's variables.
-        allow: name -> whether it may not fit.
-        anew: name -> whether it is not taken over in any case.
+        init_from: RUN or RUN:SUBTREE, the value of `config.init_from`.
+        shapes: the new network's variables as ShapeDtypeStructs.
+        allow: name -> whether the array may differ.
+        anew: name -> whether the array is initialised even if RUN has it.
 
     Returns:
-        {path: array} of what is taken over, and a table of it.
+        {path: array} of the loaded arrays, and lines for the log: RUN's name and a table.
 
     Raises:
-        UserError: there is no such network, or it does not fit.
+        UserError: RUN has no network, or an array differs where `allow` does not permit it.
     """
     name, found = _read(init_from)
     here = flatten_dict(shapes, sep="/")
@@ -123,29 +124,29 @@ def take_over(
     for path, wanted in here.items():
         allowed = allow(_name(path))
         if anew(_name(path)):
-            note("drawn anew", path, True, "")
+            note("initialised", path, True, "")
         elif path not in there:
-            note("not there", path, allowed, "is not there")
+            note("missing", path, allowed, "is missing in RUN")
         elif there[path].shape == wanted.shape:
             taken[path] = there[path]
             note("loaded", path, True, "")
         else:
             fits = there[path].size == wanted.size
-            problem = f"is {there[path].shape} there and {wanted.shape} here"
+            problem = f"is {there[path].shape} in RUN and {wanted.shape} here"
             note("reshaped" if fits else "other shape", path, allowed, problem)
             if fits:
                 taken[path] = there[path].reshape(wanted.shape)
     for path in there:
         if path not in here:
             skipped = allow(_name(path)) or anew(_name(path))
-            note("skipped", path, skipped, "is there alone")
+            note("skipped", path, skipped, "is only in RUN")
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         do = "parameter does" if len(problems) == 1 else "parameters do"
         raise UserError(
             f"config.init_from={init_from!r}: {len(problems)} {do} not fit: "
-            f"{shown}. Choose a subtree, as in RUN:backbone, or allow them by a regular "
-            "expression, such as config.init_allow='head/.*'."
+            f"{shown}. Choose a subtree, for example RUN:backbone, or allow the differences by a "
+            "regular expression, such as config.init_allow='head/.*'."
         )
     return taken, [f"init    {init_from}, {name}", _table(rows, {**there, **here})]
 
@@ -160,7 +161,7 @@ def _table(rows: dict[str, list[str]], arrays: dict[str, Any]) -> str:
 
 
 def _name(path: str) -> str:
-    """Of a variable, without its collection."""
+    """Returns the name of a variable, without its collection."""
     return path.partition("/")[2]
 
 
@@ -169,14 +170,14 @@ def _matcher(config: ml_collections.ConfigDict, key: str) -> Callable[[str], boo
         pattern = re.compile(config[key])
     except (re.error, OverflowError, RecursionError) as error:
         raise UserError(
-            f"config.{key}={config[key]!r} is not a regular expression: {error}."
+            f"config.{key}={config[key]!r} is not a regular expression: {error}. Correct it."
         ) from error
     return lambda name: pattern.fullmatch(name) is not None
 
 
-@functools.lru_cache(maxsize=1)  # a task is built several times, and the run may be going on
+@functools.lru_cache(maxsize=1)  # a task is built several times, and RUN may still be training
 def _read(init_from: str) -> tuple[str, dict[str, np.ndarray]]:
-    """The name of the network, and {path: array} of its variables below the subtree."""
+    """Reads the name of the network, and {path: array} of its variables below the subtree."""
     run, subtree = _split(init_from)
     try:
         name, step, arrays = read_variables(work_directory(run))
@@ -186,7 +187,7 @@ def _read(init_from: str) -> tuple[str, dict[str, np.ndarray]]:
     for path, array in arrays.items():
         collection, _, inner = path.partition("/")
         if collection not in ("params", "batch_stats"):
-            continue  # a teacher has such in it, by other names
+            continue  # a teacher's parameters, which are in a collection of its own
         parts.add(inner.partition("/")[0])
         if inner.startswith(f"{subtree}/" if subtree else ""):
             found[f"{collection}/{inner.removeprefix(f'{subtree}/')}"] = np.asarray(array)
@@ -199,6 +200,6 @@ def _read(init_from: str) -> tuple[str, dict[str, np.ndarray]]:
 
 
 def _split(init_from: str) -> tuple[str, str]:
-    """RUN and SUBTREE of RUN:SUBTREE; the colon of gs:// is none of these."""
+    """Returns (RUN, SUBTREE) of RUN:SUBTREE; the colon of gs:// does not separate them."""
     run, colon, subtree = init_from.rpartition(":")
     return (run, subtree.strip("/")) if colon and not subtree.startswith("//") else (init_from, "")

@@ -1,4 +1,4 @@
-"""Prepares what a network is given: augmented and normalised images in float32."""
+"""Prepares the input of a network: augmented and normalised images in float32."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from cv_jax.data import DataSpec, Field
 
 
 def to_unit(image: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """uint8 0..255 to float32 in [0, 1]; float32 images are in [0, 1] already."""
+    """Converts uint8 0..255 to float32 in [0, 1]; returns float32 images unchanged."""
     if image.dtype == np.float32:
         return image
     return image.astype(np.float32) / np.float32(255)
@@ -25,8 +25,8 @@ def make_augmented(text: str, fields: Mapping[str, Field]) -> Callable[[dict, ja
     Images and clips become float32 in [0, 1], labels one-hot probabilities (b, n).
 
     Args:
-        text: see `augment.make_augment`.
-        fields: those of the batch.
+        text: the value of `config.augment`, see `augment.make_augment`.
+        fields: the fields of the batch.
     """
     augment = make_augment(text, fields)
 
@@ -45,9 +45,10 @@ def _prepared(x: jax.Array, field: Field) -> jax.Array:
 
 
 def make_view(text: str) -> Callable[[dict, jax.Array], jax.Array]:
-    """Returns (batch, key) -> augmented images in [0, 1], for tasks that use nothing else.
+    """Returns (batch, key) -> augmented images in [0, 1], for tasks that use only the image.
 
-    `text`: see `augment.make_augment`.
+    Args:
+        text: the value of `config.augment`, see `augment.make_augment`.
     """
     augment = make_augment(text)
 
@@ -59,16 +60,16 @@ def make_view(text: str) -> Callable[[dict, jax.Array], jax.Array]:
 
 
 def check_augmented(text: str, examples: dict, spec: DataSpec) -> list[str]:
-    """Checks augmented images of a first batch; returns a note where they have another size.
+    """Checks the augmented images of the first batch; returns a note if their size changed.
 
     Args:
-        text: `config.augment`.
-        examples: augmented, by field.
-        spec: of the data.
+        text: the value of `config.augment`.
+        examples: the augmented batch, by field.
+        spec: describes the data set.
 
     Raises:
-        UserError: a value is not finite or lies outside [0, 1]. It names the augmentation, which is
-            found by applying one after the other to images of the sample.
+        UserError: a value is not finite or lies outside [0, 1]. The message names the first
+            augmentation at fault, found by applying the chain step by step to `spec.sample`.
     """
     if "image" not in examples:
         return []
@@ -88,8 +89,8 @@ def check_augmented(text: str, examples: dict, spec: DataSpec) -> list[str]:
                 break
         low, high = np.min(images), np.max(images)
         raise UserError(
-            f"config.augment: {name!r} returned images with values from {low:.4g} to {high:.4g}; "
-            "expected are finite values from 0 to 1, before normalisation: clip or scale them."
+            f"config.augment: {name!r} returned images with values from {low:.4g} to {high:.4g}. "
+            "Clip or scale them to finite values from 0 to 1; normalisation comes later."
         )
     (h, w), (here_h, here_w) = spec.image_shape[:2], images.shape[1:3]
     same = (h, w) == (here_h, here_w)
@@ -97,14 +98,14 @@ def check_augmented(text: str, examples: dict, spec: DataSpec) -> list[str]:
 
 
 def _in_unit(images: Any) -> bool:
-    """Whether all values are in [0, 1] but for rounding; NaN is not."""
+    """Returns whether all values are in [0, 1] up to rounding; False for NaN."""
     return bool(np.min(images) >= -1e-3 and np.max(images) <= 1 + 1e-3)
 
 
 def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
     """Returns x -> (x - mean) / std per channel of the training split, or x -> x.
 
-    The images may be NumPy's or JAX's, and are that after it.
+    The function takes NumPy and JAX arrays, and returns the same kind.
     """
     if not normalize:
         return lambda image: image
@@ -113,7 +114,7 @@ def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
 
 
 def make_denormalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
-    """Returns what `make_normalize` gives for the same arguments, backwards."""
+    """Returns the inverse of the function that `make_normalize` returns for these arguments."""
     if not normalize:
         return lambda image: image
     mean, std = _mean_and_std(spec)
@@ -123,4 +124,4 @@ def make_denormalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
 def _mean_and_std(spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
     field = spec.fields["image"]
     mean, std = (np.float32(x)[None, None, None] for x in (field.mean, field.std))
-    return mean, np.maximum(std, np.float32(1 / 255))  # of a constant channel: 0
+    return mean, np.maximum(std, np.float32(1 / 255))  # a constant channel has std 0

@@ -1,4 +1,4 @@
-"""Losses of examples, and the loss of a batch."""
+"""Computes the losses of examples, and the loss of a batch."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from jax.typing import ArrayLike
 
 
 class Loss(NamedTuple):
-    """The loss of a batch as a sum and a count, so that any division over devices is the same.
+    """The loss of a batch as a sum and a count: equal for any division over devices.
 
     Attributes:
-        total: () float32, the sum over whatever is counted: examples, objects, pixels.
-        count: () float32, how many there are in the whole batch; may be 0.
+        total: () float32, the sum over the counted units: examples, objects or pixels.
+        count: () float32, the number of units in the whole batch; may be 0.
         each: (b,) float32, the loss of each example, for `config.select`; None: not known.
     """
 
@@ -22,29 +22,29 @@ class Loss(NamedTuple):
     each: jax.Array | None = None
 
     def mean(self) -> jax.Array:
-        """Returns total / max(count, 1), of which a step follows the gradient."""
+        """Returns total / max(count, 1), the value whose gradient a step follows."""
         return self.total / jnp.maximum(self.count, 1)
 
 
 def of_examples(each: jax.Array) -> Loss:
-    """Returns the loss of a batch whose examples (b,) all count the same."""
+    """Returns the loss of a batch from the losses (b,) of its examples, all of weight 1."""
     return Loss(each.sum(), jnp.float32(len(each)), each)
 
 
 def cross_entropy(
     logits: jax.Array, label: jax.Array, label_smoothing: ArrayLike = 0.0
 ) -> jax.Array:
-    """Cross-entropy between softmax(logits) and the smoothed label, in nats.
+    """Computes the cross-entropy between softmax(logits) and the smoothed label, in nats.
 
         y' = (1 - label_smoothing) * label + label_smoothing / n
         loss = -sum_n y'_n log softmax(logits)_n
 
-    It is computed in float32 whatever the type of the logits. The smoothing is that of
-    Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7.
+    The arithmetic is float32 for logits of any type. The smoothing is that of Szegedy et al. 2016,
+    "Rethinking the Inception Architecture", section 7.
 
     Args:
         logits: (b, n), of any float type.
-        label: (b, n) float32 probabilities: one-hot, or mixed by mixup and the like.
+        label: (b, n) float32 probabilities: one-hot, or mixed, for example by mixup.
         label_smoothing: 0 to 1; may be traced.
 
     Returns:
@@ -55,10 +55,11 @@ def cross_entropy(
 
 
 def squared_error(drawn: jax.Array, image: jax.Array, weight: jax.Array) -> jax.Array:
-    """The mean of weight * (drawn - image)^2 over the pixels and channels of each image.
+    """Computes the mean of weight * (drawn - image)^2 over each image's pixels and channels.
 
     Args:
-        drawn, image: (b, h, w, c); weight: (b, h, w, 1), of mean 1.
+        drawn, image: (b, h, w, c).
+        weight: (b, h, w, 1), of mean 1.
 
     Returns:
         (b,) float32.
@@ -66,13 +67,13 @@ def squared_error(drawn: jax.Array, image: jax.Array, weight: jax.Array) -> jax.
     return (weight * (drawn.astype(jnp.float32) - image) ** 2).mean((1, 2, 3))
 
 
-# --- Without labels: z (b, v, d) are what a network says of v views of each of b images ---
+# --- Without labels: z (b, v, d) are the outputs for v views of each of b images ---
 
 
 def nt_xent(z: jax.Array, temperature: ArrayLike = 0.5) -> jax.Array:
-    """SimCLR's contrastive loss, the normalised temperature-scaled cross-entropy, in nats.
+    """Computes SimCLR's loss, the normalised temperature-scaled cross-entropy, in nats.
 
-    Each of the 2b views has to find the other view of its image among all others:
+    Each of the 2b views is classified: which of the others shows the same image?
 
         l(i) = -log( exp(s_ij / temperature) / sum_{k != i} exp(s_ik / temperature) )
 
@@ -80,7 +81,7 @@ def nt_xent(z: jax.Array, temperature: ArrayLike = 0.5) -> jax.Array:
     Contrastive Learning of Visual Representations", https://arxiv.org/abs/2002.05709, equation 1.
 
     Args:
-        z: (b, 2, d), of any float type. The b images are the whole batch, on whatever devices.
+        z: (b, 2, d), of any float type. The b images are the whole batch, over all devices.
         temperature: above 0; may be traced.
 
     Returns:
@@ -96,7 +97,7 @@ def nt_xent(z: jax.Array, temperature: ArrayLike = 0.5) -> jax.Array:
 
 
 def byol(q: jax.Array, z: jax.Array) -> jax.Array:
-    """BYOL's loss: predictions of one view against the teacher's projections of the other.
+    """Computes BYOL's loss: predictions of one view against the teacher's projection of the other.
 
         |q1' - z2'|^2 + |q2' - z1'|^2 = 4 - 2 q1'.z2' - 2 q2'.z1'      (x' = x / |x|)
 
@@ -104,7 +105,8 @@ def byol(q: jax.Array, z: jax.Array) -> jax.Array:
     and the sum after it.
 
     Args:
-        q: (b, 2, d) predictions; z: (b, 2, d) projections, which get no gradient.
+        q: (b, 2, d) predictions.
+        z: (b, 2, d) projections of the teacher; they get no gradient.
 
     Returns:
         (b,) float32 in [0, 8].
@@ -119,18 +121,18 @@ def vicreg(
     variance: ArrayLike = 25.0,
     covariance: ArrayLike = 1.0,
 ) -> jax.Array:
-    """VICReg's loss: views agree, every dimension varies, and no two vary together.
+    """Computes VICReg's loss: views agree, each dimension varies, no two dimensions correlate.
 
         invariance * mean_d (z1 - z2)^2
         + variance * mean_d [ h(z1) + h(z2) ] / 2        with h = max(0, 1 - sqrt(Var(z) + 1e-4))
         + covariance * sum_{i != j} (C(z1)^2 + C(z2)^2)_ij / d
 
-    with the variances and covariances C (both over b - 1) of the batch. A. Bardes et al.,
+    Var and C are the variances and covariances of the batch, both over b - 1. A. Bardes et al.,
     https://arxiv.org/abs/2105.04906; means and halves as in the authors' code.
 
     Args:
         z: (b, 2, d), the whole batch.
-        invariance, variance, covariance: weights; may be traced.
+        invariance, variance, covariance: weights of the three terms; may be traced.
 
     Returns:
         (b,) float32; only the first term differs between images.
@@ -147,7 +149,7 @@ def vicreg(
 
 
 def barlow_twins(z: jax.Array, redundancy: ArrayLike = 5e-3) -> jax.Array:
-    """Barlow Twins: the cross-correlation of two views is brought to the identity.
+    """Computes the loss of Barlow Twins: it pulls the views' cross-correlation to the identity.
 
         sum_i (1 - C_ii)^2 + redundancy * sum_{i != j} C_ij^2
         C_ij = mean_b (z1_bi - mean z1_i) (z2_bj - mean z2_j) / (std z1_i std z2_j)
@@ -172,6 +174,6 @@ def barlow_twins(z: jax.Array, redundancy: ArrayLike = 5e-3) -> jax.Array:
 
 
 def unit(z: jax.Array) -> jax.Array:
-    """Vectors (..., d) brought to length 1, in float32."""
+    """Scales vectors (..., d) to length 1, in float32."""
     z = z.astype(jnp.float32)
     return z / jnp.sqrt(jnp.maximum((z**2).sum(-1, keepdims=True), 1e-12))

@@ -1,4 +1,4 @@
-"""What an evaluation measures, as (sum, count) pairs over the examples that count."""
+"""Metrics of classification as (sum, count) pairs over the examples of weight 1."""
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,19 @@ CONFIDENCE_BINS = 15
 
 
 def classification_metrics(logits: jax.Array, label: jax.Array, weight: jax.Array) -> dict:
-    """Metrics of a batch.
+    """Computes the metrics of a batch.
 
     Args:
         logits: (b, n) float32.
         label: (b,) int32 in [0, n).
-        weight: (b,) float32, 1 for an example that counts and 0 for padding.
+        weight: (b,) float32, 1 for an example and 0 for padding.
 
     Returns:
-        loss (cross-entropy, nats); those of `answer_metrics`; calibration, whose sum is (3, 15): of
-        the examples whose confidence (the probability of the answer) lies in each of 15 bins of
-        equal width, the number, how many are right, and the sum of the confidences. Every sum is
-        NaN where a logit or the loss is not finite, see `nan_unless`.
+        {metric: (sum, count)}: loss (cross-entropy, nats), the metrics of `answer_metrics`, and
+        calibration. The sum of calibration is (3, 15): for each of 15 bins of equal width of the
+        confidence (the predicted class's probability), the number of examples, the number of
+        correct ones, and the sum of their confidences. Every sum is NaN where a logit or the loss
+        is not finite, see `nan_unless`.
     """
     count = weight.sum()
     losses = cross_entropy(logits, jax.nn.one_hot(label, logits.shape[-1]))
@@ -41,22 +42,23 @@ def classification_metrics(logits: jax.Array, label: jax.Array, weight: jax.Arra
 def nan_unless(finite: jax.Array, metrics: dict) -> dict:
     """Returns the (sum, count) pairs with NaN for every sum unless `finite` () is True.
 
-    A run that has diverged has no accuracy: the argmax of NaN is class 0, which looks like an
-    answer. The counts stay.
+    A diverged run has no accuracy: the argmax of NaN is class 0, which looks like a prediction.
+    The counts stay.
     """
     return {name: (jnp.where(finite, x, jnp.nan), count) for name, (x, count) in metrics.items()}
 
 
 def answer_metrics(scores: jax.Array, label: jax.Array, weight: jax.Array) -> dict:
-    """Which answers are right: that of an example is the class of its highest score.
+    """Computes how often the predicted class, that of the highest score, is the label.
 
     Args:
-        scores: (b, n).
+        scores: (b, n), higher for a more likely class.
         label, weight: see `classification_metrics`.
 
     Returns:
-        accuracy, top5 where n > 5, per_class_accuracy ((n,) pairs); confusion, whose sum is the
-        (n, n) matrix of counts, rows the labels, columns the answers.
+        {metric: (sum, count)}: accuracy; top5 if n > 5; per_class_accuracy, whose sum and count
+        are (n,); confusion, whose sum is the (n, n) matrix of counts, rows labels and columns
+        predictions.
     """
     n = scores.shape[-1]
     answer = scores.argmax(-1)

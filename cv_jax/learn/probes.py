@@ -1,7 +1,7 @@
-"""What frozen features are worth: their neighbours, a linear classifier on them, their spread.
+"""Measures frozen features: nearest-neighbour and linear accuracy, spread and rank.
 
-They see the labels of training images only after the features were learned, and never change the
-network: they take features and not parameters.
+A probe takes features and not parameters, so it never changes the network. It sees labels of
+training images only after the features were learned.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,24 +19,24 @@ from cv_jax.workdir.metric import Metric
 
 NEIGHBOURS, TEMPERATURE = 200, 0.1
 RIDGE = 1e-2
-# Training images that are learned from while the training goes on: that takes seconds.
+# Training images that a probe is fitted on during the training: seconds each time.
 WATCHED = 5_000
-# The spread of features, see `spread_and_rank`, below which they say nothing of an image.
+# Below this spread, see `spread_and_rank`, features do not tell images apart.
 COLLAPSED = 0.05
-# What tasks without labels measure.
+# The metrics of tasks without labels.
 METRICS = {
     "loss": Metric(better="lower"),
     "accuracy": Metric("%", protocol=f"{NEIGHBOURS} nearest neighbours of the features"),
     "top5": Metric("%", protocol=f"five most voted of {NEIGHBOURS} nearest neighbours"),
     "linear_accuracy": Metric("%", protocol="ridge regression on the features"),
-    "feature_spread": Metric(protocol="near 0 where all images look the same to the network"),
-    "feature_rank": Metric(protocol="near 1 where all images look the same to the network"),
+    "feature_spread": Metric(protocol="near 0 if all images have the same features"),
+    "feature_rank": Metric(protocol="near 1 if all images have the same features"),
 }
 HEADLINE = "accuracy"
 
 
 def step_metrics(losses: jax.Array, features: jax.Array) -> dict:
-    """What a training step says: its losses (b,), and whether its features (m, d) collapse."""
+    """Returns the metrics of a training step, from its losses (b,) and its features (m, d)."""
     spread, rank = spread_and_rank(jax.lax.stop_gradient(features))
     one = jnp.float32(1)
     return {
@@ -47,21 +47,23 @@ def step_metrics(losses: jax.Array, features: jax.Array) -> dict:
 
 
 def warn_of_collapse(values: dict[str, np.ndarray], names: Sequence[str]) -> list[str]:
-    """Returns a line for each run whose features are the same for all images; see `Task.warn`."""
+    """Returns a line for each run whose features are equal for all images; see `Task.warn`."""
     spreads = values.get("feature_spread", ())
     return [
-        f"{name}: its features collapse, all images look alike to it"
+        f"{name}: the features collapse, they are nearly equal for all images"
         for name, spread in zip(names, spreads, strict=False)
         if spread < COLLAPSED
     ]
 
 
 class Learned(NamedTuple):
-    """Of m labelled images.
+    """The probe fitted on m labelled images.
 
     Attributes:
-        features: (m, d) of length 1; label: (m,).
-        weights: (d, n), bias: (n,) of the linear classifier.
+        features: (m, d), features of length 1.
+        label: (m,) classes.
+        weights: (d, n) of the linear classifier.
+        bias: (n,) of the linear classifier.
         spread, rank: (), see `spread_and_rank`.
     """
 
@@ -74,16 +76,16 @@ class Learned(NamedTuple):
 
 
 def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
-    """The evaluations "watch" and "final" of a task without labels.
+    """Builds the evaluations "watch" and "final" of a task without labels.
 
-    Metrics: accuracy, that of the k nearest neighbours, with top5, per_class_accuracy and
-    confusion as in classification; linear_accuracy; feature_spread and feature_rank. Every sum is
-    NaN where a feature, what was learned or a sum of `measure` is not finite.
+    Metrics: accuracy, top5, per_class_accuracy and confusion of the k nearest neighbours;
+    linear_accuracy; feature_spread and feature_rank; the metrics of `measure`. Every sum is NaN
+    where a feature, the fitted probe or a sum of `measure` is not finite.
 
     Args:
-        measure: (state, batch) -> (features (b, d) float32, {metric: (sum, count)}), the latter
-            what the same pass of the network gives beside.
-        spec: of the data.
+        measure: (state, batch) -> (features (b, d) float32, {metric: (sum, count)} of the same
+            forward pass).
+        spec: describes the data set.
     """
     n = spec.num_classes
 
@@ -114,20 +116,21 @@ def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
     return {"watch": Probe(embed, fit, score, WATCHED), "final": Probe(embed, fit, score)}
 
 
-NOTE = "probes  accuracy is that of the nearest neighbours, linear_accuracy of ridge regression"
+NOTE = "probes  accuracy is of the nearest neighbours, linear_accuracy of ridge regression"
 
 
 def neighbour_votes(query: jax.Array, features: jax.Array, label: jax.Array, n: int) -> jax.Array:
-    """The votes of the nearest neighbours for each class, (b, n) float32 of sum 1.
+    """Returns the votes of the nearest neighbours for each class, (b, n) float32 of sum 1.
 
-    The 200 features nearest by cosine similarity s (all, where there are fewer) vote for their
-    class with the weight exp(s / 0.1), as in Z. Wu et al., https://arxiv.org/abs/1805.01978,
-    section 3.4, and most work since.
+    The 200 nearest features by cosine similarity s (all, if there are fewer) vote for their class
+    with the weight exp(s / 0.1), as in Z. Wu et al., https://arxiv.org/abs/1805.01978, section
+    3.4, and most work since.
 
     Args:
-        query: (b, d) of length 1.
-        features: (m, d) of length 1; label: (m,) int32.
-        n: classes.
+        query: (b, d) features of length 1.
+        features: (m, d) features of length 1.
+        label: (m,) int32, the class of each of `features`.
+        n: number of classes.
     """
     s, nearest = jax.lax.top_k(query @ features.T, min(NEIGHBOURS, len(features)))
     weight = jax.nn.softmax(s / TEMPERATURE)
@@ -135,18 +138,20 @@ def neighbour_votes(query: jax.Array, features: jax.Array, label: jax.Array, n: 
 
 
 def ridge(features: jax.Array, label: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """The linear classifier of least squares on frozen features, in closed form.
+    """Fits a linear classifier on frozen features by least squares, in closed form.
 
         W = (X^T X / m + 0.01 I)^-1 X^T Y / m
 
-    with X the features brought to mean 0 and std 1 per dimension, and Y the one-hot labels less
-    their mean.
+    X are the features scaled to mean 0 and std 1 per dimension, Y the one-hot labels minus their
+    mean.
 
     Args:
-        features: (m, d) float32; label: (m,) int32; n: classes.
+        features: (m, d) float32.
+        label: (m,) int32.
+        n: number of classes.
 
     Returns:
-        weights (d, n) and bias (n,): features @ weights + bias is highest for the answer.
+        weights (d, n) and bias (n,): features @ weights + bias is highest for the predicted class.
     """
     m, d = features.shape
     mean = features.mean(0, keepdims=True)
@@ -160,16 +165,16 @@ def ridge(features: jax.Array, label: jax.Array, n: int) -> tuple[jax.Array, jax
 
 
 def spread_and_rank(features: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How far features are from having collapsed.
+    """Computes the spread and the effective rank of features; both are low after a collapse.
 
     Args:
         features: (m, d).
 
     Returns:
-        spread: the standard deviation of the features, brought to length 1, in the mean over
-            dimensions, times sqrt(d): 0 where all are the same, 1 where they are everywhere on
-            the sphere (X. Chen and K. He, https://arxiv.org/abs/2011.10566, section 4.1).
-        rank: the dimensions that the features fill, (sum_i l_i)^2 / sum_i l_i^2 of the
+        spread: the standard deviation of the features scaled to length 1, averaged over
+            dimensions, times sqrt(d): 0 if all are equal, 1 if they cover the sphere evenly
+            (X. Chen and K. He, https://arxiv.org/abs/2011.10566, section 4.1).
+        rank: the number of dimensions that the features fill, (sum_i l_i)^2 / sum_i l_i^2 of the
             eigenvalues l_i of their covariance: between 1 and d.
     """
     m, d = features.shape
@@ -177,4 +182,4 @@ def spread_and_rank(features: jax.Array) -> tuple[jax.Array, jax.Array]:
     centered = features - features.mean(0, keepdims=True)
     cov = centered.T @ centered / m
     rank = jnp.trace(cov) ** 2 / jnp.maximum((cov**2).sum(), 1e-30)
-    return spread, jnp.maximum(rank, 1)  # of a single point it is 0 / 0
+    return spread, jnp.maximum(rank, 1)  # the rank of a single point is 0 / 0

@@ -1,4 +1,4 @@
-"""Reads what a run, or an exported file, holds of a network, without building its task."""
+"""Reads the network of a run or of an exported file, without building its task."""
 
 import json
 from typing import Any, NamedTuple
@@ -24,10 +24,12 @@ class ChosenRun(NamedTuple):
     """One run of a program.
 
     Attributes:
-        name: such as "seed=0".
-        position: among all `num_runs` runs of the program.
-        config: with the values of the run's setting, and without `init_from`, which may be gone.
-        result: the content of result.json; None where the program has not finished.
+        name: the run's name, such as "seed=0".
+        position: the run's index among all runs of the program.
+        num_runs: the number of runs of the program.
+        config: the run's config, with the swept values of its setting. `init_from` is "", since
+            that network may no longer exist.
+        result: the content of result.json; None before the program has finished.
     """
 
     name: str
@@ -38,10 +40,10 @@ class ChosenRun(NamedTuple):
 
 
 def choose_run(workdir: epath.Path, run: str = "") -> ChosenRun:
-    """Finds a run of a program by its name; "" is the first seed of the best setting.
+    """Finds a run of a program by its name; "" chooses the first seed of the best setting.
 
     Raises:
-        UserError: there is no run of this name, or a file of the work directory is damaged.
+        UserError: the program has no run of this name, or a file in the work directory is damaged.
     """
     config = read_config(workdir)
     result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
@@ -63,10 +65,10 @@ class Variables(NamedTuple):
     """The variables with which a network is evaluated.
 
     Attributes:
-        name: of the run.
-        steps: that it has made.
-        arrays: by path, such as "params/head/kernel". The parameters are the averaged ones where
-            the run averages.
+        name: the run's name.
+        steps: the number of steps that the run has trained.
+        arrays: the arrays by path, such as "params/head/kernel". With optim.ema > 0 the parameters
+            are the averaged ones.
     """
 
     name: str
@@ -78,13 +80,13 @@ def read_variables(source: epath.Path, run: str = "") -> Variables:
     """Reads the variables of a network, without building its task.
 
     Args:
-        source: the work directory of a run, of which the newest checkpoint counts; or a file
-            NAME.safetensors of cv_jax.tools.export.
+        source: a work directory, whose newest checkpoint is read; or a file NAME.safetensors
+            of cv_jax.tools.export.
         run: the name of the run, see `choose_run`.
 
     Raises:
-        UserError: there is no such network, a file of it is damaged, or a number of it is not
-            finite.
+        UserError: the network does not exist, one of its files is damaged, or one of its values
+            is not finite.
     """
     if source.suffix == ".safetensors":
         arrays, card = read_safetensors(source)
@@ -102,29 +104,29 @@ def read_variables(source: epath.Path, run: str = "") -> Variables:
 
 
 def check_finite(arrays: dict[str, Any], run: str, source: epath.Path) -> None:
-    """Raises UserError where an array of a network, {path: array}, is not finite."""
+    """Raises UserError if an array of a network, {path: array}, is not finite."""
     for path, array in arrays.items():
         if not np.isfinite(np.asarray(array, np.float32)).all():
             raise UserError(
-                f"{source}: the network of {run} has diverged, {path} is not finite; choose "
-                "another run, or train it again with a lower config.optim.lr."
+                f"{source}: the network of {run} has diverged, {path} is not finite. Choose "
+                "another run, or train again with a lower config.optim.lr."
             )
 
 
 def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads the arrays by their paths, and the card, of a file of cv_jax.tools.export.
+    """Reads {path: array} and the card from a file NAME.safetensors of cv_jax.tools.export.
 
-    The file is read as arrays and JSON: nothing in it is run.
+    The file is read as arrays and JSON: nothing in it is executed.
 
     Raises:
-        UserError: safetensors is not installed, or the file is not there, damaged, or another
-            program's.
+        UserError: safetensors is not installed; the file does not exist, is damaged, or was not
+            written by cv_jax.tools.export.
     """
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import load
     except ImportError as error:
-        raise UserError(f"{path} needs a package more: pip install safetensors") from error
+        raise UserError(f"{path} needs safetensors: pip install safetensors") from error
     try:
         data = path.read_bytes()
         arrays = load(data)
@@ -132,30 +134,33 @@ def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str,
         card = json.loads(header["__metadata__"]["card"])
         return arrays, {**card, "run": str(card["run"]), "steps": int(card["steps"])}
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not there.") from error
+        raise UserError(f"{path} does not exist: choose an exported file.") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, error) from error
 
 
 def damaged(path: epath.Path, error: Exception) -> UserError:
-    """Returns the error of an exported file that cannot be used."""
-    return UserError(f"{path} is damaged, or no file of cv_jax.tools.export ({first_line(error)}).")
+    """Returns the error that says that an exported file cannot be used."""
+    return UserError(
+        f"{path} is damaged, or not a file of cv_jax.tools.export ({first_line(error)}). "
+        "Export the network again."
+    )
 
 
 def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
-    """The config of a run, checked; a leaf that it did not have yet has its default.
+    """Reads the config of a run and checks it; a key missing in config.json gets its default.
 
     Raises:
-        UserError: there is no run, its config.json is damaged, or of other code.
+        UserError: config.json does not exist, is damaged, or was written by other code.
     """
     return config_from_json(read_json(workdir / "config.json"))
 
 
 def config_from_json(values: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The config with these values, checked; a leaf that they lack has its default.
+    """Returns the config with these values, checked; a missing key gets its default.
 
     Raises:
-        UserError: they are not those of a config.
+        UserError: the values are not those of a config.
     """
     config = base_config()
     with config.ignore_type():
@@ -165,10 +170,10 @@ def config_from_json(values: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def read_spec(workdir: epath.Path) -> DataSpec:
-    """The facts about the data that a run was trained on.
+    """Reads the description of the data that a run was trained on.
 
     Raises:
-        UserError: data.json is not there or damaged.
+        UserError: data.json does not exist or is damaged.
     """
     path = workdir / "data.json"
     try:

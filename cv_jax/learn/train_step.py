@@ -25,11 +25,11 @@ Step = Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]
 
 
 class Stage(NamedTuple):
-    """A part of the training within which every step does the same work.
+    """A part of the training in which every step does the same work.
 
     Attributes:
-        start: its first step.
-        size: pixels a side of the images; None: as they are.
+        start: the stage's first step.
+        size: pixels a side of the images; None: unchanged.
     """
 
     start: int
@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 
 
 class Training(NamedTuple):
-    """How a task trains.
+    """The optimizer and the step of a task.
 
     Attributes:
         tx: the optimizer.
@@ -63,15 +63,15 @@ def make_training(
     """Builds the step that `config.optim` and `config.progressive_resizing` describe.
 
     Args:
-        config: of the run.
-        spec: of the data.
+        config: the run's config.
+        spec: describes the data set.
         params: the parameters as ShapeDtypeStructs.
         loss: (params, model_state, batch, key, size) -> (Loss, (model_state, metrics)), with
-            images of `size` pixels a side (None: as they are). See `gradient_step`.
+            images of `size` pixels a side (None: unchanged). See `gradient_step`.
         select: chooses the examples of a batch to train on; None: all.
         finish: changes the new state at the end of each step.
-        update: instead of `loss`, for a task with an update of its own, such as one of two
-            networks: (optimizer, stage) -> step. `apply_gradients` is its building block.
+        update: (optimizer, stage) -> step, instead of `loss`, for a task with an update of its
+            own, for example of two networks. `apply_gradients` is the building block.
     """
     total_steps = durations.total_steps(config, spec.num_train)
     sizes = make_stages(config.progressive_resizing, total_steps)
@@ -141,7 +141,7 @@ def gradient_step(
 def apply_gradients(
     tx: optax.GradientTransformation, grads: Any, state: TrainState
 ) -> tuple[Any, Any]:
-    """Returns new parameters and optimizer state; learning rates are those of `state.step`."""
+    """Returns new parameters and optimizer state, with the learning rates of `state.step`."""
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, state.opt_state, state.params, step=state.step)
     return optax.apply_updates(state.params, updates), opt_state
@@ -150,9 +150,9 @@ def apply_gradients(
 def step_of_stage(
     starts: tuple[int, ...], steps: list[Step], state: TrainState, batch: dict, key: jax.Array
 ) -> tuple[TrainState, dict]:
-    """Makes the step of the stage that `state.step` is in.
+    """Runs the step of the stage that contains `state.step`.
 
-    All stages are compiled into one program. Where `state.step` is a Python int, only the step of
+    All stages are compiled into one program. If `state.step` is a Python int, only the step of
     its stage is traced.
     """
     if isinstance(state.step, int):
@@ -170,13 +170,12 @@ def _then(finish: Callable[[TrainState], TrainState], step: Step) -> Step:
 
 
 def keep_if_finite(state: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:
-    """Returns the new state, or the old one where a loss or the new state is not finite.
+    """Returns the new state, or the old one if a loss or the new state is not finite.
 
-    Losses are the metrics "loss" and "loss/...".
-    A skipped step counts: `step` goes up, and with it the batches and the learning rate. Its
-    metrics are (0, 0); the metric "skipped" is (1, 1) for it, and (0, 1) for all others. A gradient
-    that is not finite makes the new parameters non-finite, so checking them is enough.
-    `last_loss`, which starts at infinity, follows from the losses and is not checked.
+    Losses are the metrics "loss" and "loss/...". A skipped step counts: `step`, the batches and
+    the learning rate advance. Its metrics are (0, 0). The metric "skipped" is (1, 1) for a skipped
+    step and (0, 1) for any other. A gradient that is not finite makes the new parameters not
+    finite, so checking these is enough. `last_loss` starts at infinity and is not checked.
     """
     losses = [pair for name, pair in metrics.items() if is_loss(name)]
     checked = (losses, new.params, new.model_state, new.opt_state)

@@ -1,7 +1,7 @@
-"""Tasks, one file or folder each; what a task must offer, and how it is found by its name.
+"""Defines the contract of a task, and finds a task by its name. One file or folder a task.
 
 Imports every room but train, trained and tools. A new task is a new file here with a function
-`build(config, spec) -> Task`, or a function of your own that config.task names: "module:function".
+`build(config, spec) -> Task`, or your own function, named by config.task: "module:function".
 """
 
 import importlib
@@ -24,39 +24,40 @@ from cv_jax.workdir.metric import Metric
 class Task(NamedTuple):
     """A task as a value: pure functions for one seed, without device axes.
 
-    A batch is a dict of arrays (b, ...): the fields of the data set, such as `image` and `label`;
-    and `rows`, what it says of its rows: in training `index`, `epoch` and `coin`, see
-    `data.batches`; in evaluation `weight`, 1 for a row that counts and 0 for padding. A batch to
-    predict has only the fields `inputs`. Metrics in training and evaluation are
-    (sum, count) pairs, so that any division of the examples gives the same means.
+    A batch is a dict of arrays (b, ...): the fields of the data set, such as `image` and `label`,
+    and `rows`, a dict of facts about each row. In training `rows` has `index`, `epoch` and `coin`,
+    see `data.batches`; in evaluation `weight`, 1 for an example and 0 for padding. A batch to
+    predict has only the fields `inputs`. Metrics in training and evaluation are (sum, count)
+    pairs, so that any division of the examples gives the same means.
 
     Attributes:
         init: key -> TrainState.
         train_step: (state, batch, key) -> (state, {metric: (sum, count)}).
-        evals: by name, (state, batch) -> {metric: (sum, count)}, a Probe, or Collected. "watch" is
-            the evaluation on val during the training, "final" the one of the result.
-        metrics: what the numbers of `evals` mean, by name.
+        evals: {name: evaluation}: (state, batch) -> {metric: (sum, count)}, a Probe, or Collected.
+            "watch" runs on val during the training, "final" gives the result.
+        metrics: {metric of `evals`: its unit, direction and protocol}.
         headline: the metric that ranks runs.
-        preview: (batch, key) -> the batch as the training step sees it, augmented.
+        preview: (batch, key) -> the augmented batch, as the training step sees it.
         notes: lines that the log shows at the start.
         needs: fields that the data set must have.
-        reads: those of OPTIONAL that have an effect.
-        stages: the steps from which on a train_step costs something else; the first is 0.
-        features: (state, batch) -> features by name; "pooled" are (b, d). None: there are none.
-        predict: (state, batch) -> predictions by name, arrays (b, ...), as evaluation has them.
+        reads: the keys of OPTIONAL that have an effect on the task.
+        stages: the first step of each stage, ascending from 0. The FLOPs of a train_step are
+            constant within a stage.
+        features: (state, batch) -> features by name; "pooled" are (b, d). None: no features.
+        predict: (state, batch) -> predictions by name, arrays (b, ...), as in evaluation.
             None for a task that predicts nothing, such as self-supervision.
         inputs: the fields that `predict` and `features` take.
-        outputs: what each prediction is, in words, by name.
-        read: the bytes of a file -> [(example, back)]: examples without an axis of rows, and the
-            way back to the file's own coordinates.
+        outputs: {name of a prediction: its description in words}.
+        read: the bytes of a file -> [(example, back)]. An example has no axis of rows; `back` maps
+            its coordinates to those of the file.
         describe: (example, prediction, back) -> JSON values, in the file's own coordinates.
         draw: (example, prediction, back) -> a picture (h, w, 3) uint8. Prediction and back are
             None for an example of the data set.
-        explain: (state, batch) -> {"saliency": (b, h, w), "features": {name: (b, h, w, c)}}, what
-            a prediction rests on; None: there is nothing to show.
-        panels: (examples, predictions) of test -> Panels for a report; None: there are none.
-        baseline: (train, examples) -> {metric: number} of a trivial predictor; None: there is none.
-        warn: {metric: (r,)}, names of the runs -> lines for the log; None: there are none.
+        explain: (state, batch) -> {"saliency": (b, h, w), "features": {name: (b, h, w, c)}} that
+            explain a prediction; None: no explanation.
+        panels: (examples, predictions) of test -> Panels for a report; None: no panels.
+        baseline: (train, examples) -> {metric: number} of a trivial predictor; None: no baseline.
+        warn: ({metric: (r,)}, names of the runs) -> warnings for the log; None: no warnings.
     """
 
     init: Callable
@@ -93,10 +94,10 @@ class Panel(NamedTuple):
     """A part of a report about predictions.
 
     Attributes:
-        title: of the part; "" for none.
+        title: the panel's title; "" for no title.
         text: a paragraph.
         pictures: (h, w, c) arrays, uint8 or in [0, 1].
-        captions: one for each picture.
+        captions: one caption for each picture.
     """
 
     title: str
@@ -105,7 +106,7 @@ class Panel(NamedTuple):
     captions: tuple[str, ...] = ()
 
 
-# Leaves of the config that only some tasks read; the others refuse a value that has no effect.
+# Config keys that only some tasks read. For any other task a value without effect is an error.
 OPTIONAL = (
     "data.keep_unlabelled",
     "label_smoothing",
@@ -117,11 +118,11 @@ OPTIONAL = (
 
 
 def build_task(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
-    """Builds the task that `config.task` names, for data such as `spec`.
+    """Builds the task that `config.task` names, for data that `spec` describes.
 
     Raises:
-        UserError: there is no such task, it does not fit the data, or the config has a value
-            without an effect.
+        UserError: the task does not exist or does not fit the data, or a config value has no
+            effect on the task.
     """
     names = {module.name: module.name for module in pkgutil.iter_modules(__path__)}
     if config.task in names:
@@ -131,7 +132,7 @@ def build_task(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     task = build(config, spec)
     if not isinstance(task, Task):
         raise UserError(
-            f"config.task={config.task!r} returned {describe(task)} and not cv_jax.tasks.Task."
+            f"config.task={config.task!r} returned {describe(task)}: return a cv_jax.tasks.Task."
         )
     if problem := _problem(config, spec, task):
         raise UserError(problem)
@@ -155,7 +156,8 @@ def _problem(config: ml_collections.ConfigDict, spec: DataSpec, task: Task) -> s
             )
     if task.headline not in task.metrics:
         return (
-            f"config.task={config.task!r}: its headline {task.headline!r} is none of its metrics."
+            f"config.task={config.task!r}: the headline {task.headline!r} is not one of the task's "
+            f"metrics. Choose one of: {', '.join(task.metrics)}."
         )
     return None
 

@@ -1,7 +1,7 @@
-"""Autoencoders: images are drawn again from few numbers, whole ones from damaged ones.
+"""Autoencoders: reconstruct whole images from a few numbers, encoded from damaged images.
 
-`config.method` says what is damaged, one of METHODS. `config.model` without its head is the
-backbone. Labels serve for nothing but the evaluation, see `probes`.
+`config.method`, one of METHODS, chooses the damage. `config.model` without its head is the
+backbone. Labels are used only in evaluation, see `probes`.
 """
 
 from collections.abc import Callable
@@ -41,13 +41,13 @@ from cv_jax.tasks import Task
 
 
 class Method(NamedTuple):
-    """What an autoencoder has to do.
+    """The damage that an autoencoder learns to undo, and the size of its decoder.
 
     Attributes:
-        latent: numbers that an image is drawn from.
-        widths: of the decoder, see `models.autoencoder`.
-        damage: (key, images (b, h, w, c), normalised) -> (what the encoder is given, weights (b, h,
-            w, 1) of the pixels that are compared, of mean 1).
+        latent: the length of the vector that an image is decoded from.
+        widths: the decoder's widths, see `models.autoencoder`.
+        damage: (key, normalised images (b, h, w, c)) -> (damaged images, weights (b, h, w, 1) of
+            the pixels in the loss, of mean 1).
     """
 
     latent: int
@@ -56,10 +56,10 @@ class Method(NamedTuple):
 
 
 def denoise(std: float = 0.0, latent: int = 128, widths: tuple[int, ...] = (128, 64, 32)) -> Method:
-    """Takes noise away: every pixel had some added, normal with `std` after normalisation.
+    """Removes noise: normal noise with `std` is added to every pixel after normalisation.
 
     P. Vincent et al., "Extracting and Composing Robust Features with Denoising Autoencoders", 2008.
-    Without noise it is an autoencoder to reduce dimensions with.
+    With std=0 it is a plain autoencoder, which reduces dimensions.
     """
     require(lambda: std >= 0, f"std={std} must be 0 or more")
 
@@ -76,10 +76,10 @@ def masked(
     latent: int = 128,
     widths: tuple[int, ...] = (128, 64, 32),
 ) -> Method:
-    """Fills in what is hidden: squares of `patch` pixels, each with the probability `share`.
+    """Fills in hidden squares of `patch` pixels; each square is hidden with probability `share`.
 
-    They are shown in the mean colour, and only they are compared, as in K. He et al., "Masked
-    Autoencoders Are Scalable Vision Learners", https://arxiv.org/abs/2111.06377.
+    Hidden squares have the mean colour, and only they count in the loss, as in K. He et al.,
+    "Masked Autoencoders Are Scalable Vision Learners", https://arxiv.org/abs/2111.06377.
     """
     require(lambda: patch >= 1, f"patch={patch} must be 1 or more pixels")
     require(lambda: 0 < share < 1, f"share={share} must lie between 0 and 1")
@@ -114,13 +114,13 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     initial = make_initial(config, model, normalize, spec)
 
     def loss(params, model_state, batch, key, size):
-        del size  # always None: the latent vector sees every place
+        del size  # always None: the latent vector depends on every place
         augment_key, damage_key, dropout_key = jax.random.split(key, 3)
         image = normalize(view(batch, augment_key))
         if image.shape[1:] != spec.image_shape:
             raise UserError(
-                f"config.augment={config.augment!r} makes images of {image.shape[1:]}: an "
-                f"autoencoder keeps the {spec.image_shape} that they have."
+                f"config.augment={config.augment!r} changes the images from {spec.image_shape} to "
+                f"{image.shape[1:]}: an autoencoder needs an augmentation that keeps the shape."
             )
         damaged, weight = method.damage(damage_key, image)
         (drawn, features), model_state = model.apply(

@@ -1,8 +1,8 @@
-"""Self-supervised learning: two views of an image say the same, and different images do not.
+"""Self-supervised learning: two views of an image get similar features, two images do not.
 
 A backbone (`config.model` without its head), a projector and, for some methods, a predictor and a
-teacher. Views are the augmentation `config.augment`, run twice with different keys. `config.method`
-names how it learns, one of METHODS; labels serve for nothing but the evaluation, see `probes`.
+teacher. Views are the augmentation `config.augment`, run twice with different keys.
+`config.method`, one of METHODS, chooses the loss. Labels are used only in evaluation, see `probes`.
 """
 
 from collections.abc import Callable
@@ -43,11 +43,13 @@ class Method(NamedTuple):
     """A way to learn without labels.
 
     Attributes:
-        projector: the widths of its layers, on the backbone's pooled features.
-        loss: (outputs (b, 2, d), targets (b, 2, d)) -> (b,). Outputs are those of the last of the
-            networks, targets the teacher's projections, or the outputs where there is none.
-        predictor: the widths of its layers, on the projections; none: there is none.
-        momentum: of the teacher at the start, see `teacher_momentum`; None: there is none.
+        projector: the widths of the projector's layers; its input is the pooled features.
+        loss: (outputs (b, 2, d), targets (b, 2, d)) -> (b,). Outputs are the predictor's, or the
+            projector's without a predictor. Targets are the teacher's projections, or the outputs
+            without a teacher.
+        predictor: the widths of the predictor's layers; its input is the projections. (): no
+            predictor.
+        momentum: the teacher's momentum at step 0, see `teacher_momentum`; None: no teacher.
     """
 
     projector: tuple[int, ...]
@@ -67,9 +69,10 @@ def byol(
     projector: tuple[int, ...] = (512, 128),
     predictor: tuple[int, ...] = (512,),
 ) -> Method:
-    """Predicts what a teacher, the average of the network, says of the other view; `losses.byol`.
+    """Predicts a teacher's projection of the other view; see `losses.byol`.
 
-    The predictor's last layer, as wide as the projector's, is added to those given.
+    The teacher is an average of the network. The predictor gets one more layer than `predictor`
+    names, as wide as the projector's last.
     """
     require(lambda: 0 <= momentum <= 1, f"momentum={momentum} must lie in [0, 1]")
     projector = checked_widths(projector)
@@ -82,7 +85,7 @@ def vicreg(
     covariance: float = 1.0,
     projector: tuple[int, ...] = (1024, 1024, 1024),
 ) -> Method:
-    """Keeps views together, dimensions alive and unlike each other; see `losses.vicreg`."""
+    """Keeps views close, and dimensions varied and uncorrelated; see `losses.vicreg`."""
     return Method(
         checked_widths(projector), lambda z, _: losses.vicreg(z, invariance, variance, covariance)
     )
@@ -113,25 +116,25 @@ class Mlp(nn.Module):
 
 
 class Siamese(nn.Module):
-    """A backbone and what is trained with it, and thrown away after it."""
+    """A backbone with the projector and predictor, which only the training needs."""
 
     backbone: nn.Module
     projector: Mlp
     predictor: Mlp | None
 
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Images (b, h, w, c) to outputs (b, d) and pooled features, both float32."""
+        """Maps images (b, h, w, c) to outputs (b, d) and pooled features, both float32."""
         z, pooled = self.project(x, train)
         return self.predictor(z, train) if self.predictor else z, pooled
 
     def project(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Images to projections and pooled features."""
+        """Maps images (b, h, w, c) to projections (b, d) and pooled features, both float32."""
         pooled = self.backbone(x, train)[1]["pooled"].astype(jnp.float32)
         return self.projector(pooled, train), pooled
 
 
 def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
-    """Builds the task; the state's `model_state` has the teacher where the method has one."""
+    """Builds the task. With a teacher, the state's `model_state` has the collection "teacher"."""
     method = build_one(config.method, METHODS, "config.method")
     model = Siamese(
         build_model(config.model, 0, compute_dtype(config.dtype)),
@@ -146,7 +149,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     def loss(params, model_state, batch, key, size):
         view_key, dropout_key = jax.random.split(key)
         views = [view(batch, k) for k in jax.random.split(view_key)]
-        # The views of an image beside each other: where devices share the batch, none moves.
+        # The two views of an image are adjacent: no view moves between devices.
         images = jnp.stack([normalize(resize_images(x, size)) for x in views], axis=1)
         images = images.reshape(-1, *images.shape[2:])  # 2b h w c
 
@@ -216,7 +219,10 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
 
 
 def teacher_momentum(start: ArrayLike, step: jax.Array, total_steps: int) -> jax.Array:
-    """BYOL's schedule from `start` to 1: 1 - (1 - start) (cos(pi step / total_steps) + 1) / 2."""
+    """Returns BYOL's momentum at a step, which rises from `start` to 1.
+
+    1 - (1 - start) (cos(pi step / total_steps) + 1) / 2
+    """
     share = jnp.float32(step) / total_steps
     return 1 - (1 - start) * (jnp.cos(jnp.pi * share) + 1) / 2
 
@@ -232,7 +238,7 @@ def follow(teacher: dict, params: Any, momentum: jax.Array) -> dict:
 
 
 def without_predictor(variables: dict[str, dict]) -> dict[str, dict]:
-    """All collections without what belongs to the predictor."""
+    """Returns all collections without the predictor's variables."""
     return {
         collection: {name: part for name, part in parts.items() if name != "predictor"}
         for collection, parts in variables.items()

@@ -27,23 +27,26 @@ from cv_jax.workdir.result import (
 
 
 def collect(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Joins the contents of result.json files, of one seed or several each.
+    """Joins the contents of result.json files, each of one or more seeds.
 
     Returns:
         For val and test: `result.summarize` of each metric over all seeds, and count. The mean
-        seconds of a seed. What all runs have in common: the headline, what the metrics mean, the
-        config, and the best setting of a sweep.
+        seconds of a seed. The facts that all runs share: the headline, the descriptions of the
+        metrics, the config, and the best setting of a sweep.
 
     Raises:
-        UserError: the runs differ in more than their seeds, come from different code, or one of
-            them has diverged.
+        UserError: the runs differ in more than their seeds, come from different code, or a run
+            has diverged.
     """
     first = results[0]
     for other in results[1:]:
         apart = differences(measured_config(first), measured_config(other)).keys() - SEED_KEYS
         apart |= {key for key in ("commit", "device", "steps") if first[key] != other[key]}
         if apart:
-            raise UserError(f"The runs differ in {', '.join(sorted(apart))}, not in seed alone.")
+            raise UserError(
+                f"The runs differ in {', '.join(sorted(apart))}, not only in their seeds. Collect "
+                "runs that differ only in their seeds."
+            )
     record = {key: first[key] for key in ("commit", "device", "steps", "epochs", "examples")}
     record["dirty"] = any(result["dirty"] for result in results)
     record["flops"] = first["flops"]

@@ -18,10 +18,10 @@ def make_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --workdir, --run and --tta, which choose a trained network and its views of an image."""
+    """Adds --workdir, --run and --tta, which choose a trained network and its test-time views."""
     parser.add_argument("--workdir", required=True, help="work directory of the trained network")
     parser.add_argument("--run", default="", help="such as seed=3; default: first seed of the best")
-    parser.add_argument("--tta", help="views of an image; default: those of the run's evaluation")
+    parser.add_argument("--tta", help="test-time views; default: those of the run's evaluation")
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def command(name: str, results: bool = True) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, a failure to write the rest is still reported as UserError
+            sys.stdout.flush()  # here, so that a failure to write becomes a UserError
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -3,8 +3,8 @@
     python -m cv_jax.tools.compare runs/a runs/b
     python -m cv_jax.tools.compare results/a.json runs/b runs/c --metric=loss --out=compare.json
 
-A run is a work directory, or a record of `cv_jax.tools.collect`. Each of the others is compared
-with the first run, by a paired t-test where both have the same seeds, else by Welch's t-test.
+A run is a work directory, or a record of `cv_jax.tools.collect`. Each other run is compared with
+the first run, by a paired t-test if both have the same seeds, else by Welch's t-test.
 """
 
 import json
@@ -42,17 +42,17 @@ def compare(runs: dict[str, dict[str, Any]], split: str, metric: str) -> dict[st
         metric: a metric of the results, such as "accuracy" or "loss".
 
     Returns:
-        split, metric.
-        unit, better, protocol: of the metric, see `Metric`.
+        split, metric: the arguments.
+        unit, better, protocol: those of the metric, see `Metric`.
         runs: name -> `result.summarize` of the metric.
-        order: the names, the best mean first.
-        settings: name -> the best setting of its sweep; {} without a sweep.
-        differences: the result of `difference` for each run but the first; "better", whether the
+        order: the names of the runs, the best mean first.
+        settings: name -> the best setting of the run's sweep; {} without a sweep.
+        differences: for each run but the first, the result of `difference`; "better", whether the
             mean is better than that of the first run, None for equal means; and "config", the keys
             that differ. A swept key has its value in the best setting.
 
     Raises:
-        UserError: a run has no such metric, or one of its seeds has diverged.
+        UserError: a run does not have the metric, or one of its seeds has diverged.
     """
     values = {name: _values(name, run, split, metric) for name, run in runs.items()}
     (first, base), *others = runs.items()
@@ -86,16 +86,16 @@ def difference(a: Sequence[float], b: Sequence[float], paired: bool) -> dict[str
     """Computes the difference of means b - a, and its uncertainty over seeds.
 
     Args:
-        a, b: a number for each seed.
+        a, b: one value for each seed.
         paired: whether a[i] and b[i] have the same seed.
 
     Returns:
-        mean: the difference.
+        mean: the difference of means.
         test: "paired" or "welch", the two-sided t-test against no difference.
         ci95: the 95 % interval of the mean over seeds.
-        p: of the test.
-        seeds_to_see: seeds that each side needs, see `seeds_to_see`.
-        ci95, p and seeds_to_see are None where a side has one value, or where no value varies.
+        p: the p-value of the test.
+        seeds_to_see: the seeds that each side needs, see `seeds_to_see`.
+        ci95, p and seeds_to_see are None if a side has one value, or if no value varies.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     report = {"mean": float(b.mean() - a.mean()), "test": "paired" if paired else "welch"}
@@ -121,11 +121,11 @@ def _pooled_std(a: np.ndarray, b: np.ndarray) -> float:
 def seeds_to_see(mean: float, std: float, paired: bool) -> int | None:
     """Returns the fewest seeds a side with which a t-test at level ALPHA has the power POWER.
 
-    `mean` and `std` are taken for the true ones. None where MOST_SEEDS are too few.
+    Assumes that `mean` and `std` are the true values. None if MOST_SEEDS are too few.
 
     Args:
-        mean: of the difference.
-        std: of the differences, where paired; else of one side.
+        mean: mean of the difference.
+        std: standard deviation of the differences if paired; else of one side.
         paired: whether both sides have the same seeds.
     """
 
@@ -149,7 +149,7 @@ def seeds_to_see(mean: float, std: float, paired: bool) -> int | None:
 def _values(name: str, run: dict[str, Any], split: str, metric: str) -> list[float]:
     numbers = (run.get(split) or {}).get(metric)
     if not isinstance(numbers, dict) or "values" not in numbers:
-        raise UserError(f"{name} has no {metric} on {split}.")
+        raise UserError(f"{name} has no {metric} on {split}: choose another --metric or --split.")
     check_no_seed_diverged(name, run, split, metric)
     return numbers["values"]
 
@@ -189,7 +189,7 @@ def describe(report: dict[str, Any]) -> str:
         mark = {True: ", better", False: ", worse", None: ""}[d["better"]]
         lines.append(f"\n{d['of']} - {d['from']}: {number(d['mean'], '+')}{points}{mark}")
         if d["p"] is None:
-            lines.append("  one value, or no spread: nothing can be said of chance")
+            lines.append("  one value, or no spread: no test is possible")
         else:
             low, high = (number(x, "+") for x in d["ci95"])
             lines.append(f"  95 % interval {low} to {high}, p = {d['p']:.2g} ({d['test']} t-test)")

@@ -24,12 +24,12 @@ class Point(NamedTuple):
     """A training.
 
     Attributes:
-        name: of the record.
+        name: the record's name.
         pflop: PFLOP of training and evaluation.
-        mean, std: of the headline on test; std is None where unknown.
-        n: seeds; None where unknown.
-        headline: name of the metric.
-        metric: its meaning.
+        mean, std: mean and standard deviation of the headline on test; std is None if unknown.
+        n: number of seeds; None if unknown.
+        headline: name of the headline metric.
+        metric: unit, direction and protocol of the headline.
     """
 
     name: str
@@ -41,8 +41,8 @@ class Point(NamedTuple):
     metric: Metric = Metric("%")
 
 
-# Accuracies on CIFAR-10: https://github.com/KellerJordan/cifar10-airbench; n of the first from its
-# source.
+# Accuracies on CIFAR-10: https://github.com/KellerJordan/cifar10-airbench; the n of airbench94_muon
+# is from its source code.
 PUBLIC = (
     Point("airbench94_muon", 0.29, 0.9401, None, 200),
     Point("airbench94", 0.36, 0.9401, None, None),
@@ -54,7 +54,7 @@ PUBLIC = (
 
 
 def read_point(path: Path) -> Point:
-    """Reads the point of a record. Raises UserError for another file, or a record without one."""
+    """Reads a record as a point; raises UserError if the file has no headline on test."""
     try:
         record = json.loads(path.read_text())
         test, flops = record["test"], record["flops"]["total"]
@@ -63,9 +63,9 @@ def read_point(path: Path) -> Point:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a record of cv_jax.tools.collect ({error!r}).") from error
     if numbers is None:
-        raise UserError(f"{path} has no {headline} on test.")
+        raise UserError(f"{path} has no {headline} on test: leave it out.")
     if numbers["mean"] is None:
-        raise UserError(f"{path}: a seed has diverged, so that its test {headline} is no number.")
+        raise UserError(f"{path}: a seed diverged, so test {headline} has no mean: leave it out.")
     return Point(
         path.stem,
         flops / 1e15,
@@ -78,9 +78,9 @@ def read_point(path: Path) -> Point:
 
 
 def draw(points: Sequence[Point], public: Sequence[Point]) -> Figure:
-    """Draws our points joined by a line, with bars of one std, and public ones with their names.
+    """Draws our points joined by a line, with bars of one std, and public points with their names.
 
-    All points have the headline of the first of ours. Public points of another metric are left out.
+    Our points must share one headline. Public points of another metric are left out.
     """
     name, metric = points[0].headline, points[0].metric
     public = [point for point in public if point.headline == name]
@@ -130,7 +130,7 @@ def main() -> None:
     for path, point in zip(arguments.records, points, strict=True):
         if point.headline != points[0].headline:
             raise UserError(
-                f"{path} has the headline {point.headline} and {arguments.records[0]} has "
+                f"{path} has the headline {point.headline}, but {arguments.records[0]} has "
                 f"{points[0].headline}: draw them in two pictures."
             )
     for point in sorted(points, key=lambda p: p.pflop):

@@ -1,21 +1,21 @@
-"""Predicts what is in files, by a network that train.py has trained.
+"""Predicts with a network that train.py has trained, from files.
 
     python -m cv_jax.tools.predict --workdir=runs/a cat.jpg dog.png
     python -m cv_jax.tools.predict --workdir=runs/a --dir=photos --json > predictions.jsonl
 
-A line for each file: for a classifier its classes with their probabilities, the most probable
-first. Images of any kind and size are brought to the network's by `cv_jax.data.read_image`. The
-network sees the views of the run's final evaluation; --tta=none looks once at each, which is
-faster. A file that cannot be read gets a line of its own on stderr, or with --json its "error", and
-the others go on: a text file, a pipe, a broken link, a directory that is not looked into. Control
+Prints a line for each file. For a classifier the line has the classes with their probabilities, the
+most probable first. `cv_jax.data.read_image` fits images of any kind and size to the network.
+Predictions use the test-time views of the run's final evaluation; --tta=none uses one view, which
+is faster. A file that cannot be read, for example a text file, a pipe, a broken link or a
+directory, gets a line on stderr, or with --json an "error"; the other files are predicted. Control
 characters and bytes that are not UTF-8 are escaped in names.
 
-A network predicts something for any input. So stderr says first what it was trained on, an image
-unlike its training images is marked (see cv_jax/data/typical.py), --inputs=DIR writes the images
-that the network was given, and --pictures=DIR pictures of its predictions.
+A network predicts something for any input. Therefore stderr first says what the network was trained
+on, and an image unlike the training images is marked (see cv_jax/data/typical.py). --inputs=DIR
+writes the input images of the network, and --pictures=DIR pictures of the predictions.
 
-Exit codes: 0 all files were read; 1 some were not; 2 nothing could begin or the predictions are not
-finite, the message says which.
+Exit codes: 0 all files were read; 1 some files could not be read; 2 user error, or predictions that
+are not finite (see the message).
 """
 
 import argparse
@@ -49,20 +49,19 @@ from cv_jax.trained.load import (
 from cv_jax.trained.words import in_text, rounded
 from cv_jax.workdir.bucket import work_directory
 
-# Files that are predicted at once, while as many are read.
+# Files in a call of the network; the next files are read meanwhile.
 MOST_AT_ONCE = 1000
 PART = 50  # files that a thread reads at a time
 
 
 class Predicted(NamedTuple):
-    """What the network makes of an example.
+    """An example with the network's prediction.
 
     Attributes:
-        example: what it was given, by field.
+        example: the network's input, by field.
         prediction: arrays by name, see `tasks.Task`.
-        back: the way back to the coordinates of the file.
-        score: how unlike the training images it is, see `data.typical.score`; None where that is
-            not known.
+        back: maps coordinates of the example to those of the file.
+        score: the distance from the training images, see `data.typical.score`; None: unknown.
     """
 
     example: dict[str, np.ndarray]
@@ -72,18 +71,18 @@ class Predicted(NamedTuple):
 
 
 def find_files(images: Sequence[Path], directory: Path | None) -> list[Path]:
-    """Returns the images, and all files in a directory and below it, but for the hidden ones.
+    """Returns the images, and all files in and below a directory, without hidden ones.
 
-    Among the files are directories that cannot be listed and links to directories, which are not
-    followed: reading each says so.
+    The files include directories that cannot be listed, and links to directories, which are not
+    followed; reading one of them gives an error.
 
     Raises:
-        UserError: there is no such directory, or nothing at all.
+        UserError: `directory` is not a directory, or there are no files.
     """
     files = list(images)
     if directory:
         if not os.path.isdir(directory):  # Path.is_dir raises where it may not look
-            raise UserError(f"--dir={directory} is not a directory.")
+            raise UserError(f"--dir={directory} is not a directory: choose another.")
         closed = []
         for folder, folders, names in os.walk(directory, onerror=closed.append):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -91,7 +90,7 @@ def find_files(images: Sequence[Path], directory: Path | None) -> list[Path]:
             files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         files += [Path(error.filename) for error in closed]
     if not files:
-        raise UserError("There are no files: name some, or a --dir that holds some.")
+        raise UserError("There are no files: name files, or a --dir that contains files.")
     return files
 
 
@@ -101,19 +100,20 @@ def predict(
     program: Callable[[dict[str, np.ndarray]], dict[str, Any]],
     at_once: int,
 ) -> Iterator[tuple[Path, list[Predicted] | str]]:
-    """Yields each file, in order, with the predictions of its examples, or what is wrong with it.
-
-    Raises UserError where predictions are not finite.
+    """Yields each file, in order, with the predictions of its examples, or with its error.
 
     Args:
-        files: to read.
+        files: the files to read.
         trained: the network.
         program: see `trained.make_predict`.
-        at_once: examples that it takes at most.
+        at_once: the most examples that `program` takes.
+
+    Raises:
+        UserError: predictions are not finite.
     """
     chunks = [files[start : start + at_once] for start in range(0, len(files), at_once)]
     before = None
-    # Half of the cores: the network has the others, and more threads wait for each other.
+    # Half of the cores: the network uses the others, and more threads would only wait.
     with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:
         ahead = _begin_reading(pool, chunks[0], trained)
         for chunk, following in zip(chunks, [*chunks[1:], ()], strict=True):
@@ -122,7 +122,7 @@ def predict(
             read = [example for one in found if not isinstance(one, str) for example, _ in one]
             predictions = [
                 program(_stack(read[i : i + at_once])) for i in range(0, len(read), at_once)
-            ]  # of a device that is still at it
+            ]  # the device may still be computing them
             if before:
                 yield from _matched(trained, *before)
             before = chunk, found, read, predictions
@@ -152,7 +152,7 @@ def _stack(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _matched(
     trained: Trained, files: Sequence[Path], found: list, read: list, predictions: list
 ) -> Iterator[tuple[Path, list[Predicted] | str]]:
-    """Yields each file with its part of the predictions."""
+    """Yields each file with its predictions, or with its error."""
     rows = []
     for part in map(jax.device_get, predictions):
         check_finite_predictions(part)
@@ -172,13 +172,13 @@ def _matched(
 
 
 def describe(file: Path, one: Predicted | str, trained: Trained, top: int, as_json: bool) -> str:
-    """Returns the line of an example: its prediction, or what is wrong with its file.
+    """Returns the line of an example: its prediction, or the error of its file.
 
     Args:
-        file: the name that leads the line.
-        one: what the network makes of it, or the problem.
+        file: the file, whose name leads the line.
+        one: the prediction, or the error.
         trained: the network.
-        top: entries of each list or table of the prediction that are shown, the first ones.
+        top: the most entries to show of each list or table of the prediction.
         as_json: whether the line is JSON.
     """
     name = os.fsencode(file).decode("utf-8", "backslashreplace")  # JSON holds no other bytes
@@ -201,27 +201,29 @@ def _cut(value: Any, top: int) -> Any:
 
 
 def _about(trained: Trained) -> str:
-    """Returns what the network was trained on, and when an image is called unlike that."""
+    """Returns a line on the network's training data, and on the score that marks an image."""
     if not trained.spec.typical:
         return in_words(trained)
     split = "val" if trained.spec.num_val else "the training images"
     return (
         f"{in_words(trained)}; unlike: a score above {trained.spec.typical.threshold:.2f}, "
-        f"as 1 % of {split} have"
+        f"like 1 % of {split}"
     )
 
 
 def _write(folder: Path, flag: str, position: int, file: Path, picture: np.ndarray) -> None:
-    """Writes a picture as a PNG file, led by the file's place in the order."""
+    """Writes a picture as a PNG file; its name begins with the file's position."""
     path = folder / f"{position:06}-{file.stem[:40]}.png"
     try:
         Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
     except OSError as error:
-        raise UserError(f"--{flag}={folder} cannot be written ({first_line(error)}).") from error
+        raise UserError(
+            f"--{flag}={folder} cannot be written ({first_line(error)}): choose another."
+        ) from error
 
 
 def _line(name: str, text: str) -> str:
-    """Returns both as one line: whatever would break it or command the terminal is escaped."""
+    """Returns "name: text" as one line; escapes line breaks and control characters."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in f"{name}: {text}"
@@ -230,19 +232,19 @@ def _line(name: str, text: str) -> str:
 
 @command("predict")
 def main() -> None:
-    """Reads the command line and prints a line for each image."""
+    """Reads the command line and prints a line for each file."""
     parser = make_parser(__doc__)
     parser.add_argument("files", nargs="*", type=path_argument, help="files to read")
-    parser.add_argument("--dir", type=path_argument, help="a directory whose files are read, too")
+    parser.add_argument("--dir", type=path_argument, help="a directory of more files to read")
     add_run_arguments(parser)
-    parser.add_argument("--top", type=int, default=3, help="entries of a prediction that are shown")
-    for flag, what in (("inputs", "the images that the network was given"), *_PICTURES):
+    parser.add_argument("--top", type=int, default=3, help="entries of a prediction to show")
+    for flag, what in (("inputs", "the input images of the network"), *_PICTURES):
         parser.add_argument(f"--{flag}", type=path_argument, help=f"a directory for {what}")
     parser.add_argument("--json", action="store_true", help="print JSON, a line for each file")
     arguments = parser.parse_args()
     if arguments.top < 1:
         parser.error(f"--top={arguments.top} must be above 0")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     files = find_files(arguments.files, arguments.dir)
     prepare_jax()
     check_platform()
@@ -262,7 +264,9 @@ def _print_predictions(
         try:
             folder and folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--{flag}={folder} cannot be made ({first_line(error)}).") from error
+            raise UserError(
+                f"--{flag}={folder} cannot be created ({first_line(error)}): choose another."
+            ) from error
     print(_line("predict", _about(trained)), file=sys.stderr)
     at_once = min(len(files), MOST_AT_ONCE)
     found = predict(files, trained, make_predict(trained, at_once), at_once)

@@ -3,12 +3,11 @@
     python -m cv_jax.tools.search --config=configs/digits.py --dir=runs/search --trials=20 \\
         --seeds=4 --space "optim.lr=log(0.003, 0.1)" "label_smoothing=uniform(0, 0.3)"
 
-A key of the config gets uniform(LOW, HIGH), log(LOW, HIGH), whole(LOW, HIGH) or choice(A, B, ...).
-A trial is train.py in its own work directory under --dir. The task's headline on val judges it: the
-mean over the seeds. A trial is stopped early where it is worse than the median of the other trials
-at the same step. The study is kept in --dir/study.db. Repeat the command to resume the study and
-the trial that was stopped. Arguments after -- are passed to train.py. Needs
-requirements-search.txt.
+--space gives a config key uniform(LOW, HIGH), log(LOW, HIGH), whole(LOW, HIGH) or choice(A, ...). A
+trial is train.py in its own work directory under --dir, ranked by the mean headline on val over
+the seeds. A trial that is worse than the median of the other trials at the same step is stopped
+early. The study is kept in --dir/study.db. Repeat the command to resume the study and the
+interrupted trial. Arguments after -- are passed to train.py. Needs requirements-search.txt.
 """
 
 import json
@@ -55,11 +54,11 @@ def read_space(texts: Sequence[str]) -> dict[str, Suggest]:
 
 
 def run_trial(trial: "optuna.Trial", command: list[str], workdir: Path) -> float:
-    """Runs train.py to its end. Returns the rank of the mean headline on val, see `Metric.rank`.
+    """Runs train.py to its end; returns the rank of the mean headline on val, see `Metric.rank`.
 
     Raises:
-        optuna.TrialPruned: the trial was stopped early, or a seed has diverged. In the second case
-            the user attribute "diverged" is True.
+        optuna.TrialPruned: the trial was stopped early, or a seed has diverged; then the user
+            attribute "diverged" is True.
         UserError: train.py failed; the message has the last line of its output.
     """
     import optuna
@@ -70,7 +69,7 @@ def run_trial(trial: "optuna.Trial", command: list[str], workdir: Path) -> float
             command,
             stdout=console,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that Ctrl-C reaches train.py once, through this program
+            start_new_session=True,  # Ctrl-C then reaches train.py only through this program
         )
         try:
             reported = 0
@@ -95,7 +94,7 @@ def run_trial(trial: "optuna.Trial", command: list[str], workdir: Path) -> float
     if not val:
         raise UserError("a search chooses on val: hold examples out with --config.data.num_val.")
     if headline not in val:
-        raise UserError(f"{workdir} has no {headline} on val, by which a search chooses.")
+        raise UserError(f"{workdir} has no {headline} on val, by which a search ranks trials.")
     numbers = val[headline]
     trial.set_user_attr("std", numbers["std"])
     trial.set_user_attr("headline", headline)
@@ -122,9 +121,9 @@ def _val_ranks(workdir: Path) -> list[tuple[int, float]]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # a line that is being written
+            continue  # a line that is still being written
         if record["split"] == "val":
-            mean = record["values"].get(headline)  # over the seeds that have one
+            mean = record["values"].get(headline)  # over the seeds that did not diverge
             of_runs = record.get("runs", {}).get(headline, [mean])
             values = [_worst(metric) if value is None else value for value in of_runs]
             found.append((record["step"], metric.rank(sum(values) / len(values))))
@@ -145,9 +144,9 @@ def search(
     num_seeds: int,
     extra: Sequence[str] = (),
 ) -> "optuna.Study":
-    """Makes trials until the study has `num_trials` that are complete or pruned.
+    """Runs trials until the study has `num_trials` complete or pruned ones.
 
-    The study maximises the rank of the headline: its negative, where a lower headline is better.
+    The study maximises the rank of the headline: the negative of a headline that is better lower.
     """
     import optuna
     from optuna.trial import TrialState
@@ -208,8 +207,8 @@ def _judgement(trial: "optuna.trial.FrozenTrial") -> str:
 
 
 def _metric_of_trial(trial: "optuna.trial.FrozenTrial") -> Metric:
-    """Returns the meaning of the headline; `rank` turns a trial's value into the headline."""
-    known = trial.user_attrs.get("metric")  # a study of older code has none
+    """Returns the metric of the headline; its `rank` turns a trial's value into the headline."""
+    known = trial.user_attrs.get("metric")  # older code did not store the metric
     return Metric(**known) if known else metric_of({}, headline_of({}))
 
 
@@ -219,19 +218,19 @@ def _short(value: Any) -> str:
 
 @command("search", results=False)
 def main() -> None:
-    """Reads the command line, makes the trials and prints the best one."""
+    """Reads the command line, runs the trials and prints the best trial."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config", required=True, help="as for train.py")
+    parser.add_argument("--config", required=True, help="config file, as for train.py")
     parser.add_argument(
         "--dir", required=True, type=path_argument, help="directory of the study and its trials"
     )
     parser.add_argument("--space", required=True, nargs="+", help="such as KEY=log(LOW, HIGH)")
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=1, help="of each trial")
+    parser.add_argument("--trials", type=int, default=20, help="number of trials")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds of each trial")
     argv = sys.argv[1:]
     at = argv.index("--") if "--" in argv else len(argv)
     arguments, extra = parser.parse_args(argv[:at]), argv[at + 1 :]
-    for signum in (signal.SIGINT, signal.SIGTERM):  # SIGINT: a shell's "&" has it ignored
+    for signum in (signal.SIGINT, signal.SIGTERM):  # SIGINT: a shell's "&" ignores it
         signal.signal(signum, signal.default_int_handler)
     try:
         import optuna  # noqa: F401

@@ -1,18 +1,17 @@
-"""Shows in a browser what a network that train.py has trained predicts.
+"""Shows the predictions of a network that train.py has trained, in a browser.
 
     python -m cv_jax.tools.serve --workdir=runs/a
     python -m cv_jax.tools.serve --workdir=runs/a --run=seed=3 --tta=none --port=8080
 
-On the page you drop, choose, paste or draw an image. You see the prediction, the image as the
-network gets it, and, for a classifier, the saliency map and the feature maps of each layer. The
-server answers this machine alone, unless --host is another address of it: then whoever reaches that
-address may ask.
+Drop, choose, paste or draw an image on the page. The page shows the prediction, the network's input
+image, and, for a classifier, the saliency map and the feature maps of each layer. Only this machine
+can use the server. With --host=ADDRESS everyone who reaches that address of this machine can.
 
     POST /predict   a file of at most 10 MB as the body -> JSON, see `make_answer`
-    GET /run        what network it is -> JSON, see `about`
+    GET /run        a description of the network -> JSON, see `about`
 
-Ctrl-C or SIGTERM ends it. Exit codes: 2 something to mend, the message says what; 130 or 143
-stopped by Ctrl-C or SIGTERM.
+Ctrl-C or SIGTERM stops the server. Exit codes: 2 user error (see the message); 130 or 143 stopped
+by Ctrl-C or SIGTERM.
 """
 
 import base64
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it imports there is nothing to end
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports nothing needs to be closed
 
 import jax
 import numpy as np
@@ -49,26 +48,27 @@ from cv_jax.trained.load import Trained, check_finite_predictions, in_words, loa
 from cv_jax.workdir.bucket import work_directory
 
 PAGE = Path(__file__).with_suffix(".html")
-METHODS = {"/": "GET", "/run": "GET", "/predict": "POST"}  # of each path
-MAX_BYTES = 10_000_000  # of an image file
+METHODS = {"/": "GET", "/run": "GET", "/predict": "POST"}  # path -> method
+MAX_BYTES = 10_000_000  # the largest image file
 MAX_REQUESTS = 32  # at once
-SILENT_SECONDS = 10  # a client may be silent for so long,
-WHOLE_SECONDS = 30  # and take so long in all
-LINGER_SECONDS = 1
+SILENT_SECONDS = 10  # the longest silence of a client
+WHOLE_SECONDS = 30  # the longest time of a request
+LINGER_SECONDS = 1  # see `Handler.finish`
 
 
 def make_answer(trained: Trained) -> Callable[[bytes], dict[str, Any]]:
-    """Returns the function from a file to the JSON values that the page shows.
+    """Compiles the program; returns a function from a file to JSON values for the page.
 
-    They are `prediction`, as the task describes it; `picture`: {shape, pixels}, as the task draws
-    it; `classes`: [{name, probability}], the most probable first, where the prediction has
-    probabilities. For an image there are `image`: {shape, pixels}, what the network sees, (h, w,
-    c); `score`, how unlike the training images it is, see `data.typical.score`; and `unlike`,
-    whether that is above the threshold. Where the task explains its predictions there are
-    `saliency`, and `features`, one for each layer: {name, shape, low, high, pixels} as `_to_maps`
-    makes them. Pixels are bytes in base64.
-
-    The function raises UserError for a file that cannot be read. The program is compiled here.
+    The function raises UserError for a file that cannot be read. Its values, with pixels as bytes
+    in base64:
+        prediction: the task's description of the prediction.
+        picture: {shape, pixels}, the task's drawing of the prediction.
+        classes: [{name, probability}], the most probable first, if there are probabilities.
+        image: {shape, pixels}, the network's input (h, w, c), for an image.
+        score: the distance from the training images, see `data.typical.score`, for an image.
+        unlike: whether the score is above the threshold, for an image.
+        saliency: {name, shape, low, high, pixels}, see `_to_maps`, if the task has explanations.
+        features: a list of the same for each layer.
 
     Raises:
         UserError: the network predicts numbers that are not finite.
@@ -105,7 +105,7 @@ def make_answer(trained: Trained) -> Callable[[bytes], dict[str, Any]]:
         example, back = task.read(file)[0]
         return look(example, back)
 
-    # Work that is done once is done before the first request.
+    # Compiles before the first request.
     blank = padding({name: spec.fields[name] for name in task.inputs}, 1)
     check_finite_predictions(jax.device_get(program(trained.state, blank)[0]))
     return answer
@@ -119,7 +119,7 @@ def _likeness(image: np.ndarray, spec: DataSpec) -> dict[str, Any]:
 
 
 def by_depth(features: dict[str, Any]) -> dict[str, Any]:
-    """Returns features in the order of the layers: maps shrink on the way; "stem" is the first."""
+    """Returns features in the order of the layers: from large to small maps, "stem" first."""
 
     def depth(name):
         x = features[name]
@@ -133,7 +133,10 @@ def _to_picture(pixels: np.ndarray) -> dict[str, Any]:
 
 
 def _to_maps(name: str, x: np.ndarray) -> dict[str, Any]:
-    """The maps of a layer, (h, w, c) or (c,), as grey pixels (c, h, w): `low` is 0, `high` 255."""
+    """Returns a layer's maps, (h, w, c) or (c,), as grey pixels (c, h, w) from 0 to 255.
+
+    `low` is the value of pixel 0, `high` that of pixel 255.
+    """
     low, high = float(x.min()), float(x.max())
     grey = (x - x.min()) * np.float32(255 / (high - low) if high > low else 0)
     maps = grey.round().astype(np.uint8).reshape(*((1, 1) if x.ndim == 1 else x.shape[:2]), -1)
@@ -146,7 +149,7 @@ def _to_text(pixels: np.ndarray) -> str:
 
 
 def about(trained: Trained) -> dict[str, Any]:
-    """Returns what network it is, as JSON values."""
+    """Returns a description of the network, as JSON values."""
     fields = trained.spec.fields
     return {
         "model": trained.config.model,
@@ -160,19 +163,19 @@ def about(trained: Trained) -> dict[str, Any]:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers on (host, port), each request in a thread of its own.
+    """Serves HTTP on (host, port), each request in its own thread.
 
     Args:
         host: a name or address of this machine.
-        port: 0: one that is free.
-        answer: see `make_answer`; it is called by one thread at a time.
-        about: what GET /run answers.
+        port: the port; 0: any free port.
+        answer: see `make_answer`; one thread at a time calls it.
+        about: the JSON values of GET /run.
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address is in use or not one of this machine.
     """
 
-    daemon_threads = False  # server_close waits for them
+    daemon_threads = False  # server_close waits for the threads
     allow_reuse_port = False
 
     def __init__(
@@ -194,11 +197,11 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://{shown}:{self.server_address[1]}/"
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server for our name
+        socketserver.TCPServer.server_bind(self)  # HTTPServer.server_bind needs a name server
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         if len(self._deadlines) >= MAX_REQUESTS:
-            return self.shutdown_request(request)  # it is closed without an answer
+            return self.shutdown_request(request)  # closes the connection without a response
         self._deadlines[request] = time.monotonic() + WHOLE_SECONDS
         return super().process_request(request, client_address)
 
@@ -209,32 +212,32 @@ class Server(ThreadingHTTPServer):
             self._deadlines.pop(request, None)
 
     def service_actions(self) -> None:
-        """Twice a second: ends what takes too long."""
+        """Ends requests that take too long; called twice a second."""
         for request, deadline in list(self._deadlines.items()):
             if time.monotonic() > deadline:
                 _end_reading(request)
 
     def server_close(self) -> None:
-        """Whoever is being answered gets the answer, nobody else is heard to the end."""
+        """Closes the server. A request that was read completely still gets its response."""
         for request in list(self._deadlines):
             _end_reading(request)
         super().server_close()
 
     def handle_error(self, request: socket.socket, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # the client is gone
+        if not isinstance(sys.exception(), OSError):  # OSError: the client is gone
             super().handle_error(request, client_address)
 
 
 def _end_reading(request: socket.socket) -> None:
-    with suppress(OSError):  # it is closed already
+    with suppress(OSError):  # the connection is already closed
         request.shutdown(socket.SHUT_RD)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request a connection."""
+    """Handles one request a connection."""
 
     timeout = SILENT_SECONDS
-    default_request_version = "HTTP/1.0"  # of a request that has none: a status line answers it
+    default_request_version = "HTTP/1.0"  # a request without a version gets a status line, too
     server: Server
 
     def do_GET(self) -> None:
@@ -254,40 +257,46 @@ class Handler(BaseHTTPRequestHandler):
         if len(lengths) > 1 or not lengths[0].isdecimal():
             return self.send_error(400, "The Content-Length is not a number of bytes.")
         if len(lengths[0]) > 18 or int(lengths[0]) > MAX_BYTES:
-            return self.send_error(413, f"A file of more than {MAX_BYTES // 10**6} MB is refused.")
+            return self.send_error(413, f"The file is larger than {MAX_BYTES // 10**6} MB.")
         file = self.rfile.read(int(lengths[0]))
         if len(file) < int(lengths[0]):
             return self.send_error(400, "The body ended before its Content-Length.")
         try:
-            with self.server.lock:  # for decoding as well: a large image takes much memory
+            with self.server.lock:  # also for decoding: a large image takes much memory
                 answer = self.server.answer(file)
         except UserError as error:
-            return self.send_error(422, f"No answer: {error}.")
+            return self.send_error(422, f"No prediction: {error}.")
         return self._send_json(200, answer)
 
     def parse_request(self) -> bool:
-        """Refuses pages of other sites, and names that others may have made point here."""
+        """Refuses requests of other sites' pages, and of foreign names that point to this host."""
         if not super().parse_request():
             return False
         hosts = self.headers.get_all("Host", [])
         name = re.sub(r":\d*$", "", hosts[0]).lower() if len(hosts) == 1 else None
         if name not in self.server.host_names:
-            self.send_error(421, "The Host is none of this server's: use the address it printed.")
+            self.send_error(421, "The Host is not this server's: use the address that it printed.")
         elif self.headers.get("Origin", f"http://{hosts[0]}") != f"http://{hosts[0]}":
-            self.send_error(403, "Another site's page asks.")
+            self.send_error(403, "The request is from another site's page.")
         else:
             return True
         return False
 
     def _refuse(self) -> None:
         if self.path in METHODS:
-            self.send_error(405, f"{self.path} takes {METHODS[self.path]} alone.")
+            self.send_error(405, f"{self.path} accepts only {METHODS[self.path]}.")
         else:
-            self.send_error(404, "There is nothing here.")
+            self.send_error(404, "This path does not exist.")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answers {"error": message}; the parent class has its own for what is no HTTP."""
-        code = 405 if code == 501 else code  # a method that it has no do_... for
+        """Sends {"error": message}. The parent class calls it, too, for requests that are not HTTP.
+
+        Args:
+            code: the HTTP status; 501 (no do_... for the method) becomes 405.
+            message: the error; None: the description of the status.
+            explain: ignored.
+        """
+        code = 405 if code == 501 else code
         self._send_json(code, {"error": message or HTTPStatus(code).description})
 
     def _send_json(self, code: int, values: dict[str, Any]) -> None:
@@ -310,7 +319,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def finish(self) -> None:
-        """Reads on for a moment: closing with bytes unread would take the answer back."""
+        """Reads the rest of the request: closing with unread bytes would discard the response."""
         super().finish()
         self.connection.shutdown(socket.SHUT_WR)
         self.connection.settimeout(LINGER_SECONDS)
@@ -322,11 +331,11 @@ class Handler(BaseHTTPRequestHandler):
         return "cv_jax"
 
     def log_message(self, *args: object) -> None:
-        """Nothing: what is wrong with a request, its answer says."""
+        """Logs nothing: a response says what is wrong with its request."""
 
 
 def _content_policy(page: str) -> str:
-    """The page's own style and script run, and nothing else is loaded from anywhere."""
+    """Returns the policy that allows only the page's own style and script, and loads no others."""
 
     def hash_of(tag):
         text = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.S)[1]
@@ -344,8 +353,8 @@ def main() -> None:
     """Reads the command line and serves until it is stopped."""
     parser = make_parser(__doc__)
     add_run_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="the name or address others use")
-    parser.add_argument("--port", type=int, default=8000, help="0: one that is free")
+    parser.add_argument("--host", default="127.0.0.1", help="a name or address of this machine")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     arguments = parser.parse_args()
     if not 0 <= arguments.port < 2**16:
         parser.error(f"--port={arguments.port} must be from 0 to 65535")
@@ -356,7 +365,7 @@ def main() -> None:
         trained = load_trained(work_directory(arguments.workdir), arguments.run, arguments.tta)
         answer = make_answer(trained)
         with _listen(arguments.host, arguments.port, answer, about(trained)) as server:
-            print(f"{server.url}   Ctrl-C ends it", flush=True)
+            print(f"{server.url}   Ctrl-C stops the server", flush=True)
             server.serve_forever()
     except Stopped as stopped:
         print(f"Stopped by {stopped}.")
@@ -368,7 +377,7 @@ def _listen(host: str, port: int, *served: Any) -> Server:
         return Server(host, port, *served)
     except OSError as error:
         raise UserError(
-            f"--host={host} --port={port} cannot be had ({error.strerror}): choose others."
+            f"--host={host} --port={port} cannot be used ({error.strerror}): choose others."
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""A trained network in use: loading it, reading files for it.
+"""Uses a trained network: loads it, predicts, and puts predictions into words.
 
-Imports every room but tools. `load_trained` is what notebooks and exported files import.
+Imports every room but tools. Notebooks and exported files import `load_trained`.
 """
 
 from cv_jax.trained.load import load_trained

@@ -1,7 +1,7 @@
-"""A trained network, out of the work directory that a run has left, for whatever one does with it.
+"""Loads a trained network from the work directory of a run, and predicts with it.
 
-It needs neither the data set nor the training, and only reads: the run may still be going on. A
-file that `cv_jax.tools.export` has written as safetensors does as well as a work directory.
+Loading needs neither the data set nor the optimizer. It only reads, so the run may still be
+training. A safetensors file of `cv_jax.tools.export` can take the place of the work directory.
 """
 
 import math
@@ -34,23 +34,23 @@ from cv_jax.learn.stored import (
 from cv_jax.optim.state import TrainState
 from cv_jax.tasks import Task, build_task
 
-# Examples that a network sees at once: what n94 needs for so many stays in a CPU's cache.
+# Examples in a group: what n94 needs for a group fits into a CPU's cache.
 GROUP_SIZE = 250
 
 
 class Trained(NamedTuple):
-    """A network and what it was trained for.
+    """A trained network with its task, config and data description.
 
     Attributes:
-        config: of the run, with the values of its setting where it swept some, and without
-            `init_from`, which may be gone.
-        spec: of the data it was trained on, without a sample.
-        name: of the run, such as "seed=0".
-        tta: the test-time views of its predictions, such as "mirror".
-        state: step, parameters and model state as evaluation uses them. Parameters are the
-            averaged ones where the run averages. There is no state of an optimizer.
-        task: its functions take `state`.
-        result: the content of result.json; None where the run is not complete.
+        config: the run's config, with the swept values of its setting. `init_from` is "", since
+            that network may no longer exist.
+        spec: describes the data set of the training, without a sample.
+        name: the run's name, such as "seed=0".
+        tta: the test-time views of the predictions, such as "mirror".
+        state: step, parameters and model state for evaluation, without optimizer state. With
+            optim.ema > 0 the parameters are the averaged ones.
+        task: the task; its functions take `state`.
+        result: the content of result.json; None if the run is not complete.
     """
 
     config: ml_collections.ConfigDict
@@ -69,18 +69,18 @@ def load_trained(
     predicts: bool = True,
     own: bool = False,
 ) -> Trained:
-    """Loads one of the runs of a program.
+    """Loads the network of one run.
 
     Args:
-        workdir: of the program; or a file NAME.safetensors, which holds one run.
-        run: its name, such as "seed=3"; "": the first seed, of the best setting where it swept.
-        tta: test-time views instead of those of the run's config; None: those.
-        predicts: whether its task has to predict something.
-        own: whether a file NAME.safetensors is trusted to name modules of Python to import.
+        workdir: the work directory of the program; or a file NAME.safetensors with one run.
+        run: the run's name, such as "seed=3"; "": the first seed, in a sweep of the best setting.
+        tta: the test-time views; None: those of the run's config.
+        predicts: whether to raise an error if the task predicts nothing.
+        own: whether a file NAME.safetensors is trusted to name Python modules to import.
 
     Raises:
-        UserError: there is no run of this name or no checkpoint, a file of it is damaged, its task
-            predicts nothing, or a number of its network is not finite.
+        UserError: the run or its checkpoint does not exist, one of its files is damaged, its task
+            predicts nothing, or a value of the network is not finite.
     """
     if workdir.suffix == ".safetensors":
         return _load_safetensors(workdir, run, tta, own)
@@ -91,7 +91,7 @@ def load_trained(
     if predicts and task.predict is None:
         raise UserError(
             f"{workdir}: the task {config.task!r} does not predict anything. Train a network that "
-            f"starts from it: --config.init_from={workdir}:backbone."
+            f"starts from this run: --config.init_from={workdir}:backbone."
         )
     found = read_variables(workdir, run)
     state = _state_of(found, task, workdir)
@@ -99,15 +99,15 @@ def load_trained(
 
 
 def _build(config: ml_collections.ConfigDict, spec: DataSpec, **changes: str) -> Task:
-    """Builds the task for parameters that are averaged already, with some values changed."""
+    """Builds the task for averaged parameters (optim.ema = 0), with `changes` of the config."""
     return build_task(with_values(config, {"optim.ema": 0.0, **changes}), spec)
 
 
 def _state_of(found: Variables, task: Task, source: epath.Path) -> TrainState:
-    """Returns the state that has these variables.
+    """Returns the state with the variables `found`.
 
     Raises:
-        UserError: they are not those of the task's network.
+        UserError: the variables do not fit the task's network.
     """
     wanted = variables(jax.eval_shape(task.init, jax.random.key(0)))
     if _shapes(found.arrays) != _shapes(wanted):
@@ -115,8 +115,8 @@ def _state_of(found: Variables, task: Task, source: epath.Path) -> TrainState:
             path for path, x in wanted.items() if x.shape != found.arrays[path].shape
         ]
         raise UserError(
-            f"{source}: its arrays are not those of the network of its config ({paths[0]} is the "
-            "first that differs): go back to the code that env.json names."
+            f"{source}: its arrays do not fit the network of its config ({paths[0]} is the first "
+            "that differs): check out the commit in env.json."
         )
     model_state = unflatten_dict({k: jnp.asarray(x) for k, x in found.arrays.items()}, sep="/")
     params = model_state.pop("params")
@@ -124,11 +124,11 @@ def _state_of(found: Variables, task: Task, source: epath.Path) -> TrainState:
 
 
 def check_finite_predictions(predictions: dict[str, Any]) -> None:
-    """Raises UserError where predictions are not finite: their argmax says nothing."""
+    """Raises UserError if predictions are not finite: their argmax has no meaning."""
     for name, x in predictions.items():
         if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
             raise UserError(
-                f"The network predicts {name} that are not finite: train it again with a lower "
+                f"The network predicts {name} that are not finite: train again with a lower "
                 "config.optim.lr."
             )
 
@@ -140,15 +140,16 @@ def in_float32(trained: Trained) -> Trained:
 
 
 def _load_safetensors(path: epath.Path, run: str, tta: str | None, own: bool) -> Trained:
-    """Loads a network out of a file of cv_jax.tools.export; it is computed in float32.
+    """Loads a network from a file of cv_jax.tools.export, to compute in float32.
 
     Raises:
-        UserError: the file cannot be read, its network is not one of this code, or it names code.
+        UserError: the file cannot be read, its network does not fit this code, or the file names
+            code to import.
     """
     arrays, card = read_safetensors(path)
     check_finite(arrays, card["run"], path)
     if run not in ("", card["run"]):
-        raise UserError(f"{path} holds the run {card['run']!r} and not {run!r}.")
+        raise UserError(f"{path} holds the run {card['run']!r} and not {run!r}. Remove --run.")
     try:
         config = config_from_json(card["config"])
         _refuse_code(config, own)
@@ -165,15 +166,15 @@ def _load_safetensors(path: epath.Path, run: str, tta: str | None, own: bool) ->
         raise damaged(path, error) from error
 
 
-_MOST_VALUES = 2**28  # of an example
+_MOST_VALUES = 2**28  # of one field of an example
 
 
 def _refuse_code(config: ml_collections.ConfigDict, own: bool) -> None:
-    """Raises UserError where a config from a file of others names a module to import."""
+    """Raises UserError if the config of an untrusted file names a module to import."""
     for key in ("task", "model", "augment", "method"):
         if names_code(config[key]) and not own:
             raise UserError(
-                f"its config.{key}={config[key]!r} names code, which is not imported for a file: "
+                f"its config.{key}={config[key]!r} names code, and a file may not import code: "
                 "use the work directory of its run."
             )
 
@@ -190,15 +191,14 @@ def variables(state: TrainState) -> dict[str, jax.Array]:
 def make_predict(
     trained: Trained, most: int, function: Callable | None = None
 ) -> Callable[[Examples], dict[str, np.ndarray]]:
-    """Returns examples -> predictions by name: up to `most` examples, each field (m, ...).
+    """Returns a function: up to `most` examples, {field: (m, ...)} -> predictions by name.
 
-    The examples have the fields that the task's `read` gives them. Predictions are as evaluation
-    has them, to rounding. One program is compiled, for `most` examples in groups of at most
-    GROUP_SIZE.
+    The examples have the fields of the task's `read`. Predictions equal those of evaluation up to
+    rounding. One program is compiled, for `most` examples in groups of at most GROUP_SIZE.
 
     Args:
         trained: the network.
-        most: examples in a call.
+        most: the largest number of examples in a call.
         function: (state, batch) -> {name: (b, ...)}; None: the task's `predict`.
     """
     size = min(most, GROUP_SIZE)
@@ -217,20 +217,20 @@ def make_predict(
         for name, x in examples.items():
             filled[name][:count] = x
         batches = {name: x.reshape(groups, size, *x.shape[1:]) for name, x in filled.items()}
-        # Not fetched here: the device may still be at it.
+        # Returns device arrays without waiting: the device may still be computing.
         return jax.tree.map(lambda x: x[:count], program(trained.state, batches))
 
     return predict
 
 
 def input_shapes(trained: Trained, *leading: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what the network predicts from, as shapes with these leading axes."""
+    """Returns the shapes of the network's inputs, with the axes `leading` in front."""
     fields = {name: trained.spec.fields[name] for name in trained.task.inputs}
     return example_shapes(fields, *leading)
 
 
 def in_words(trained: Trained) -> str:
-    """Returns what network it is and what it was trained on, in a line."""
+    """Returns a line about the network: its model, data set, run and step."""
     spec = trained.spec
     names = ", ".join(spec.class_names[:10]) + (", ..." if spec.num_classes > 10 else "")
     return (

@@ -8,8 +8,8 @@ from typing import Any
 def in_text(values: dict[str, Any]) -> str:
     """Returns a description as text: probabilities in %, everything else as "key value".
 
-    Numbers have four digits. A class stands in front of its probabilities already, so "class" is
-    left out beside them.
+    Numbers have four digits. With probabilities, "class" is left out: the predicted class is the
+    first of them.
     """
     parts = []
     for key, value in values.items():

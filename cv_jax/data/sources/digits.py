@@ -1,4 +1,4 @@
-"""The data set `digits`: real handwriting that scikit-learn ships, so nothing to download."""
+"""Reads the data set `digits`: handwriting that scikit-learn ships, without a download."""
 
 import importlib.util
 from pathlib import Path
@@ -22,10 +22,10 @@ def load_digits() -> Stored:
     Raises:
         UserError: scikit-learn is not installed.
     """
-    # Its file is read without importing scikit-learn, which would take longer than the rest.
+    # Reads the file without importing scikit-learn, since the import takes longer than the rest.
     package = importlib.util.find_spec("sklearn")
     if package is None:
-        raise UserError("The digits come with scikit-learn: pip install scikit-learn")
+        raise UserError("config.data.name='digits' needs scikit-learn: pip install scikit-learn")
     rows = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
 
     image = np.rint(rows[:, :-1] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)

@@ -1,4 +1,4 @@
-"""Where TFDS keeps a prepared data set; found without the time that importing TFDS takes."""
+"""Finds a prepared data set of TFDS, without importing TFDS, which takes seconds."""
 
 import json
 import os
@@ -10,18 +10,17 @@ from cv_jax.config.paths import expand
 
 
 def tfds_data_dir(config_dir: str) -> Path:
-    """Returns `config_dir` where it is set, else TFDS_DATA_DIR, else TFDS's ~/tensorflow_datasets.
+    """Returns `config_dir` if set, else TFDS_DATA_DIR, else TFDS's ~/tensorflow_datasets.
 
     Raises:
-        UserError: the directory is below a home directory that is not known.
+        UserError: the directory is below an unknown home directory.
     """
     chosen = config_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:
         return Path(expand(chosen)).absolute()
     except UserError as error:
         raise UserError(
-            f"The data sets of TFDS have no place: {error} Or let TFDS_DATA_DIR or "
-            "--config.data.dir name a directory."
+            f"TFDS has no data directory: {error} Or set --config.data.dir or TFDS_DATA_DIR."
         ) from error
 
 
@@ -30,10 +29,10 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
 
     Args:
         name: a TFDS name: "NAME", "NAME/CONFIG", "NAME:VERSION" or "NAME/CONFIG:VERSION".
-        data_dir: TFDS's directory, where it lies in NAME[/CONFIG]/VERSION.
+        data_dir: TFDS's data directory.
 
     Returns:
-        None if there is none.
+        `data_dir`/NAME[/CONFIG]/VERSION; None if no version is prepared.
     """
     if not re.fullmatch(r"\w{1,99}(/[\w.-]{1,99})?(:\d+\.\d+\.\d+)?", name):
         return None
@@ -47,7 +46,7 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
 
 
 def _versions(directory: Path) -> dict[str, Path]:
-    """The prepared versions in `directory`, ascending: {"3.0.2": its path}."""
+    """Returns the prepared versions in `directory`, ascending: {"3.0.2": its path}."""
     paths = [path.parent for path in directory.glob("*/dataset_info.json")]
     paths = [path for path in paths if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
     return {path.name: path for path in sorted(paths, key=_version_key)}

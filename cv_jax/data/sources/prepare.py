@@ -1,8 +1,8 @@
 """Downloads and prepares data sets through TFDS, CIFAR without TensorFlow.
 
-TFDS's own builder does the work: its addresses, checksums, ids, splits and file names. What is
-replaced while it works is below: the time limits of a download for all data sets, and for CIFAR
-the two steps in which TFDS uses TensorFlow (unpacking the archive, and encoding arrays as PNG).
+TFDS's own builder does the work, with its URLs, checksums, ids, splits and file names. This module
+replaces parts of TFDS meanwhile: the time limits of all downloads, and for CIFAR the two steps
+that use TensorFlow (unpacking the archive, and encoding arrays as PNG).
 """
 
 import contextlib
@@ -30,27 +30,27 @@ from cv_jax.data.sources.location import find_prepared
 
 _WITHOUT_TENSORFLOW = ("cifar10", "cifar100")
 
-# Seconds that a server may take to accept a connection, and to send the next bytes.
+# Seconds that a server may take to accept a connection, and to send more bytes.
 _TIMEOUT = (10, 20)
 
 
 def prepare(name: str, data_dir: Path) -> None:
-    """Downloads a data set and prepares it in `data_dir`, as TFDS itself would, as array_record.
+    """Downloads a data set and prepares it in `data_dir` with TFDS, in the format array_record.
 
-    Nothing but the prepared data set stays behind, and nothing at all after a failure or Ctrl-C.
+    Leaves only the prepared data set behind; nothing after a failure or Ctrl-C.
 
     Args:
         name: a TFDS name: "NAME" or "NAME/CONFIG".
-        data_dir: TFDS's directory; made where it does not exist.
+        data_dir: TFDS's data directory; created if missing.
 
     Raises:
-        UserError: the name is unknown, something cannot be fetched, the download has the wrong
-            checksum, or the data set needs TensorFlow and there is none.
+        UserError: the name is unknown, a file cannot be fetched, a download has the wrong
+            checksum, or the data set needs TensorFlow and TensorFlow is not installed.
     """
     _check_can_prepare(name, data_dir)
     print(f"Downloading and preparing {name} in {data_dir}", file=sys.stderr)
     hint = (
-        "Let TFDS_DATA_DIR or --config.data.dir name a directory that holds a prepared copy, "
+        "Set --config.data.dir or TFDS_DATA_DIR to a directory with a prepared copy, "
         "or train on configs/digits.py, which needs no download."
     )
     try:
@@ -62,10 +62,10 @@ def prepare(name: str, data_dir: Path) -> None:
         url = re.search(r"Artifact (\S+),", str(error))[1]
         expected, got = re.findall(r"checksum='(\w+)'", str(error))
         raise UserError(
-            f"{name} is not prepared in {data_dir}, and what {url} sent is not the expected "
-            f"file: its SHA-256 is {got} instead of {expected}. {hint}"
+            f"{name} is not prepared in {data_dir}, and {url} sent another file than expected: "
+            f"its SHA-256 is {got} instead of {expected}. {hint}"
         ) from error
-    except Exception as error:  # whatever TFDS, the disk or the archive raise
+    except Exception as error:  # from TFDS, the disk or the archive
         if find_prepared(name, data_dir):
             return  # another process was faster
         raise UserError(f"TFDS cannot prepare {name} in {data_dir}: {error}. {hint}") from error
@@ -83,15 +83,15 @@ def _check_can_prepare(name: str, data_dir: Path) -> None:
     if _family(name) not in known:
         raise UserError(
             f"Unknown data set {name!r}.{nearest(_family(name), [*known, 'digits'])} "
-            "config.data.name is 'digits', which needs no download, or the TFDS name of an "
-            "image-classification data set; for data of your own, write a function that returns "
-            "cv_jax.data.Stored and name it as --config.data.name=MODULE:FUNCTION."
+            "Set config.data.name to 'digits', which needs no download, or to the TFDS name of an "
+            "image-classification data set. For your own data, write a function that returns "
+            "cv_jax.data.Stored and set --config.data.name=MODULE:FUNCTION."
         )
     if _family(name) in _WITHOUT_TENSORFLOW or importlib.util.find_spec("tensorflow"):
         return
     raise UserError(
         f"{name} is not prepared in {data_dir}, and TFDS needs TensorFlow to prepare it. "
-        "Once, on this machine or on another one from which you copy that directory:\n"
+        "Run once, here or on another machine from which you copy that directory:\n"
         "  pip install tensorflow\n"
         '  python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='{data_dir}')"
@@ -108,7 +108,7 @@ def _download_and_prepare(name: str, data_dir: Path) -> None:
     )
     with (
         tempfile.TemporaryDirectory(prefix="incomplete.", dir=data_dir) as download_dir,
-        contextlib.redirect_stdout(io.StringIO()),  # TFDS's messages; ours is enough
+        contextlib.redirect_stdout(io.StringIO()),  # hides TFDS's messages
         _replaced_parts(_family(name)),
     ):
         builder.download_and_prepare(
@@ -118,7 +118,7 @@ def _download_and_prepare(name: str, data_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _replaced_parts(family: str) -> Iterator[None]:
-    """Puts our parts in the place of TFDS's."""
+    """Replaces parts of TFDS by those of this module."""
     parts = [
         (downloader, "MAX_RETRIES", 0),  # ten, with growing waits, would take minutes
         (downloader, "_open_url", partial(downloader._open_url, timeout=_TIMEOUT)),
@@ -136,7 +136,7 @@ def _replaced_parts(family: str) -> Iterator[None]:
 
 
 class _Downloader(downloader._Downloader):
-    """TFDS's downloader, but in the caller's thread, so that Ctrl-C ends it at once."""
+    """TFDS's downloader in the caller's thread, so that Ctrl-C stops it at once."""
 
     def download(self, url, destination_path, verify=True):
         try:
@@ -146,7 +146,7 @@ class _Downloader(downloader._Downloader):
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system or the server said, below the layers of libraries."""
+    """Returns the reason that the operating system or the server gave."""
     while error.__context__ is not None:
         error = error.__context__
     return getattr(error, "strerror", None) or str(error)
@@ -161,9 +161,9 @@ def _download_and_extract(manager: download_manager.DownloadManager, url: str) -
 
 
 def _load_images(path: str, num_labels: int = 1) -> Iterator[tuple[np.ndarray, Image.Image]]:
-    """The examples of a binary CIFAR file: labels, then the planes red, green and blue.
+    """Yields the examples of a binary CIFAR file: labels, then the planes red, green and blue.
 
-    An image of Pillow's is something that TFDS encodes as PNG without TensorFlow.
+    TFDS encodes a Pillow image as PNG without TensorFlow.
     """
     for row in np.fromfile(path, np.uint8).reshape(-1, num_labels + 3072):
         pixels = row[num_labels:].reshape(3, 32, 32).transpose(1, 2, 0)

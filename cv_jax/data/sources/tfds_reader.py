@@ -1,4 +1,4 @@
-"""Reads a prepared TFDS data set into arrays, without TensorFlow. Importing this imports TFDS."""
+"""Reads a prepared TFDS data set into arrays, without TensorFlow. Imports TFDS, which is slow."""
 
 import sys
 from collections.abc import Iterator
@@ -15,26 +15,26 @@ from cv_jax.data.fields import Examples, image_field, label_field
 from cv_jax.data.sources.tfrecord import read_records
 from cv_jax.data.statistics import histogram
 
-# Records that array_record reads at a time: many times faster than one by one.
+# Records that array_record reads at a time; many times faster than one by one.
 _BATCH = 256
 
 
 def read_prepared(directory: Path) -> Stored:
-    """Decodes a data set; TFDS does that with OpenCV where it is installed, else with Pillow.
+    """Decodes a data set. TFDS uses OpenCV if it is installed, else Pillow.
 
-    test is the split "test", or "validation" where TFDS has no test; "validation" beside a test is
-    the official val.
+    Our test is the split "test", or "validation" if TFDS has no "test". If TFDS has both,
+    "validation" is the official val.
 
     Args:
-        directory: .../NAME[/CONFIG]/VERSION, its files in the format array_record or tfrecord.
+        directory: .../NAME[/CONFIG]/VERSION, with files in the format array_record or tfrecord.
 
     Raises:
-        UserError: the directory or a record is damaged, or this is not an image-classification
-            data set of uint8 images of one size.
+        UserError: the directory or a record is damaged, or the data set is not image
+            classification with uint8 images of one size.
     """
     try:
         builder = tfds.builder_from_directory(directory)
-    except Exception as error:  # of JSON, of protos, of TFDS: all say that it is damaged
+    except Exception as error:  # from JSON, protos or TFDS: all mean that it is damaged
         raise UserError(
             f"{directory} cannot be read as a prepared TFDS data set ({error}). {_again(directory)}"
         ) from error
@@ -45,7 +45,7 @@ def read_prepared(directory: Path) -> Stored:
         if split not in names or not builder.info.splits[split].num_examples:
             raise UserError(
                 f"{builder.info.full_name} has no examples in a split {split!r}, only in "
-                f"{', '.join(sorted(names))}: it needs train, and test or validation."
+                f"{', '.join(sorted(names))}. Choose a data set with train, and test or validation."
             )
     read = partial(_read_split, builder, image_key=image_key, label_key=label_key)
     train = read("train")
@@ -66,7 +66,7 @@ def _again(directory: Path | str) -> str:
 
 
 def _supervised(info: tfds.core.DatasetInfo) -> tuple[str, str]:
-    """The keys of image and label: TFDS's supervised keys, else the only ones of their kind."""
+    """Returns the keys of image and label: TFDS's supervised keys, else the only such features."""
     chosen = []
     for kind in (tfds.features.Image, tfds.features.ClassLabel):
         keys = [key for key, feature in info.features.items() if isinstance(feature, kind)]
@@ -75,12 +75,13 @@ def _supervised(info: tfds.core.DatasetInfo) -> tuple[str, str]:
     image, label = chosen
     if len(image) != 1 or len(label) != 1 or not info.features[label[0]].num_classes:
         raise UserError(
-            f"{info.full_name} does not say one class for one image: it is not an "
-            f"image-classification data set (its features are {', '.join(info.features)})."
+            f"{info.full_name} is not an image-classification data set, with one image and one "
+            f"class (its features are {', '.join(info.features)}). Choose another config.data.name."
         )
     if info.features[image[0]].np_dtype != np.uint8:
         raise UserError(
-            f"The images of {info.full_name} are {info.features[image[0]].np_dtype}, not uint8."
+            f"The images of {info.full_name} are {info.features[image[0]].np_dtype}, not uint8. "
+            "Choose another config.data.name."
         )
     return image[0], label[0]
 
@@ -90,7 +91,7 @@ def _read_split(
 ) -> Examples:
     info = builder.info
     where = f"{info.full_name}, split {split}"
-    # Only these two are decoded, whatever else a record holds.
+    # Decodes only these two features of a record.
     wanted = tfds.features.FeaturesDict({k: info.features[k] for k in (image_key, label_key)})
     num_classes = info.features[label_key].num_classes
     num_examples = info.splits[split].num_examples
@@ -101,8 +102,8 @@ def _read_split(
             example = wanted.deserialize_example_np(next(records))
         except StopIteration as end:
             raise UserError(f"{where} ends before record {i}. {_again(builder.data_dir)}") from end
-        except Exception as error:  # of files, of protos, of the image decoder
-            # Where OpenCV cannot decode, it returns None, over which TFDS stumbles.
+        except Exception as error:  # from files, protos or the image decoder
+            # OpenCV returns None if it cannot decode, and TFDS fails on the None.
             stumbles = isinstance(error, AttributeError | TypeError)
             reason = "its image cannot be decoded" if stumbles else error
             raise UserError(
@@ -119,22 +120,23 @@ def _read_split(
             )
         if not 0 <= label[i] < num_classes:
             raise UserError(
-                f"{where}, record {i} has the label {label[i]}, which is none of its "
-                f"{num_classes} classes: a split without labels, or a damaged record."
+                f"{where}, record {i} has the label {label[i]}, not one of 0 to {num_classes - 1}: "
+                "the split has no labels, or the record is damaged. Choose another data "
+                f"set, or: {_again(builder.data_dir)}"
             )
         image[i] = pixels
     return {"image": image, "label": label}
 
 
 def _file_of(info: tfds.core.DatasetInfo, split: str, record: int) -> str:
-    """The name of the file with this record of a split."""
+    """Returns the name of the file that contains a record of a split."""
     ends = np.cumsum(info.splits[split].shard_lengths)
     file = info.splits[split].filepaths[int(np.searchsorted(ends, record, side="right"))]
     return Path(file).name
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[bytes]:
-    """The serialized examples of a split, in order."""
+    """Yields the serialized examples of a split, in order."""
     file_format = builder.info.file_format.value
     if file_format == "array_record":
         return _array_records(builder, split)
@@ -142,8 +144,8 @@ def _records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[bytes]:
         files = [Path(file.filename) for file in builder.info.splits[split].file_instructions]
         return (record for file in files for record in read_records(file))
     raise UserError(
-        f"{builder.info.full_name} is stored as {file_format}: only array_record and tfrecord "
-        "are read."
+        f"{builder.info.full_name} is stored as {file_format}. Prepare it as array_record or "
+        "tfrecord."
     )
 
 
@@ -155,6 +157,6 @@ def _array_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[by
         indices = range(start, min(start + _BATCH, len(source)))
         try:
             batch = source.__getitems__(list(indices))
-        except RuntimeError:  # one by one, up to the damaged one
+        except RuntimeError:  # one by one, up to the damaged record
             batch = (source[i] for i in indices)
         yield from batch

@@ -1,4 +1,4 @@
-"""TFRecord files, one of the two formats in which TFDS stores examples, without TensorFlow.
+"""Reads TFRecord files, one of TFDS's two formats, without TensorFlow.
 
 A record is its length (8 bytes), the length's checksum (4), the data, the data's checksum (4),
 all little-endian. A checksum is a masked CRC-32C (Castagnoli).
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Bytes whose checksums are computed at a time.
+# Bytes of records whose checksums are computed at a time.
 _BLOCK = 1 << 24
 
 
@@ -19,7 +19,7 @@ def read_records(path: Path) -> Iterator[bytes]:
     """Yields the records of a file in order, each after its checksum has been verified.
 
     Raises:
-        ValueError: in place of the first record that is damaged; the message names the file.
+        ValueError: the next record is damaged; the message names the file.
     """
     data = path.read_bytes()
     spans, problem = _spans(data)
@@ -38,7 +38,7 @@ def read_records(path: Path) -> Iterator[bytes]:
 
 
 def _spans(data: bytes) -> tuple[list[tuple[int, int]], str]:
-    """Where each record's data starts and ends, and what is wrong after the last of them, or ""."""
+    """Returns each record's (start, end), and the problem after the last of them ("": none)."""
     spans, headers, problem = [], [], ""
     position = 0
     while position < len(data):
@@ -58,7 +58,7 @@ def _spans(data: bytes) -> tuple[list[tuple[int, int]], str]:
 
 
 def _matches(rows: Sequence[bytes], checksums: Sequence[bytes]) -> np.ndarray:
-    """Whether each row has the masked CRC-32C that its 4 bytes of `checksums` say: (n,) bool."""
+    """Returns (n,) bool: whether each row's masked CRC-32C equals its 4 bytes of `checksums`."""
     expected = np.array([struct.unpack("<I", c)[0] for c in checksums], np.uint32)
     crc = crc32c(rows)
     return (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8) == expected
@@ -75,9 +75,9 @@ _TABLE = _table()
 
 
 def crc32c(rows: Sequence[bytes]) -> np.ndarray:
-    """The CRC-32C (Castagnoli, RFC 3720 section 12.1) of each row: (n,) uint32.
+    """Computes the CRC-32C (Castagnoli, RFC 3720 section 12.1) of each row: (n,) uint32.
 
-    All rows advance together, one byte a step: fast where they are many and about equally long.
+    All rows advance together, one byte a step: fast for many rows of about equal length.
     """
     length = np.array([len(row) for row in rows], int)
     width = max(length, default=0)

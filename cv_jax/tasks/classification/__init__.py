@@ -27,7 +27,7 @@ from cv_jax.workdir.metric import Metric
 
 
 def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
-    """Builds the task: the model, its augmentation and its optimizer, closed over by functions."""
+    """Builds the task."""
     model = build_model(config.model, spec.num_classes, compute_dtype(config.dtype))
     augmented = make_augmented(config.augment, spec.fields)
     normalize = make_normalize(spec, config.data.normalize)
@@ -64,7 +64,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         return init_state(params, variables, training.tx, last_loss_of)
 
     def apply(state, image):
-        """Images in [0, 1], or uint8, to logits and features."""
+        """Maps images, uint8 or float32 in [0, 1], to logits and features."""
         variables = {"params": evaluated_params(config.optim, state), **state.model_state}
         return model.apply(variables, normalize(to_unit(image)), train=False)
 
@@ -83,7 +83,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
 
     notes = [*training.notes, *initial.notes]
     if select:
-        notes.append(f"select  {config.select}; loss and accuracy in training are of these")
+        notes.append(f"select  {config.select}; training metrics are of the selected examples")
     return Task(
         init=init,
         train_step=training.train_step,
@@ -115,7 +115,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
 
 
 def describe(names, example, prediction, back) -> dict:
-    """Returns {"class": the most probable, "probabilities": {class: share}}, highest first."""
+    """Returns {"class": predicted class, "probabilities": {class: probability}}, highest first."""
     del example, back
     logits = np.asarray(prediction["logits"], np.float64)
     shares = np.exp(logits - logits.max())

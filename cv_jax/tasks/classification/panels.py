@@ -1,4 +1,4 @@
-"""The part of a report about a classifier's predictions: its most confident mistakes."""
+"""Builds the report's panels about a classifier's predictions: its most confident mistakes."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ MISTAKES = 24  # images
 
 
 def make_panels(names: Sequence[str]) -> Callable[[Examples, dict[str, np.ndarray]], list[Panel]]:
-    """Returns (examples, predictions) -> the panels about them; `names`: of the classes."""
+    """Returns (examples, predictions) -> panels. `names` are the class names."""
 
     def panels(examples, predictions):
         label = examples["label"]

@@ -1,4 +1,4 @@
-"""What a prediction rests on: the pixels that matter to it, and the feature maps."""
+"""Explains a prediction: a saliency map of its pixels, and feature maps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ def explain(apply: Callable, logits_of: Callable, state: Any, batch: dict) -> di
 
     The saliency of a pixel is max over its channels of |d l / d x|, where x is the image and l its
     logit of the predicted class: K. Simonyan et al., https://arxiv.org/abs/1312.6034. The predicted
-    class is that of all test-time views; saliency and features are those of the image as it is.
+    class uses all test-time views; saliency and features use the unchanged image.
 
     Args:
         apply: (state, image) -> (logits (b, n), features by name).
-        logits_of: (state, image) -> logits of all views.
-        state: of the network.
-        batch: `image` is (b, h, w, c), uint8 or float32 in [0, 1].
+        logits_of: (state, image) -> logits (b, n), averaged over the test-time views.
+        state: the network's state.
+        batch: {"image": (b, h, w, c) uint8, or float32 in [0, 1]}.
 
     Returns:
         {"saliency": (b, h, w), "features": {name: (b, ...)}}, all float32.
@@ -28,7 +28,7 @@ def explain(apply: Callable, logits_of: Callable, state: Any, batch: dict) -> di
     image = to_unit(batch["image"])
     answer = logits_of(state, image).argmax(-1)
 
-    def chosen(x):  # the images do not touch each other, so the sum keeps their gradients apart
+    def chosen(x):  # no image affects another, so the sum keeps their gradients apart
         return jnp.take_along_axis(apply(state, x)[0], answer[:, None], 1).sum()
 
     features = apply(state, image)[1]

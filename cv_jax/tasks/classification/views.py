@@ -19,7 +19,7 @@ def _mirror_translate(apply: _Logits, image: jax.Array) -> jax.Array:
     h, w = image.shape[1:3]
     padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
 
-    def shift(i):  # by an index it would be a gather where b is a symbol, in an exported program
+    def shift(i):  # slices: in an exported program with a symbolic b, indexing would be a gather
         return lax.slice_in_dim(lax.slice_in_dim(padded, i, i + h, axis=1), i, i + w, axis=2)
 
     shifted = [_mirror(apply, shift(i)) for i in (0, 2)]
@@ -34,14 +34,17 @@ TTA = {
 
 
 def find_tta(name: str) -> Callable[[_Logits, jax.Array], jax.Array]:
-    """Finds a test-time augmentation: (apply, image) -> logits, averaged over views of the image.
+    """Returns a test-time augmentation: (apply, image) -> logits, averaged over views of the image.
+
+    `image` is (b, h, w, c) float32, and `apply` maps it to logits (b, n).
 
     Args:
         name: "none"; "mirror", the image and its mirror image; "mirror_translate", in addition
-            both of them shifted by one pixel (reflected at the border) up-left and down-right,
-            where the unshifted pair weighs one half (arXiv 2404.00498).
+            both shifted by one pixel (reflected at the border) up-left and down-right, where the
+            unshifted pair weighs one half (arXiv 2404.00498).
 
-    There `apply` maps (b, h, w, c) to logits (b, n), and image is (b, h, w, c) float32.
+    Raises:
+        UserError: the name is unknown.
     """
     if name not in TTA:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What `cv_jax.tools.export` writes: formats.py the files, card.py what they say of the network.
+"""Exports a trained network: formats.py writes the files, card.py their model cards.
 
-onnx_graph.py makes ONNX of a JAX function.
+onnx_graph.py converts a JAX function to ONNX.
 """

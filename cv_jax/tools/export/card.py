@@ -16,27 +16,28 @@ from cv_jax.workdir.files import read_json
 from cv_jax.workdir.metric import Metric, headline_of, metric_of
 from cv_jax.workdir.result import best_runs, environment, statistics_of
 
-_LICENCE = "Apache-2.0, as cv_jax; the data set has terms of its own"
+_LICENCE = "Apache-2.0, like cv_jax; the data set has its own terms"
 
 
 def make_card(workdir: epath.Path, trained: Trained) -> dict[str, Any]:
-    """The card as JSON values.
+    """Returns the card as JSON values.
 
     Args:
-        workdir: of the run.
-        trained: as `load_trained` returns it.
+        workdir: the run's work directory.
+        trained: the network, see `load_trained`.
 
     Returns:
-        run: its name.
-        tta: the views.
-        data: the facts about the data set.
-        config: the whole recipe.
-        test: the headline on test, see `_on_test`; None where result.json is not of this network.
-        result: the content of result.json; None likewise.
-        steps: made in training.
-        flops: of "training", None likewise, and of an "image".
-        trained_with, exported_with: code and versions.
-        input, output, photograph, licence: texts. `photograph` says how a photograph becomes input.
+        run: the run's name.
+        tta: the test-time views.
+        data: the description of the data set.
+        config: the whole config.
+        test: the headline on test, see `_on_test`; None if result.json is not of this network.
+        result: the content of result.json; None if `test` is None.
+        steps: the number of training steps.
+        flops: FLOPs of "training" (None if `test` is None) and of an "example".
+        trained_with, exported_with: commit and package versions.
+        input, output, licence: texts.
+        photograph: text: how to turn a photograph into an input.
     """
     spec, state = trained.spec, trained.state
     test = _on_test(trained)
@@ -87,16 +88,16 @@ def _code(environment: dict[str, Any]) -> dict[str, Any]:
 def _on_test(trained: Trained) -> dict[str, Any] | None:
     """Returns the headline of this network, and the statistics over the seeds of its program.
 
-    The key of the network's value is the name of the headline. None where result.json is not of
-    this network, or has no headline on test.
+    The key of the network's value is the name of the headline. None if result.json is not of this
+    network, or has no headline on test.
     """
     result = trained.result
-    # A longer run has the result of the shorter run until its end.
+    # A lengthened run keeps the result of the shorter run until its end.
     if not result or not result["test"] or result["steps"] != int(trained.state.step):
         return None
     config = trained.config
     names = run_names(config, make_sweep(config))[best_runs(result, config.num_seeds)]
-    if trained.name not in names:  # result.json has test numbers of the best setting only
+    if trained.name not in names:  # result.json has test numbers only of the best setting
         return None
     headline = headline_of(result)
     numbers = statistics_of(result["test"]).get(headline)
@@ -113,19 +114,19 @@ def _on_test(trained: Trained) -> dict[str, Any] | None:
 
 
 def photograph(image_shape: Sequence[int]) -> tuple[str, str]:
-    """Returns how a photograph becomes an input, in words and as Python code.
+    """Returns how to turn a photograph into an input, in words and as Python code.
 
-    The code does to 8-bit images what `read_image.read_image` does, pixel for pixel.
+    For 8-bit images the code gives the pixels of `read_image.read_image`.
     """
     h, w, c = image_shape
     if c not in (1, 3):
-        return f"no photograph has the {c} channels of this input", ""
+        return f"not possible: a photograph does not have {c} channels", ""
     mode = "L" if c == 1 else "RGB"
     colours = "grey (0.299 R + 0.587 G + 0.114 B)" if c == 1 else "red, green, blue, in this order"
     words = (
-        f"turned as EXIF says, what is transparent on white, {colours}; unless it has {w}x{h} "
-        "pixels, resized with Pillow's BICUBIC, which is antialiased where it shrinks, until it "
-        f"covers {w}x{h} pixels, and the middle cut out, in one step (ImageOps.fit)"
+        f"rotated by its EXIF data, transparency on white, {colours}; unless it has {w}x{h} "
+        f"pixels, resized to cover {w}x{h} pixels with Pillow's BICUBIC (antialiased where it "
+        "shrinks) and cropped at the centre, in one step (ImageOps.fit)"
     )
     return words, _READ_PHOTO.format(mode=mode, h=h, w=w, c=c)
 
@@ -140,7 +141,7 @@ def read_photo(file):  # -> (1, {h}, {w}, {c}) uint8
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("{mode}")
-    if image.size != ({w}, {h}):  # an image of this size keeps each of its pixels
+    if image.size != ({w}, {h}):  # an image of this size keeps every pixel
         image = ImageOps.fit(image, ({w}, {h}), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(1, {h}, {w}, {c})
 
@@ -157,7 +158,7 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
     have no effect.
     """
     data, flops, by = card["data"], card["flops"], card["trained_with"]
-    changed = " and changes that are not in it" if by["dirty"] else ""
+    changed = " with uncommitted changes" if by["dirty"] else ""
     counts = ", ".join(f"{data[f'num_{split}']:,} {split}" for split in ("train", "val", "test"))
     training = f"{flops['training']:.3e} of training, " if flops["training"] is not None else ""
     rows = [
@@ -175,7 +176,7 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
     ]
     table = "\n".join(f"| {name} | {text} |" for name, text in rows)
     blocks = {
-        "Names of classes, in their order": {
+        "Names of classes, in order": {
             name: field["names"] for name, field in data["fields"].items() if field["names"]
         },
         "Recipe: the whole config": card["config"],
@@ -188,15 +189,15 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
     image = data["fields"].get("image")
     code = photograph(image["shape"])[1] if image else ""
     block = (
-        '## From a photograph to its input\n\n`read_photo("photo.jpg")` goes where the zeros '
-        "are above; for a classifier `softmax(logits)` are the probabilities. Grey of 16 bits has "
-        f"to be brought to 8 bits before.\n\n```python\n{code.strip()}\n```\n\n"
+        '## From a photograph to an input\n\nReplace the zeros above by `read_photo("photo.jpg")`. '
+        "For a classifier, `softmax(logits)` gives the probabilities. Convert grey of 16 bits to 8 "
+        f"bits first.\n\n```python\n{code.strip()}\n```\n\n"
     )
     photo = block if code else ""
     return (
         f"# Model card\n\n| | |\n| --- | --- |\n{table}\n\n"
-        "The file normalises the images itself. Nothing says how it does on images unlike those of "
-        f"its data set.\n\n## Use\n\n```python\n{snippet.strip()}\n```\n\n{photo}{sections}"
+        "The network normalises its images. It was not measured on images unlike those of its data "
+        f"set.\n\n## Use\n\n```python\n{snippet.strip()}\n```\n\n{photo}{sections}"
     )
 
 
@@ -206,7 +207,7 @@ def _on_test_of(test: dict[str, Any] | None) -> str:
 
 def _measured(test: dict[str, Any] | None) -> str:
     if test is None:
-        return "not measured: the run is not complete, or it is not of the best setting"
+        return "not measured: the run is not complete, or not of the best setting"
     name = headline_of(test)
     metric = Metric(test["unit"], test["better"], test["protocol"])
     own = f"{metric.text(test[name], None)} of {test['images']:,} images (views `{test['tta']}`)"
@@ -222,5 +223,5 @@ def _measured(test: dict[str, Any] | None) -> str:
 
 
 def _span(text: str) -> str:
-    """Returns a user's text as code for a cell of a table."""
+    """Returns a user's text as Markdown code for a table cell."""
     return "`" + text.replace("`", "'").replace("|", "¦").replace("\n", " ") + "`"

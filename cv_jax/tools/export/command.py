@@ -1,12 +1,13 @@
-"""Writes a trained network as one file, for programs that know nothing of cv_jax.
+"""Writes a trained network as one file, for programs without cv_jax.
 
     python -m cv_jax.tools.export --workdir=runs/a --format=onnx
     python -m cv_jax.tools.export --workdir=runs/a --format=stablehlo --run=seed=3 --tta=mirror
 
-stablehlo (jax.export: CPU, CUDA and TPU), onnx (any ONNX runtime) and safetensors (the weights, for
-cv_jax or one's own code) each hold weights, normalisation and a model card; a card for people is
-written beside. Then the file is read again, and has to predict on the whole test set what the
-network predicts: exit code 1 where it does not. It needs `pip install -r requirements-export.txt`.
+Formats: stablehlo (jax.export: CPU, CUDA and TPU), onnx (any ONNX runtime) and safetensors (the
+weights, for cv_jax or your own code). A file holds weights, normalisation and a model card; a
+Markdown card is written beside it. Then the file is read again, and its predictions on the whole
+test set are compared with the network's: exit code 1 if they differ. Needs
+`pip install -r requirements-export.txt`.
 """
 
 import argparse
@@ -46,13 +47,13 @@ from cv_jax.workdir.result import environment, percent
 
 
 def write(workdir: epath.Path, trained: Trained, name: str, out: epath.Path) -> None:
-    """Writes a network as a file, and its card for people beside it.
+    """Writes a network as a file, and its Markdown card beside it.
 
     Args:
-        workdir: of its run.
-        trained: as `load_trained` returns it; the file predicts over its test-time views.
-        name: one of FORMATS.
-        out: the file; "NAME.md" beside it is the card.
+        workdir: the run's work directory.
+        trained: the network, see `load_trained`; the file uses its test-time views.
+        name: a format, one of FORMATS.
+        out: the file to write; the card is `out` with ".md" appended.
 
     Raises:
         UserError: a package is missing, or the file cannot be written.
@@ -68,11 +69,13 @@ def write(workdir: epath.Path, trained: Trained, name: str, out: epath.Path) -> 
         text = to_markdown(card, snippet(name, trained, out.name))
         out.with_name(out.name + ".md").write_text(text, "utf-8")
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({first_line(error)}).") from error
+        raise UserError(
+            f"{out} cannot be written ({first_line(error)}): choose another --out."
+        ) from error
 
 
 def own_predict(trained: Trained) -> Predict:
-    """Returns batch -> predictions of the network as its run evaluates it, in float32."""
+    """Returns batch -> predictions of the network, in float32."""
     trained = in_float32(trained)
     return jax.jit(partial(trained.task.predict, trained.state))
 
@@ -80,16 +83,23 @@ def own_predict(trained: Trained) -> Predict:
 def compare(
     ours: Predict, theirs: Predict, examples: Examples, trained: Trained, batch_size: int
 ) -> dict[str, Any]:
-    """Compares what two programs predict for examples.
+    """Compares the predictions of two programs.
+
+    Args:
+        ours: the first program.
+        theirs: the second program. Its predictions that are not finite agree with nothing.
+        examples: the examples to predict.
+        trained: the network.
+        batch_size: examples in a batch.
 
     Returns:
-        of, the number of examples; equal, for how many both descriptions agree (numbers within
-        CLOSE); largest_difference of any two predicted numbers; and accuracy of the second, where
-        descriptions have a class and examples a label. Predictions of the second that are not
-        finite agree with nothing.
+        of: the number of examples.
+        equal: the number of examples whose descriptions agree (numbers within CLOSE).
+        largest_difference: the largest difference of two predicted numbers.
+        accuracy: that of the second program, if examples have a label.
 
     Raises:
-        UserError: the first predicts numbers that are not finite.
+        UserError: the first program predicts numbers that are not finite.
     """
     equal, right, largest = 0, 0, 0.0
     count = num_examples(examples)
@@ -114,11 +124,11 @@ def compare(
     return {**report, "accuracy": right / count} if "label" in examples else report
 
 
-CLOSE = 1e-3  # of numbers in descriptions, and of 1 where they are smaller
+CLOSE = 1e-3  # tolerance of numbers in descriptions: relative, absolute below 1
 
 
 def _agree(a: Any, b: Any) -> bool:
-    """Whether two descriptions say the same; a number that is not finite says nothing."""
+    """Returns whether two descriptions agree; a number that is not finite never agrees."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_agree(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
@@ -127,7 +137,7 @@ def _agree(a: Any, b: Any) -> bool:
 
 
 def record(path: Path, name: str, report: dict[str, Any], trained: Trained) -> None:
-    """Puts the comparison of a format into a JSON file that may have those of others."""
+    """Adds the comparison of a format to a JSON file, which keeps those of other formats."""
     records = read_json(path) if path.exists() else {}
     made_with = {
         key: value for key, value in environment().items() if key not in ("command", "host")
@@ -138,7 +148,7 @@ def record(path: Path, name: str, report: dict[str, Any], trained: Trained) -> N
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The comparison in a line."""
+    """Returns the comparison as a line of text."""
     text = (
         f"{report['equal']:,} of {report['of']:,} test predictions equal; largest difference of a "
         f"number {report['largest_difference']:.1e}"
@@ -150,7 +160,7 @@ def describe(report: dict[str, Any]) -> str:
 
 @command("export")
 def main() -> None:
-    """Reads the command line, writes the file, and holds it against the network."""
+    """Reads the command line, writes the file and compares it with the network."""
     parser = make_parser(__doc__)
     add_run_arguments(parser)
     parser.add_argument("--format", required=True, choices=tuple(FORMATS))
@@ -161,14 +171,16 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exports as the command line says; returns the exit code."""
+    """Exports by the command line's arguments; returns the exit code."""
     prepare_jax()
     check_platform()
     name = arguments.format
     check_packages(name)
     workdir = work_directory(arguments.workdir)
     if workdir.suffix == ".safetensors":
-        raise UserError(f"{workdir} is an exported file; --workdir is the directory of its run.")
+        raise UserError(
+            f"{workdir} is an exported file: set --workdir to the directory of its run."
+        )
     default = workdir / "export" / f"model.{name}"
     out = work_directory(arguments.out) if arguments.out else default
     trained = load_trained(workdir, arguments.run, arguments.tta)
@@ -181,7 +193,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         test = load_dataset(trained.config.data).test
     except UserError as error:
-        print(f"not compared with the network, since the data set is not at hand: {error}")
+        print(f"not compared with the network: the data set cannot be loaded: {error}")
         return 0
     theirs = read(name, out)
     report = compare(ours, theirs, test, trained, trained.config.eval_batch_size)
@@ -190,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
         record(arguments.record, name, {**report, "bytes": size, "tta": trained.tta}, trained)
     if report["equal"] < report["of"]:
         print(
-            f"export: {out} does not predict what the network does; the file is kept.",
+            f"export: the predictions of {out} differ from the network's; the file is kept.",
             file=sys.stderr,
         )
         return 1

@@ -1,8 +1,8 @@
-"""The files that a trained network can become: how each is written, read and used.
+"""Writes and reads the file formats of a trained network, with code that uses each.
 
-Each holds the weights, the normalisation and a card (see card.py). Inputs are the fields that the
-task predicts from, such as `image` (b, h, w, c) uint8, with b of 1 or more. Outputs are its
-predictions by name, such as `logits` (b, n) float32.
+A file holds the weights, the normalisation and a card (see card.py). Inputs are the task's input
+fields, such as `image` (b, h, w, c) uint8, with b of 1 or more. Outputs are the predictions by
+name, such as `logits` (b, n) float32.
 """
 
 import importlib
@@ -23,19 +23,19 @@ from cv_jax.models.ops import plain_lax
 from cv_jax.trained.load import Trained, input_shapes, load_trained, variables
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-_SERIALIZED, _CARD = "network.bin", "card.json"  # in the zip of a StableHLO file
+_SERIALIZED, _CARD = "network.bin", "card.json"  # in the zip archive of a StableHLO file
 
 Predict = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 
 
 class Format(NamedTuple):
-    """A kind of file.
+    """A file format.
 
     Attributes:
-        packages: modules that it needs beside those of requirements.txt.
+        packages: modules that the format needs beside those of requirements.txt.
         write: (trained, card) -> the content of the file.
-        read: path -> Predict, as another program would read it.
-        snippet: Python code that does so, with {file}, {inputs} and {output} to be filled in.
+        read: path -> Predict, as another program would read the file.
+        snippet: Python code that reads the file; {file}, {inputs} and {output} are filled in.
     """
 
     packages: tuple[str, ...]
@@ -45,19 +45,19 @@ class Format(NamedTuple):
 
 
 def check_packages(name: str) -> None:
-    """Raises UserError where a package is missing that the format of this name needs."""
+    """Raises UserError if a package that the format `name` needs is missing."""
     for package in FORMATS[name].packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
             raise UserError(
-                f"--format={name} needs packages more ({package} is not there): "
+                f"--format={name} needs {package}, which is missing: "
                 "pip install -r requirements-export.txt"
             ) from error
 
 
 def _network(trained: Trained) -> tuple[Callable, dict[str, jax.ShapeDtypeStruct]]:
-    """Returns batch -> predictions, with the weights as constants, and the batch: b is a symbol."""
+    """Returns batch -> predictions, with constant weights, and the batch's shapes with symbol b."""
     (b,) = export.symbolic_shape("b")
     return partial(trained.task.predict, trained.state), input_shapes(trained, b)
 
@@ -105,12 +105,12 @@ def _write_safetensors(trained: Trained, card: dict[str, Any]) -> bytes:
 
 
 def _read_safetensors(path: epath.Path) -> Predict:
-    trained = load_trained(path, own=True)  # written from this work directory a moment ago
+    trained = load_trained(path, own=True)  # trusted: this program wrote the file
     return jax.jit(partial(trained.task.predict, trained.state))
 
 
 def snippet(name: str, trained: Trained, file: str) -> str:
-    """Returns Python code that reads a file of the format of this name and predicts."""
+    """Returns Python code that reads a file of the format `name` and predicts."""
     shapes = input_shapes(trained, 7)
     inputs = ", ".join(
         f'"{field}": np.zeros({x.shape}, np.{x.dtype})' for field, x in sorted(shapes.items())
@@ -120,19 +120,21 @@ def snippet(name: str, trained: Trained, file: str) -> str:
 
 
 def read(name: str, path: epath.Path) -> Predict:
-    """Reads a file of the format of this name.
+    """Reads a file of the format `name`.
 
     Raises:
-        UserError: a package is missing, or the file is damaged or another program's.
+        UserError: a package is missing, the file is damaged, or it was not written by
+            cv_jax.tools.export.
     """
     check_packages(name)
     try:
         return FORMATS[name].read(path)
     except UserError:
         raise
-    except Exception as error:  # whatever such a file does to its reader
+    except Exception as error:  # a reader may raise anything on a damaged file
         raise UserError(
-            f"{path} is damaged, or no {name} file of cv_jax.tools.export ({first_line(error)})."
+            f"{path} is damaged, or not a {name} file of cv_jax.tools.export "
+            f"({first_line(error)}). Export the network again."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""A JAX function as an ONNX model: its jaxpr, equation by equation.
+"""Converts a JAX function to an ONNX model: its jaxpr, equation by equation.
 
-Only what inference of image classifiers is made of is known here. Equations of constants alone,
-such as a normalisation's scale, are computed; calls are written out; what nobody uses is left out.
+Supports the operations of image classifiers at inference. Equations with only constants, such as a
+normalisation's scale, are computed; calls are inlined; unused equations are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ from onnx import helper, numpy_helper
 
 from cv_jax.config.errors import UserError
 
-# The oldest that have all operators used here, so that older runtimes read the file.
+# The oldest versions with all operators used here, so that older runtimes can read the file.
 _OPSET, _IR_VERSION = 18, 8
-_END = np.iinfo(np.int64).max  # of an axis, whatever its length
+_END = np.iinfo(np.int64).max  # the end of an axis of any length
 
 _SAME = {
     "abs": "Abs",
@@ -43,12 +43,12 @@ _CALLS = {"closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "r
 
 
 def to_onnx(function: Callable, batch: dict[str, jax.ShapeDtypeStruct]) -> onnx.ModelProto:
-    """Converts a function from a batch, by field, to predictions by name.
+    """Converts a function: batch by field -> predictions by name.
 
-    Inputs and outputs of the model have these names; a size may be a symbol of jax.export.
+    The model's inputs and outputs have these names; a size may be a symbol of jax.export.
 
     Raises:
-        UserError: the function uses an operation that is not known here.
+        UserError: the function uses an operation that is not supported.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(batch)
     graph = _Graph()
@@ -74,12 +74,12 @@ def _info(name: str, aval: Any) -> onnx.ValueInfoProto:
 
 
 class _Graph:
-    """Nodes and arrays of a graph that grows. A value is the name of one, or a constant array."""
+    """A growing graph of nodes and arrays. A value is the name of a node, or a constant array."""
 
     def __init__(self):
         self.nodes: list[onnx.NodeProto] = []
         self.arrays: list[onnx.TensorProto] = []
-        self._names: dict[tuple, str] = {}  # of the arrays
+        self._names: dict[tuple, str] = {}  # array's dtype, shape and bytes -> its name
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """Adds a jaxpr applied to values; returns the values of its outputs."""
@@ -132,8 +132,8 @@ class _Graph:
             return [add(*inputs, shapes=shapes, out=out, **params)]
         except NotImplementedError as error:
             raise UserError(
-                f"--format=onnx does not know the operation {name!r} as this model has it; "
-                "cv_jax/tools/export/onnx_graph.py is where to add it."
+                f"--format=onnx does not support the operation {name!r} of this model: add it to "
+                "cv_jax/tools/export/onnx_graph.py, or choose another --format."
             ) from error
 
     def _rsqrt(self, x, **_):
@@ -156,7 +156,7 @@ class _Graph:
     _squeeze = _expand_dims = _reshape
 
     def _broadcast_in_dim(self, x, shapes, out, broadcast_dimensions, **_):
-        """Only the axes: what meets it repeats what is 1 long, as ONNX does."""
+        """Adds only the axes: ONNX repeats an axis of length 1 where another operand is longer."""
         if isinstance(x, str):
             new = [i for i in range(len(out.shape)) if i not in broadcast_dimensions]
             return self.node("Unsqueeze", [x, _whole(new)]) if new else x
@@ -251,5 +251,5 @@ def _whole(values: Any) -> np.ndarray:
 
 
 def _pads(padding: Sequence[tuple[int, int]]) -> list[int]:
-    """((above, below), (left, right)) in ONNX's order."""
+    """Returns ((above, below), (left, right)) in ONNX's order."""
     return [before for before, _ in padding] + [after for _, after in padding]

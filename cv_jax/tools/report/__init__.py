@@ -1,5 +1,6 @@
-"""The page that `cv_jax.tools.report` writes: what is read, drawn, asked of the network, and told.
+"""Builds the page that `cv_jax.tools.report` writes.
 
-run.py reads work directories, network.py asks the trained network, picture.py and markup.py make
-HTML of pictures and texts, and page.py, with examples.py and page.css, is the page.
+run.py reads work directories, network.py computes predictions and features, picture.py and
+markup.py turn pictures and texts into HTML, and page.py builds the page, with examples.py and
+page.css.
 """

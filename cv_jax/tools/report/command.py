@@ -1,11 +1,11 @@
-"""Writes a page about a run, or about several: result, curves, mistakes, calibration, facts.
+"""Writes a page about one or more runs: result, curves, mistakes, calibration, facts.
 
     python -m cv_jax.tools.report runs/a
     python -m cv_jax.tools.report runs/a runs/b --out=report.html --png=figures
 
-A run is a work directory, and may still be going on. The page is one file that needs no network and
-no scripts. Of several runs it holds the results, curves and configs against each other, and shows
-the first one in full.
+A run is a work directory, and may still be training. The page is one file, without scripts and
+without links to other files. With several runs the page compares their results, curves and configs,
+and shows the first run in full.
 """
 
 from pathlib import Path
@@ -30,11 +30,11 @@ def report(runs: list[str], out: Path, images: int = 2000, png: Path | None = No
     Args:
         runs: names of work directories; the first is shown in full.
         out: the file to write.
-        images: of test that the network is asked about.
+        images: number of test images to predict.
         png: a directory for the plots as images of 200 dpi on white.
 
     Raises:
-        UserError: a run that cannot be read, or a place that cannot be written.
+        UserError: a run cannot be read, or a file cannot be written.
     """
 
     read = [read_run(path) for path in dict.fromkeys(map(work_directory, runs))]
@@ -53,19 +53,21 @@ def report(runs: list[str], out: Path, images: int = 2000, png: Path | None = No
                 for name, figure in figures.items():
                     figure.savefig(png / f"{name}.png", dpi=200, facecolor="white")
     except OSError as error:
-        raise UserError(f"The report cannot be written: {first_line(error)}") from error
+        raise UserError(
+            f"The report cannot be written: {first_line(error)}. Choose another --out or --png."
+        ) from error
 
 
 @command("report")
 def main() -> None:
-    """Reads the command line, writes the page, says where it is."""
+    """Reads the command line, writes the page and prints its path."""
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="work directories")
     parser.add_argument(
         "--out", type=path_argument, default=Path("report.html"), help="the page to write"
     )
     parser.add_argument("--png", type=path_argument, help="a directory for the plots as PNG files")
-    parser.add_argument("--images", type=int, default=2000, help="test images to look at")
+    parser.add_argument("--images", type=int, default=2000, help="test images to predict")
     arguments = parser.parse_args()
     if arguments.images < 1:
         parser.error("--images must be 1 or more")

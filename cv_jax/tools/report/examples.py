@@ -1,4 +1,4 @@
-"""What the network does: its mistakes, its filters, what it was shown, a map of its features."""
+"""Builds the section about the network: mistakes, filters, training images, a map of features."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,11 +32,11 @@ NO_VIEWS = base_config().tta
 
 
 def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
-    """The section about the network of the first run, or a sentence on why it cannot be shown.
+    """Returns the section about the network of the first run, or a sentence why there is none.
 
     Args:
-        workdir: of the run.
-        num_images: of test that the network is asked about.
+        workdir: the run's work directory.
+        num_images: number of test images to predict.
         show: see `Show`.
     """
     parts = [h2("The network")]
@@ -49,7 +49,7 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
         data = load_dataset(trained.config.data)
         _check_same_fields(data.spec, trained.spec)
     except UserError as error:
-        sentence = f"Its data set cannot be loaded, so that no examples are here: {error}"
+        sentence = f"The data set cannot be loaded, so there are no examples: {error}"
         return "".join([*parts, paragraph(sentence), _filters(trained)])
     test = take(data.test, slice(num_images))
     if trained.task.predict:
@@ -60,7 +60,7 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
         make_panels = trained.task.panels or partial(_plain_panels, trained)
         parts += [_panel(panel) for panel in make_panels(test, predictions)]
     else:
-        parts.append(paragraph("It learned without labels, and predicts no classes."))
+        parts.append(paragraph("The network learned without labels and predicts no classes."))
     seen = network.features(trained, take(test, slice(ON_MAP)))
     return "".join(
         [
@@ -74,11 +74,11 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
 
 
 def _check_same_fields(here: DataSpec, there: DataSpec) -> None:
-    """Raises UserError where a data set is not the one that a network was trained for."""
+    """Raises UserError if the data set's fields are not those of the network's training."""
     for name, field in there.fields.items():
         other = here.fields.get(name)
         if other is None or (other.shape, other.names) != (field.shape, field.names):
-            raise UserError(f"its field {name!r} is not the one that the network was trained for.")
+            raise UserError(f"its field {name!r} is not that of the network's training data.")
 
 
 def _panel(panel: Panel) -> str:
@@ -97,7 +97,7 @@ def _plain_panels(trained: Trained, examples: Examples, predictions: dict) -> li
         prediction = {name: x[i] for name, x in predictions.items()}
         pictures.append(task.draw(example, prediction, None))
         captions.append(in_text(task.describe(example, prediction, None)))
-    text = "The first examples of test, with what the network predicts."
+    text = "The first test examples, with the network's predictions."
     return [Panel("Predictions", text, tuple(pictures), tuple(captions))]
 
 
@@ -109,9 +109,9 @@ def _augmented(trained: Trained, data: Dataset) -> str:
     if names := data.spec.class_names:
         labels = data.train["label"][:AUGMENTED]
         captions = [f"augmented, {names[i] if i >= 0 else 'no label'}" for i in labels]
-    about = code(trained.config.augment) if trained.config.augment else "As they are."
+    about = code(trained.config.augment) if trained.config.augment else "Without augmentation."
     grid = tiles("augmented", pictures, captions)
-    return f"{h3('What it sees in training')}{soft(about)}{grid}"
+    return f"{h3('Augmented training images')}{soft(about)}{grid}"
 
 
 def _reconstructions(seen: dict[str, np.ndarray], test: Examples) -> str:
@@ -120,10 +120,10 @@ def _reconstructions(seen: dict[str, np.ndarray], test: Examples) -> str:
     image = test["image"][:DRAWN]
     original = image.astype(np.float32) / 255
     pairs = np.stack([original, seen["reconstruction"][:DRAWN]], axis=1)
-    captions = [text for i in range(len(pairs)) for text in (f"image {i}", f"image {i}, drawn")]
-    about = soft("Images of test, each before what is drawn from its latent vector.")
+    captions = [text for i in range(len(pairs)) for text in (f"image {i}", f"reconstruction {i}")]
+    about = soft("Test images, each followed by its reconstruction from the latent vector.")
     grid = tiles("reconstructions", pairs.reshape(-1, *image.shape[1:]), captions)
-    return f"{h3('What it draws again')}{about}{grid}"
+    return f"{h3('Reconstructions')}{about}{grid}"
 
 
 def _map(seen: dict[str, np.ndarray], test: Examples, names: Sequence[str], show: Show) -> str:
@@ -132,13 +132,13 @@ def _map(seen: dict[str, np.ndarray], test: Examples, names: Sequence[str], show
         return ""
     label = test["label"][:ON_MAP]
     figure = draw_map(network.embed(features), label, names)
-    what = "Its latent vectors" if "latent" in seen else "What its last layer sees"
+    what = "Latent vectors" if "latent" in seen else "Pooled features"
     about = (
-        f"{what} of the first {len(label):,} test images, by t-SNE: a point is an image, in the "
-        "colour of its label. Neighbours are alike; distances further off say little."
+        f"{what} of the first {len(label):,} test images, by t-SNE. Each point is an image, in the "
+        "colour of its label. Near points have similar features; large distances mean little."
     )
     drawn = show(figure, "map", "map of the features of test images by class")
-    return f"{h3('A map of its features')}{beside(drawn, soft(about))}"
+    return f"{h3('A map of the features')}{beside(drawn, soft(about))}"
 
 
 def _filters(trained: Trained) -> str:
@@ -148,8 +148,8 @@ def _filters(trained: Trained) -> str:
         return ""
     path, filters = found
     k, h, w, _ = filters.shape
-    about = f"{code(path)}: {k} filters of {h} x {w} pixels, each scaled by itself"
+    about = f"{code(path)}: {k} filters of {h} x {w} pixels, each scaled to its own range"
     about += f"; the first {FILTERS}." if k > FILTERS else "."
     captions = [f"filter {i}" for i in range(min(k, FILTERS))]
     images = tiles("filters", filters[:FILTERS], captions)
-    return f"{h3('Its first filters')}{soft(about)}{images}"
+    return f"{h3('Filters of the first layer')}{soft(about)}{images}"

@@ -1,4 +1,4 @@
-"""The pieces of HTML that a page is made of. What is called text is escaped here, HTML is not."""
+"""Builds the pieces of HTML of a page. Arguments called text are escaped; html is not."""
 
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 
 from cv_jax.tools.report.picture import to_img
 
-# (figure, name, what it is, in words) -> the figure as HTML.
+# (figure, name, description in words) -> the figure as HTML.
 Show = Callable[[Figure, str, str], str]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], label: str) -> str:
-    """A table of texts; the first of each row is its heading."""
+    """Returns a table of texts; the first cell of each row is its heading."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{escape(str(first))}</th>'
@@ -28,7 +28,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], label: str) -> str
 
 
 def tiles(kind: str, images: Any, captions: Sequence[str], visible: bool = False) -> str:
-    """Images beside each other, a class of page.css; captions are seen, or only read out."""
+    """Returns images side by side.
+
+    Args:
+        kind: a class of page.css.
+        images: (h, w, c) arrays, see `to_img`.
+        captions: the alternative text of each image.
+        visible: whether the captions are also shown.
+    """
     figures = "".join(
         f"<figure>{to_img(image, caption)}"
         + (f"<figcaption>{escape(caption)}</figcaption>" if visible else "")
@@ -39,30 +46,30 @@ def tiles(kind: str, images: Any, captions: Sequence[str], visible: bool = False
 
 
 def beside(figure: str, html: str) -> str:
-    """A figure and, where there is room, what is said of it at its side."""
+    """Returns a figure with text at its side, or below it on a narrow screen."""
     return f'<div class="pair">{figure}<div>{html}</div></div>'
 
 
 def h2(text: str) -> str:
-    """The heading of a section."""
+    """Returns the heading of a section."""
     return f"<h2>{escape(text)}</h2>"
 
 
 def h3(text: str) -> str:
-    """The heading of a part of a section."""
+    """Returns the heading of a part of a section."""
     return f"<h3>{escape(text)}</h3>"
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of text."""
+    """Returns a paragraph of text."""
     return f"<p>{escape(text)}</p>"
 
 
 def soft(html: str) -> str:
-    """A paragraph in a quieter colour, of HTML; nothing of nothing."""
+    """Returns a paragraph of HTML in a quieter colour; "" for ""."""
     return f'<p class="soft">{html}</p>' if html else ""
 
 
 def code(text: str) -> str:
-    """Text as it stands in a config or a program."""
+    """Returns text in the font of code."""
     return f"<code>{escape(text)}</code>"

@@ -1,4 +1,4 @@
-"""What a trained network predicts, what it sees, and what it was shown in training."""
+"""Computes predictions, features, filters and augmented examples of a trained network."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ from cv_jax.data import Examples
 from cv_jax.data.fields import num_examples, take
 from cv_jax.trained.load import Trained, check_finite_predictions, make_predict
 
-# The features that a report shows: those that the head sees, and what an autoencoder makes.
+# The features that a report shows: the head's input, and an autoencoder's features.
 SHOWN = ("pooled", "latent", "reconstruction")
 
 
 def predictions(trained: Trained, examples: Examples) -> dict[str, np.ndarray]:
-    """Returns what the network predicts for examples.
+    """Returns the network's predictions for examples, by name.
 
     Raises:
         UserError: a prediction is not finite.
@@ -44,10 +44,9 @@ def _of_all(trained: Trained, examples: Examples, function: Callable) -> dict[st
 
 
 def first_filters(params: Any, channels: int) -> tuple[str, np.ndarray] | None:
-    """The convolution kernel that sees the image: its path, and (k, h, w, c) in [0, 1].
+    """Returns the path and filters (k, h, w, c) in [0, 1] of the kernel whose input is the image.
 
-    Each filter is scaled by itself, from its lowest value to its highest. None where no array is a
-    kernel for so many channels.
+    Each filter is scaled to its own range. None if no kernel has `channels` input channels.
     """
     for path, kernel in flatten_dict(params, sep="/").items():
         if kernel.ndim == 4 and kernel.shape[2] == channels:
@@ -59,7 +58,7 @@ def first_filters(params: Any, channels: int) -> tuple[str, np.ndarray] | None:
 
 
 def augmented(trained: Trained, train: Examples, count: int) -> Examples:
-    """Returns the first training examples as the first epoch may show them, by field."""
+    """Returns the first training examples, augmented as in the first epoch, by field."""
     examples = take(train, slice(count))
     index = np.arange(num_examples(examples), dtype=np.int32)
     coin = np.random.default_rng(0).integers(0, 2**32, len(index), dtype=np.uint32)
@@ -69,13 +68,13 @@ def augmented(trained: Trained, train: Examples, count: int) -> Examples:
 
 
 def embed(features: np.ndarray) -> np.ndarray:
-    """Places features (m, d) on a plane, (m, 2), by t-SNE: near ones stay near.
+    """Embeds features (m, d) in the plane, (m, 2), by t-SNE, which keeps neighbours close.
 
-    L. van der Maaten and G. Hinton, JMLR 9, 2008. The same for the same features.
+    L. van der Maaten and G. Hinton, JMLR 9, 2008. Deterministic.
     """
     from sklearn.manifold import TSNE  # only here: slow to import
     from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(features) - 1) / 3)
-    with threadpool_limits(1):  # for so few, threads cost more than they save
+    with threadpool_limits(1):  # with so few points, threads cost more than they save
         return TSNE(perplexity=perplexity, max_iter=500, random_state=0).fit_transform(features)

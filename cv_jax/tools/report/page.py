@@ -50,11 +50,11 @@ _PAGE = """<!doctype html>
 
 
 def build_page(runs: Sequence[Run], num_images: int, show: Show) -> str:
-    """Returns the page of a run; of several runs a comparison, then the first run in full.
+    """Returns the page of a run; for several runs a comparison, then the first run in full.
 
     Args:
-        runs: one or more.
-        num_images: test images for the network to classify.
+        runs: one or more runs.
+        num_images: number of test images to predict.
         show: see `Show`.
     """
     run = runs[0]
@@ -74,7 +74,7 @@ def build_page(runs: Sequence[Run], num_images: int, show: Show) -> str:
 
 
 def _title(run: Run) -> str:
-    """Returns the name of the config file; without one, that of the work directory."""
+    """Returns the name of the config file, or of the work directory if there is none."""
     command = [str(word) for word in run.env.get("command", ())]
     for word, following in zip(command, [*command, ""][1:], strict=True):
         flag, equals, value = word.lstrip("-").partition("=")
@@ -148,7 +148,7 @@ def _large(run: Run, split: str, s: dict[str, Any] | None) -> str:
 
 
 def _protocols(run: Run) -> str:
-    """Returns how the metrics beside the headline are measured, where their protocols say so."""
+    """Returns the protocols of the metrics beside the headline."""
     splits = [statistics_of(run.result[split]) for split in ("test", "val")]
     names = dict.fromkeys(name for split in splits for name in split if name != run.headline)
     protocols = {_words(name): run.metric(name).protocol for name in names}
@@ -157,7 +157,7 @@ def _protocols(run: Run) -> str:
 
 
 def _diverged(run: Run) -> int:
-    """Returns how many seeds of the result have no headline, on test or on val."""
+    """Returns the number of seeds of the result without a headline on test or on val."""
     splits = [statistics_of(run.result[split]).get(run.headline) for split in ("test", "val")]
     return max((s["values"].count(None) for s in splits if s), default=0)
 
@@ -222,10 +222,10 @@ def _comparison(runs: Sequence[Run], show: Show) -> str:
         for key in sorted(apart - SEED_KEYS)
     ]
     if rows:
-        parts += [paragraph("Their configs differ in:"), table(["", *names], rows, "differences")]
+        parts += [paragraph("The configs differ in:"), table(["", *names], rows, "differences")]
     else:
-        parts.append(paragraph("Their configs are the same, but for the seeds."))
-    parts.append(soft(f"The following sections are of the first run, {escape(names[0])}."))
+        parts.append(paragraph("The configs are equal except for the seeds."))
+    parts.append(soft(f"The following sections describe the first run, {escape(names[0])}."))
     return "".join(parts)
 
 
@@ -249,7 +249,7 @@ def _there(curves: Iterable[tuple[str, Any]], metric: Metric) -> dict[str, plot.
 
 
 def _file_name(metric: str) -> str:
-    """Returns the name of a metric for files and ids of plots: "loss/critic" has a slash."""
+    """Returns a metric's name for files and ids of plots, without the slash of "loss/critic"."""
     return metric.replace("/", "_")
 
 
@@ -292,9 +292,9 @@ def _training(run: Run, show: Show) -> str:
         return ""
     notes = []
     if any(record.get("runs") for record in run.records):
-        notes.append("Bands are one standard deviation over the seeds to either side of the mean.")
+        notes.append("Bands show one standard deviation over the seeds on each side of the mean.")
     if select := measured(run).get("select"):
-        notes.append(f"Curves of train count only the examples that {select} chose.")
+        notes.append(f"Training curves count only the examples that {select} chose.")
     return f'{h2("Training")}<div class="pair">{drawn}</div>{soft(escape(" ".join(notes)))}'
 
 
@@ -304,17 +304,17 @@ def _classes(run: Run, show: Show) -> str:
     if not accuracy:
         return ""
     notes, bars = [], {name: value for name, value in accuracy.items() if value is not None}
-    if not bars:  # where a seed has diverged
+    if not bars:  # a seed has diverged
         return ""
     if len(bars) < len(accuracy):
         missing = ", ".join(escape(name) for name in accuracy if name not in bars)
-        notes.append(f"Without images in test, and so without accuracy: {missing}.")
+        notes.append(f"Classes without test images have no accuracy: {missing}.")
     if len(bars) > MOST_BARS:
         bars = dict(sorted(bars.items(), key=lambda item: item[1])[:MOST_BARS])
         notes.append(f"The {MOST_BARS} of {len(accuracy)} classes with the lowest accuracy.")
     drawn = show(plot.draw_bars(bars), "per_class", "accuracy on test of each class")
     if confusion:
-        label = "confusion matrix of test: rows the labels, columns the answers"
+        label = "confusion matrix on test: rows are labels, columns are predictions"
         drawn += show(plot.draw_confusion(confusion, list(accuracy)), "confusion", label)
         if len(run.result["seeds"]) > 1:
             notes.append("The matrix counts the test images of all seeds.")
@@ -331,7 +331,7 @@ def _calibration(run: Run, show: Show) -> str:
     about = (
         "The mean difference between accuracy and confidence over the test images, by "
         f"{len(calibration[0])} bins of confidence. On the dashed line, accuracy equals "
-        "confidence. Bars below the line mean that the network is too sure of its answers."
+        "confidence. Bars below the line mean that the network is too confident."
     )
     text = f'<div class="numbers"><div>{number}</div></div>{soft(about)}'
     return f"{h2('Calibration')}{beside(drawn, text)}"
@@ -343,7 +343,7 @@ def _sweep(run: Run, show: Show) -> str:
     name = run.headline
     figure = plot.draw_sweep(run.result["sweep"], run.result["best"], name, run.metric(name))
     best = setting_text(run.result["best"])
-    about = soft(escape(f"Best on val: {best}. All numbers above are of this setting."))
+    about = soft(escape(f"Best on val: {best}. All numbers above are from this setting."))
     drawn = show(figure, "sweep", f"{_words(name)} on val of each setting")
     return f"{h2('Sweep')}{beside(drawn, about)}"
 

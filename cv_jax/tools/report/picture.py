@@ -1,4 +1,4 @@
-"""Pictures inside of a page: figures as SVG in its colours, images as PNG."""
+"""Turns pictures into HTML: figures into SVG in the page's colours, images into PNG."""
 
 import base64
 import io
@@ -16,12 +16,12 @@ _REFERENCE = re.compile(r'(\bid="|href="#|url\(#)')
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
-    """A figure as an SVG element with the page's colour of text, and no background.
+    """Returns a figure as an SVG element, in the page's text colour and without background.
 
     Args:
-        figure: drawn with `figures.STYLE`.
-        name: leads its ids, so that no other figure of the page has them.
-        label: says to those who do not see it what it is.
+        figure: a figure drawn with `figures.STYLE`.
+        name: the prefix of all ids, unique in the page.
+        label: the description for screen readers.
     """
     text = io.StringIO()
     with rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": name}):
@@ -37,7 +37,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
 
 
 def to_img(image: np.ndarray, alt: str) -> str:
-    """An image (h, w, c), uint8 or in [0, 1], as an <img> element that holds it."""
+    """Returns an image (h, w, c), uint8 or in [0, 1], as an <img> element with its data."""
     if image.dtype != np.uint8:
         image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     h, w, c = image.shape

@@ -1,4 +1,4 @@
-"""Reads the files of a work directory, of a run that is complete or still training."""
+"""Reads the files of a work directory; the run is complete or still training."""
 
 import json
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from cv_jax.workdir.result import best_runs, measured_config
 
 
 class Run(NamedTuple):
-    """A work directory.
+    """The content of a work directory.
 
     Attributes:
-        path: of the directory; its text names the run.
+        path: the directory, which names the run.
         config: the content of config.json.
         env: the content of env.json; {} without the file.
-        records: the whole lines of metrics.jsonl.
-        result: the content of result.json; None where the run is not complete.
+        records: the complete lines of metrics.jsonl.
+        result: the content of result.json; None if the run is not complete.
         task: the content of task.json; None without the file, which older code did not write.
     """
 
@@ -34,11 +34,11 @@ class Run(NamedTuple):
 
     @property
     def headline(self) -> str:
-        """The name of the metric that ranks runs."""
+        """Returns the name of the metric that ranks runs."""
         return headline_of(self.result or self.task or {})
 
     def metric(self, name: str) -> Metric:
-        """Returns the meaning of a metric."""
+        """Returns the unit, direction and protocol of a metric."""
         return metric_of(self.result or self.task or {}, name)
 
 
@@ -46,7 +46,7 @@ def read_run(path: epath.Path) -> Run:
     """Reads a work directory; the run may still be training.
 
     Raises:
-        UserError: there is no run, or one of its files is damaged.
+        UserError: the directory has no run, or one of its files is damaged.
     """
 
     def optional(name):
@@ -54,7 +54,9 @@ def read_run(path: epath.Path) -> Run:
 
     config = read_json(path / "config.json")
     if not {"model", "data", "num_seeds"} <= config.keys():
-        raise UserError(f"{path / 'config.json'} is no config: is {path} the --workdir of a run?")
+        raise UserError(
+            f"{path / 'config.json'} is not a config: choose the work directory of a run."
+        )
     env = optional("env.json") or {}
     records = _read_records(path / "metrics.jsonl")
     return Run(path, config, env, records, optional("result.json"), optional("task.json"))
@@ -78,15 +80,14 @@ def _read_records(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def curve(run: Run, split: str, name: str) -> Curve | None:
-    """Returns a number of metrics.jsonl over the training; None where no record has the name.
+    """Returns the curve of a metric of metrics.jsonl; None if no record has the metric.
 
-    Mean and std are over the seeds. In a sweep, they are over the seeds of the best setting, where
-    the best setting is known.
+    Mean and std are over the seeds; in a sweep, over those of the best setting once it is known.
 
     Args:
         run: the run.
-        split: "train" or "val"; "final_val" or "final_test" for the newest value alone.
-        name: such as "loss", "accuracy" or "lr".
+        split: "train" or "val"; "final_val" or "final_test" for the newest value only.
+        name: the metric's name, such as "loss", "accuracy" or "lr".
     """
     known = run.result and "best" in run.result
     runs = best_runs(run.result, run.config["num_seeds"]) if known else slice(None)
@@ -110,7 +111,7 @@ def calibration_error(calibration: Any) -> float:
     C. Guo et al., arXiv 1706.04599, with the mean confidence of a bin.
 
     Args:
-        calibration: (3, bins): answers n_b, right answers, sum of the confidences.
+        calibration: (3, bins): predictions n_b, correct predictions, sum of the confidences.
     """
     count, right, confidence = np.asarray(calibration)
     return float(np.abs(right - confidence).sum() / count.sum())
