@@ -39,6 +39,7 @@ from cv_jax.optim.optimizers import OPTIMIZERS
 from cv_jax.optim.schedules import SCHEDULES
 from cv_jax.optim.selection import SELECTIONS
 from cv_jax.tasks import autoencoder, ssl
+from cv_jax.train import command
 from tests.conftest import ROOT
 
 BASE = (
@@ -283,10 +284,10 @@ def call_train(arguments: Sequence[str]) -> tuple[int, str]:
         values.mark_as_parsed()
     argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     output = io.StringIO()
-    alone = mock.patch.object(train, "join")  # which comes before anything was computed
+    alone = mock.patch.object(command, "join")  # which comes before anything was computed
     try:
         with alone, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            train.main(train.parse_flags(["train.py", *arguments]))
+            train.main(command.parse_flags(["train.py", *arguments]))
         return 0, output.getvalue()
     except SystemExit as end:
         return end.code, output.getvalue()

@@ -13,8 +13,8 @@ from cv_jax.config.plan import Chunk, Intervals
 from cv_jax.runtime.mesh import make_mesh, parameter_sharding, put
 from cv_jax.trained.load import load_trained
 from cv_jax.workdir.log import Log
+from cv_jax.workdir.log.tensorboard import NUM_BINS, count_values
 from cv_jax.workdir.metric import Metric
-from cv_jax.workdir.tensorboard import NUM_BINS, count_values
 from tests.conftest import on_devices, random_dataset
 from tests.test_log import read_events
 

@@ -9,6 +9,8 @@ import pytest
 
 import train
 from cv_jax.config.errors import UserError
+from cv_jax.runtime.signals import Stopped
+from cv_jax.workdir import directory
 from cv_jax.workdir.bucket import (
     REWRITE_SECONDS,
     Growing,
@@ -17,6 +19,7 @@ from cv_jax.workdir.bucket import (
     work_directory,
 )
 from cv_jax.workdir.checkpoints import Checkpoints
+from cv_jax.workdir.log import Log
 from cv_jax.workdir.storage import storage_errors
 from tests.fake_gcs import FakeGCS
 from tests.test_checkpoint import _restore, _save, _state
@@ -61,15 +64,15 @@ def test_a_run_is_stopped_and_goes_on(server, run, tiny_config, tmp_path, monkey
         tiny_config[name] = ""  # which take most of the compiling
     train.run(tiny_config, tmp_path / "whole")
 
-    class StopsItself(train.Log):
+    class StopsItself(Log):
         def train(self, chunk, metrics):
             super().train(chunk, metrics)
             if chunk.end >= 6:
                 signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train, "Log", StopsItself)
+    monkeypatch.setattr(directory, "Log", StopsItself)
     monkeypatch.setattr(Growing, "close", lambda self: None)  # as a kill: nothing is saved later
-    with pytest.raises(train.Stopped, match="SIGTERM after step"):
+    with pytest.raises(Stopped, match="SIGTERM after step"):
         train.run(tiny_config, run)
     monkeypatch.undo()
     assert not (run / "result.json").exists()

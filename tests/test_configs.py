@@ -23,8 +23,10 @@ from cv_jax.optim.optimizers import make_optimizer
 from cv_jax.runtime.keys import derive_keys
 from cv_jax.runtime.mesh import make_mesh
 from cv_jax.tasks import build_task
+from cv_jax.train import agreement
 from cv_jax.train.flops import evaluation_flops, training_flops
 from cv_jax.train.programs import try_step
+from cv_jax.workdir import directory
 from tests.conftest import ROOT, random_dataset
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -128,11 +130,11 @@ def test_a_config_trains_and_every_leaf_is_read(name, tmp_path, monkeypatch):
         assert not config_data.keep_unlabelled
         return data
 
-    monkeypatch.setattr(train, "load_dataset", load)
+    monkeypatch.setattr(agreement, "load_dataset", load)
     # These look at the config as a whole, which is not what reading a leaf means.
     monkeypatch.setattr(train, "check", lambda config: None)
-    monkeypatch.setattr(train, "adopt_workdir", lambda workdir, config: [])
-    monkeypatch.setattr(train, "write_result", lambda *arguments: results.append(arguments))
+    monkeypatch.setattr(directory, "adopt_workdir", lambda workdir, config: [])
+    monkeypatch.setattr(directory, "write_result", lambda *arguments: results.append(arguments))
     with plain_lax():
         train.run(_watch(config, read), tmp_path)
 

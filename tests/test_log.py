@@ -16,7 +16,8 @@ from cv_jax.config.errors import UserError
 from cv_jax.config.plan import Chunk, Intervals
 from cv_jax.runtime.mesh import make_mesh
 from cv_jax.workdir import figures as plot
-from cv_jax.workdir.log import Log, image_grid
+from cv_jax.workdir.log import Log
+from cv_jax.workdir.log.tensorboard import image_grid
 from cv_jax.workdir.metric import Metric
 from tests.conftest import ROOT, random_dataset
 
@@ -311,7 +312,7 @@ def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
 def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError('imported')")
     code = (
-        "import sys, pathlib as p, cv_jax.workdir.tensorboard as b; "
+        "import sys, pathlib as p, cv_jax.workdir.log.tensorboard as b; "
         "b.Board(p.Path(sys.argv[1]), ['a'], 0, 1, 'accuracy')"
     )
     done = subprocess.run(

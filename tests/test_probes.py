@@ -9,7 +9,6 @@ import pytest
 
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
-from cv_jax.config.sweep import make_sweep
 from cv_jax.data import Field
 from cv_jax.data.batches import make_batches
 from cv_jax.learn.inputs import to_unit
@@ -162,9 +161,9 @@ class Counted:
         probes["watch"] = probes["watch"]._replace(limit=limit)
         task = Task(self._init, None, probes, {}, "", None, [])
         config = _config(eval_batch_size)
-        runs = make_runs(config, make_sweep(config))
+        runs = make_runs(config)
         batches = make_batches(config, self.data.train, runs.own.keys.order, runs.mesh)
-        programs = make_programs(config, data.spec, task, make_sweep(config), batches, runs)
+        programs = make_programs(config, data.spec, task, batches, runs)
         self.state = jax.jit(programs.init)(runs.own)
         self._evaluate = Evaluator(programs.evals, runs.own, self.data, config, runs.mesh, Clock())
 

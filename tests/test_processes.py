@@ -22,7 +22,7 @@ from cv_jax.runtime.processes import (
     on_all_processes,
     on_process_0,
 )
-from cv_jax.train.fingerprint import of_program
+from cv_jax.train.agreement import of_program
 from cv_jax.trained.load import load_trained
 from tests.conftest import random_dataset
 from tests.test_initial import flat, leave_run, ssl_config

@@ -3,6 +3,7 @@
 import re
 import signal
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import train
 from cv_jax.config.errors import UserError
 from cv_jax.config.plan import Chunk, Intervals, plan_chunks
 from cv_jax.runtime.clock import Clock, Pace
+from cv_jax.runtime.signals import Stopped
 from cv_jax.train import profile
 from cv_jax.train.profile import (
     Profiler,
@@ -21,6 +23,8 @@ from cv_jax.train.profile import (
     peak_flops,
     roofline,
 )
+from cv_jax.workdir import directory
+from cv_jax.workdir.log import Log
 
 TINY = ("--config=configs/digits.py:smoke", "--config.model=n94(widths=(4,))")  # 4 steps
 
@@ -75,15 +79,15 @@ def test_a_restarted_run_traces_its_next_steps(tiny_config, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_stop_in_the_middle_closes_the_trace(tiny_config, tmp_path, capsys, monkeypatch):
-    class SignalAtStep8(train.Log):
+    class SignalAtStep8(Log):
         def train(self, chunk, metrics):
             super().train(chunk, metrics)
             if chunk.end == 8:
                 signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Log", SignalAtStep8)
-        with pytest.raises(train.Stopped):
+        patch.setattr(directory, "Log", SignalAtStep8)
+        with pytest.raises(Stopped):
             train.run(tiny_config, tmp_path, 4)  # steps 6 to 9; a row is due after 8
     output = capsys.readouterr().out
     assert "cut short" in output
@@ -144,7 +148,8 @@ def test_untraced_steps_are_timed_and_the_clock_counts_steps_alone(monkeypatch, 
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: trace(False))
     monkeypatch.setattr(profile, "peak_flops", lambda dtype: spend(1000.0) or 4e9)
     clock, log = Clock(), _FakeLog()
-    profiler = Profiler(7, 40, tmp_path, "float32", lambda: 10**9, log, clock)
+    trainer = SimpleNamespace(dtype="float32", step_flops=lambda: 10**9)
+    profiler = Profiler(7, 40, tmp_path, trainer, log, clock)
     chunks: list[Chunk] = []
     with clock("train"), profiler:
         for chunk in plan_chunks(0, Intervals(40, 0, 0, 0), lambda step: 5, profiler.pace):
@@ -160,11 +165,11 @@ def test_untraced_steps_are_timed_and_the_clock_counts_steps_alone(monkeypatch, 
 @pytest.mark.parametrize(("steps", "remaining", "most"), [(-1, 9, 7), (8, 9, 7), (1, 1, 0)])
 def test_more_steps_than_the_run_has_are_refused(steps, remaining, most):
     with pytest.raises(UserError, match=f"={steps} must be between 0 and {most}: "):
-        Profiler(steps, remaining, None, "auto", None, None, None)
+        Profiler(steps, remaining, None, None, None, None)
 
 
 def test_as_many_steps_are_timed_as_the_run_has(tmp_path):
-    profiler = Profiler(7, 9, tmp_path, "auto", None, _FakeLog(), Clock())
+    profiler = Profiler(7, 9, tmp_path, None, _FakeLog(), Clock())
     assert profiler.pace() == 1
     with profiler(Chunk(0, 1, False, False, False)):
         pass
@@ -172,7 +177,7 @@ def test_as_many_steps_are_timed_as_the_run_has(tmp_path):
 
 
 def test_without_steps_nothing_is_held_up(tmp_path):
-    assert Profiler(0, 1, tmp_path, "auto", None, _FakeLog(), Clock()).pace() == 10
+    assert Profiler(0, 1, tmp_path, None, _FakeLog(), Clock()).pace() == 10
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

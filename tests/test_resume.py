@@ -16,6 +16,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
+from cv_jax.runtime.signals import Stopped
+from cv_jax.workdir import directory
+from cv_jax.workdir.log import Log
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -69,7 +72,7 @@ class _StopAfter:
 def run_until(step, config, workdir):
     """Runs a training that is asked to stop after the given step."""
 
-    class Log(train.Log):
+    class Watched(Log):
         seen = 0
 
         def train(self, chunk, metrics):
@@ -77,9 +80,9 @@ def run_until(step, config, workdir):
             type(self).seen = chunk.end
 
     with (
-        mock.patch.object(train, "Log", Log),
-        mock.patch.object(train, "StopRequest", partial(_StopAfter, Log, step)),
-        pytest.raises(train.Stopped) as stopped,
+        mock.patch.object(directory, "Log", Watched),
+        mock.patch.object(train, "StopRequest", partial(_StopAfter, Watched, step)),
+        pytest.raises(Stopped) as stopped,
     ):
         train.run(config, workdir)
     assert stopped.value.exit_code == 143
@@ -122,7 +125,7 @@ class _StopLater:
 
 def test_a_run_is_stopped_after_a_step_that_it_has_saved(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "StopRequest", _StopLater)
-    with pytest.raises(train.Stopped) as stopped:
+    with pytest.raises(Stopped) as stopped:
         train.run(tiny_config, tmp_path)
     step = str(stopped.value).removeprefix("SIGTERM after step ")
     assert (tmp_path / "checkpoints" / step).is_dir()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import train
-from cv_jax.config.sweep import num_runs
+from cv_jax.config.base import base_config
+from cv_jax.config.sweep import make_sweep, num_runs
 from cv_jax.runtime.mesh import make_mesh
 from cv_jax.train.runs import Own, Runs
 from tests.test_resume import final_arrays
@@ -16,7 +17,7 @@ from tests.test_resume import final_arrays
 
 def _runs(count, mode):
     names = [f"seed={i}" for i in range(count)]
-    return Runs(names, Own(None, {}), mode, make_mesh(count))
+    return Runs(names, Own(None, {}), mode, make_mesh(count), make_sweep(base_config()))
 
 
 @pytest.mark.parametrize("mode", ["in_turn", "batched"])

@@ -20,8 +20,11 @@ from cv_jax.learn.train_step import gradient_step, keep_if_finite
 from cv_jax.models import MODELS
 from cv_jax.optim.optimizers import average_params
 from cv_jax.optim.state import RUN_AXES, init_state
+from cv_jax.runtime.signals import Stopped
 from cv_jax.tasks import build_task
 from cv_jax.train.flops import step_flops
+from cv_jax.workdir import directory
+from cv_jax.workdir.log import Log
 from tests.conftest import random_dataset
 from tests.test_log import _records, make_log  # noqa: F401
 from tests.test_resume import _StopAfter, assert_same_run
@@ -230,7 +233,7 @@ def test_runs_go_on_without_their_bad_steps_also_when_they_are_stopped(
     assert skipped.reshape(3, 5, 2).sum(axis=1).tolist() == [[1, 1]] * 3  # by epoch and run
     assert (skipped[:, 0] != skipped[:, 1]).any()
 
-    class Log(train.Log):
+    class Watched(Log):
         def train(self, chunk, metrics):
             super().train(chunk, metrics)
             self.seen = chunk.end
@@ -238,9 +241,9 @@ def test_runs_go_on_without_their_bad_steps_also_when_they_are_stopped(
     bad = 6 + int(skipped[5:, 0].argmax())  # in the second epoch
     with monkeypatch.context() as patch:
         log = []
-        patch.setattr(train, "Log", lambda *args: log.append(Log(*args)) or log[0])
+        patch.setattr(directory, "Log", lambda *args: log.append(Watched(*args)) or log[0])
         patch.setattr(train, "StopRequest", lambda: _StopAfter(log[0], bad))
-        with pytest.raises(train.Stopped):
+        with pytest.raises(Stopped):
             train.run(poisoned, stopping)
     train.run(poisoned, stopping)
     assert_same_run(whole, stopping)

@@ -6,14 +6,15 @@ import re
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import train
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
+from cv_jax.runtime.signals import Stopped
+from cv_jax.train import command
+from cv_jax.train.command import run_command
 from tests.conftest import ROOT
 from tests.mutations import call_train
 from tests.test_data import examples_of, features_of, prepare_tiny, random_images, to_tfrecord
@@ -128,7 +129,7 @@ def test_a_longer_run_goes_on_and_says_what_changed(train_py, tmp_path):
 def test_a_mistake_gets_one_message_and_no_traceback(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(ROOT)
     for name in ("prepare_jax", "raise_when_signalled"):  # this process has its own
-        monkeypatch.setattr(train, name, lambda *args: None)
+        monkeypatch.setattr(command, name, lambda *args: None)
     code, printed = call_train([*arguments, f"--workdir={tmp_path}"])
     assert code == 2
     assert printed.startswith("train.py: ")
@@ -159,42 +160,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(train_py, tmp_path):
     assert "Traceback" not in done.stderr + done.stdout
 
 
-def test_ctrl_c_outside_of_the_loop_says_how_to_go_on(monkeypatch, capsys):
-    def interrupted(config, workdir, profile_steps):
-        raise train.Stopped(signal.SIGINT)
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Leaves signals, JAX's flags and the connection of this process as they are."""
+    for name in ("raise_when_signalled", "prepare_jax", "join"):
+        monkeypatch.setattr(command, name, lambda *args: None)
 
-    monkeypatch.setattr(train, "run", interrupted)
-    monkeypatch.setattr(train, "raise_when_signalled", lambda: None)
-    monkeypatch.setattr(train, "prepare_jax", lambda num_runs: None)
-    monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=base_config()))
-    monkeypatch.setattr(train, "join", lambda *flags: None)
-    monkeypatch.setattr(train, "_WORKDIR", SimpleNamespace(value="runs/x"))
-    for name in ("_PROFILE_STEPS", "_COORDINATOR", "_NUM_PROCESSES", "_PROCESS_ID"):
-        monkeypatch.setattr(train, name, SimpleNamespace(value=None))
+
+def test_ctrl_c_outside_of_the_loop_says_how_to_go_on(in_this_process, capsys):
+    def interrupted(config, workdir):
+        raise Stopped(signal.SIGINT)
+
     with pytest.raises(SystemExit) as stopped:
-        train.main([])
+        run_command(interrupted, base_config(), "configs/x.py", "runs/x", (None, None, None))
     assert stopped.value.code == 130
     assert "--workdir=runs/x" in capsys.readouterr().out
 
 
-def test_a_directory_that_was_made_for_a_mistake_is_removed(monkeypatch, tmp_path, capsys):
-    def mistaken(config, workdir, profile_steps):
+def test_a_directory_that_was_made_for_a_mistake_is_removed(
+    in_this_process, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def mistaken(config, workdir):
         assert workdir.is_dir()
+        made.append(workdir)
         raise UserError("a mistake")
 
-    made = tmp_path / "made"
-    monkeypatch.setattr(train, "run", mistaken)
-    monkeypatch.setattr(train, "raise_when_signalled", lambda: None)
-    monkeypatch.setattr(train, "prepare_jax", lambda num_runs: None)
-    monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=base_config()))
-    monkeypatch.setattr(train, "join", lambda *flags: None)
-    monkeypatch.setattr(train, "choose_workdir", lambda: made.mkdir() or str(made))
-    for name in ("_WORKDIR", "_PROFILE_STEPS", "_COORDINATOR", "_NUM_PROCESSES", "_PROCESS_ID"):
-        monkeypatch.setattr(train, name, SimpleNamespace(value=None))
-    with pytest.raises(SystemExit):
-        train.main([])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(mistaken, base_config(), "configs/x.py", None, (None, None, None))
+    assert stopped.value.code == 2
     assert "train.py: a mistake" in capsys.readouterr().err
-    assert not made.exists()
+    assert made[0].parent.name == "x"
+    assert not made[0].exists()
 
 
 def test_help_shows_how_to_start(train_py):

@@ -13,6 +13,7 @@ from cv_jax.config.plan import Chunk
 from cv_jax.models import compute_dtype
 from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.mesh import batch_sharding, make_mesh, replicated
+from cv_jax.train.trainer import Trainer
 from cv_jax.workdir.log import Log
 
 # Rows of the square matrices that `peak_flops` multiplies, until a call takes LONG_ENOUGH seconds.
@@ -32,8 +33,7 @@ class Profiler:
         steps: how many to trace.
         remaining: steps that the run has left.
         workdir: the trace goes to `<workdir>/profile`.
-        dtype: of the computation, as `config.dtype` names it.
-        step_flops: () -> FLOPs of one step.
+        trainer: knows the dtype of the computation and the FLOPs of a step.
         log, clock: of the run; what the profiler itself takes counts as "compile".
 
     Raises:
@@ -45,8 +45,7 @@ class Profiler:
         steps: int,
         remaining: int,
         workdir: Path,
-        dtype: str,
-        step_flops: Callable[[], int],
+        trainer: Trainer,
         log: Log,
         clock: Clock,
     ):
@@ -64,7 +63,7 @@ class Profiler:
         self._done = 0
         self._tracing = False
         self._directory = workdir / "profile"
-        self._dtype, self._step_flops, self._log, self._clock = dtype, step_flops, log, clock
+        self._trainer, self._log, self._clock = trainer, log, clock
 
     def pace(self) -> int:
         """The log's pace, but no dispatch goes past a mark."""
@@ -95,9 +94,8 @@ class Profiler:
         start, end, _ = self._train_seconds
         with self._clock("compile"):
             self._stop()
-            line = roofline(
-                self._step_flops(), (end - start) / self._num_timed, compute_dtype(self._dtype)
-            )
+            seconds = (end - start) / self._num_timed
+            line = roofline(self._trainer.step_flops(), seconds, compute_dtype(self._trainer.dtype))
         self._log.line(f"profile {self._steps} steps, {line}")
         self._log.line(f"trace   {self._directory}; to open it: xprof --logdir={self._directory}")
 

@@ -9,7 +9,6 @@ import ml_collections
 from flax.errors import ScopeParamShapeError
 
 from cv_jax.config.errors import UserError, first_line
-from cv_jax.config.sweep import Sweep
 from cv_jax.data import DataSpec
 from cv_jax.data.batches import Batches
 from cv_jax.learn.evaluations import Collected, Probe
@@ -61,14 +60,13 @@ def make_programs(
     config: ml_collections.ConfigDict,
     spec: DataSpec,
     task: Task,
-    sweep: Sweep,
     batches: Batches,
     runs: Runs,
 ) -> Programs:
     """Maps the functions of `task`, or where values are swept, of the task that they make."""
 
     def task_of(values):
-        return build_task(sweep.apply(config, values), spec) if values else task
+        return build_task(runs.sweep.apply(config, values), spec) if values else task
 
     def init(own):
         return task_of(own.values).init(own.keys.init)

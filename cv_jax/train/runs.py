@@ -13,10 +13,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from cv_jax.config.sweep import Sweep, run_names
+from cv_jax.config.sweep import Sweep, make_sweep, run_names
 from cv_jax.optim.state import RUN_AXES, TrainState
 from cv_jax.runtime.keys import Keys, derive_keys
 from cv_jax.runtime.mesh import (
+    check_batch_size,
     make_mesh,
     parameter_sharding,
     put,
@@ -46,12 +47,14 @@ class Runs(NamedTuple):
         mode: how a device treats the runs that are its: "batched", all at once by jax.vmap, or
             "in_turn", one after the other, each in the arithmetic of a single run.
         mesh: its axis "seed" divides the number of runs.
+        sweep: the settings in which the runs differ.
     """
 
     names: list[str]
     own: Own
     mode: str
     mesh: Mesh
+    sweep: Sweep
 
     def __call__(
         self, function: Callable, in_axes: Any, out_axes: Any, replaces: int | None = None
@@ -106,11 +109,17 @@ class Runs(NamedTuple):
         return [f"runs    {len(self.names)}: {self.names[0]} ... {self.names[-1]}; {where}"]
 
 
-def make_runs(config: ml_collections.ConfigDict, sweep: Sweep) -> Runs:
-    """The runs of each setting with each seed: (setting 0, seed 0), (0, 1), ..., (1, 0), ..."""
+def make_runs(config: ml_collections.ConfigDict) -> Runs:
+    """Returns the runs of each setting with each seed: (setting 0, seed 0), (0, 1), ..., (1, 0).
+
+    Raises:
+        UserError: the swept values, the number of runs or the batch size do not fit the devices.
+    """
+    sweep = make_sweep(config)
     seeds = range(config.seed, config.seed + config.num_seeds)
     names = run_names(config, sweep)
     mesh = make_mesh(len(names), config.mesh)
+    check_batch_size(config.batch_size, mesh)
     keys = jax.tree.map(lambda *keys: jnp.stack(keys), *map(derive_keys, seeds))
     keys = jax.tree.map(lambda keys: jnp.tile(keys, len(sweep.settings)), keys)
     values = jax.tree.map(lambda x: np.repeat(x, len(seeds)), sweep.values)
@@ -118,7 +127,7 @@ def make_runs(config: ml_collections.ConfigDict, sweep: Sweep) -> Runs:
     mode = config.seeds.mode
     if mode == "auto":
         mode = "in_turn" if jax.default_backend() == "cpu" else "batched"
-    return Runs(names, own, mode, mesh)
+    return Runs(names, own, mode, mesh, sweep)
 
 
 def _alone(function, in_axes, out_axes):

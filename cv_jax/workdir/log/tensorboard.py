@@ -236,3 +236,14 @@ def _without_pytorch() -> Iterator[None]:
     finally:
         if hidden:
             del sys.modules["torch"]
+
+
+def image_grid(images: np.ndarray, columns: int = 8, gap: int = 2) -> np.ndarray:
+    """Lays images (b, h, w, c), float in [0, 1], out as one (rows*, columns*, 3) uint8 image."""
+    images = np.asarray(images)
+    images = (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
+    images = np.pad(images, ((0, -len(images) % columns), (0, gap), (0, gap), (0, 0)))
+    b, h, w, c = images.shape
+    grid = images.reshape(b // columns, columns, h, w, c).swapaxes(1, 2)
+    grid = grid.reshape(b // columns * h, columns * w, c)
+    return np.broadcast_to(grid, (*grid.shape[:2], 3)) if c == 1 else grid

@@ -5,7 +5,6 @@ runs that have not diverged. Only process 0 writes; every process checks the los
 """
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -24,13 +23,15 @@ from cv_jax.config.sweep import make_sweep, run_values
 from cv_jax.data import DataSpec
 from cv_jax.runtime.clock import Pace
 from cv_jax.workdir.bucket import Growing, open_to_append
-from cv_jax.workdir.divergence import Divergence
-from cv_jax.workdir.files import write_atomically, write_json
+from cv_jax.workdir.files import write_json
+from cv_jax.workdir.log.divergence import Divergence
+from cv_jax.workdir.log.records import json_line, open_jsonl
+from cv_jax.workdir.log.table import Table
+from cv_jax.workdir.log.tensorboard import Board, count_values, image_grid
+from cv_jax.workdir.log.window import Window, divide
 from cv_jax.workdir.metric import Metric, is_loss, metrics_to_json
 from cv_jax.workdir.numbers import finite_mean, means
 from cv_jax.workdir.result import device_name, examples_word
-from cv_jax.workdir.table import Table
-from cv_jax.workdir.tensorboard import Board, count_values
 
 
 class Log:
@@ -79,14 +80,14 @@ class Log:
         self._pending: tuple[Chunk, dict] | None = None
         self._examples = examples_word(spec)
         self._table = Table(headline, metrics.get(headline, Metric()), self._examples)
-        self._window = _Window(window)
+        self._window = Window(window)
         self._row: dict[str, float | None] = {}
         self._head_is_due = True
         self._started = time.perf_counter()
         self._workdir = workdir
         self._writes = jax.process_index() == 0
         if self._writes:
-            self._jsonl = _open_jsonl(workdir / "metrics.jsonl", start_step, intervals.total)
+            self._jsonl = open_jsonl(workdir / "metrics.jsonl", start_step, intervals.total)
             self._board = Board(workdir, names, start_step, intervals.total, headline)
         self._bar = tqdm(
             total=intervals.total,
@@ -133,7 +134,7 @@ class Log:
         for change in changes:
             self.line(f"changed config.{change}")
             with open_to_append(self._workdir / "changes.jsonl") as file:
-                file.write(_json_line({"step": self._start_step, "change": change}))
+                file.write(json_line({"step": self._start_step, "change": change}))
 
     def preview(self, images: jax.Array) -> None:
         """Writes augmented images (b, h, w, c) of the first batch to TensorBoard."""
@@ -169,7 +170,7 @@ class Log:
             of_runs = {k: v for k, v in values.items() if len(v) == len(self._names)}
             for text in self._warn(of_runs, self._names):
                 self.line(text)
-        self._window = _Window()
+        self._window = Window()
         means = {name: finite_mean(v) for name, v in values.items()}
         unmeasured = {name: None for name in ("loss", self._headline) if name not in values}
         finite = {name: mean for name, mean in means.items() if not math.isnan(mean)}
@@ -213,7 +214,7 @@ class Log:
         num_examples = chunk.num_steps * self._batch_size * len(self._names)
         self._window.add(rows, num_examples, seconds)
         losses = [
-            f"{name} {finite_mean(_divide(*rows[name])[:, -1]):.4f}, " for name in list(finite)[:1]
+            f"{name} {finite_mean(divide(*rows[name])[:, -1]):.4f}, " for name in list(finite)[:1]
         ]
         self._bar.set_postfix_str(
             f"{self._epoch(chunk.end)}, {''.join(losses)}"
@@ -273,7 +274,7 @@ class Log:
                 for name, v in values.items()
                 if len(v) == len(self._names)
             }
-        self._jsonl.write(_json_line(record))
+        self._jsonl.write(json_line(record))
         self._jsonl.flush()
         self._board.scalars(split, values, step)
 
@@ -308,75 +309,3 @@ class Log:
 def scalars(values: dict[str, Any]) -> dict[str, np.ndarray]:
     """Returns the metrics that have one number for each run."""
     return {name: value for name, value in values.items() if np.ndim(value) == 1}
-
-
-class _Window:
-    """The (sum, count) pairs (2, r) over all steps since the last row, and their seconds."""
-
-    def __init__(self, sums: dict[str, Any] | None = None) -> None:
-        self._sums = {name: np.array(pair) for name, pair in (sums or {}).items()}
-        self._num_examples = 0
-        self._seconds = 0.0
-
-    def add(self, rows: dict[str, tuple], num_examples: int, seconds: float) -> None:
-        # Step by step in float64, so that the mean does not depend on the lengths of chunks.
-        for name, pair in rows.items():
-            pair = np.stack(pair)
-            sums = self._sums.setdefault(name, np.zeros(pair.shape[:2]))
-            for step in range(pair.shape[2]):
-                sums += pair[:, :, step]
-        self._num_examples += num_examples
-        self._seconds += seconds
-
-    def sums(self) -> dict[str, Any]:
-        return {name: pair.tolist() for name, pair in self._sums.items()}
-
-    def skipped(self) -> tuple[int, int]:
-        """Returns the number of skipped steps and of all steps, both summed over the runs."""
-        skipped, steps = self._sums.get("skipped", np.zeros((2, 1))).sum(axis=1)
-        return int(skipped), int(steps)
-
-    def means(self, examples: str) -> dict[str, np.ndarray]:
-        """Returns the mean (r,) of each metric, and the speed (1,) of all runs together."""
-        values = {name: _divide(total, count) for name, (total, count) in self._sums.items()}
-        speed = self._num_examples / self._seconds if self._seconds else math.nan
-        return {**values, f"{examples}_per_second": np.array([speed])}
-
-
-def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Returns total / count, NaN where the count is 0."""
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-
-
-def _open_jsonl(path: Path, start_step: int, total: int) -> Any:
-    """Opens metrics.jsonl for more lines. Removes lines of steps that will be made again."""
-    if path.exists():
-        kept = []
-        for line in path.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-                final = record["step"] == total and record["split"].startswith("final_")
-                if record["step"] <= start_step and not final:
-                    kept.append(line.decode())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # a line that a kill cut off
-        if kept:
-            write_atomically(path, "\n".join(kept))
-        else:
-            path.unlink()
-    return open_to_append(path)
-
-
-def _json_line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
-
-
-def image_grid(images: np.ndarray, columns: int = 8, gap: int = 2) -> np.ndarray:
-    """Lays images (b, h, w, c), float in [0, 1], out as one (rows*, columns*, 3) uint8 image."""
-    images = np.asarray(images)
-    images = (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
-    images = np.pad(images, ((0, -len(images) % columns), (0, gap), (0, gap), (0, 0)))
-    b, h, w, c = images.shape
-    grid = images.reshape(b // columns, columns, h, w, c).swapaxes(1, 2)
-    grid = grid.reshape(b // columns * h, columns * w, c)
-    return np.broadcast_to(grid, (*grid.shape[:2], 3)) if c == 1 else grid

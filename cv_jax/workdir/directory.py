@@ -1,0 +1,157 @@
+"""Owns the work directory of a program: every file of a run is written through it."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import ml_collections
+import numpy as np
+from etils.epath import Path
+
+from cv_jax.config.plan import Intervals
+from cv_jax.config.sweep import make_sweep, run_names
+from cv_jax.data import Dataset
+from cv_jax.runtime.clock import Clock
+from cv_jax.runtime.processes import lost_process_ends_this, on_process_0
+from cv_jax.workdir.adopt import adopt_workdir
+from cv_jax.workdir.checkpoints import Checkpoints
+from cv_jax.workdir.log import Log
+from cv_jax.workdir.metric import Metric
+from cv_jax.workdir.result import finished_result, write_data, write_environment, write_result
+from cv_jax.workdir.storage import storage_errors
+
+
+class Measures(Protocol):
+    """What a work directory knows of a task, see `tasks.Task`."""
+
+    metrics: Mapping[str, Metric]
+    headline: str
+    warn: Callable | None
+
+
+class Workdir:
+    """A work directory, locked for this program while it is entered.
+
+    Entering writes config.json and data.json. Leaving waits until all checkpoints are written.
+
+    Args:
+        path: a directory, or a folder of a bucket.
+        config: the config of the runs.
+        data: the splits.
+        task: what is measured, and which metric ranks.
+        intervals: the length of the training, in steps.
+        clock: of the program; counts "save".
+
+    Attributes:
+        changes: a line for each leaf of the config that changed since the runs started.
+
+    Raises:
+        UserError: the directory is in use, holds runs of another config, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: ml_collections.ConfigDict,
+        data: Dataset,
+        task: Measures,
+        intervals: Intervals,
+        clock: Clock,
+    ):
+        self._path, self._config, self._data, self._task = path, config, data, task
+        self._intervals, self._clock = intervals, clock
+        self._sweep = make_sweep(config)
+        self._window: dict[str, Any] = {}
+        self._start_step = 0
+        self.changes: list[str] = []
+
+    def __enter__(self) -> "Workdir":
+        metric = self._task.metrics.get(self._task.headline, Metric())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(storage_errors(self._path))
+            self._checkpoints = stack.enter_context(
+                Checkpoints(self._path, self._config.keep_checkpoints, metric)
+            )
+            # Ends before the checkpoints wait for the lost process.
+            stack.enter_context(lost_process_ends_this())
+            changes = on_process_0(partial(adopt_workdir, self._path, self._config))
+            self.changes = changes or []
+            write_data(self._path, self._data)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: Any) -> bool | None:
+        return self._stack.__exit__(*exc)
+
+    def restore(self, like: Any) -> Any | None:
+        """Returns the state of the newest checkpoint; None where there is none.
+
+        The clock goes on from the seconds of the checkpoint.
+
+        Args:
+            like: a TrainState of ShapeDtypeStructs with shardings.
+        """
+        restored = self._checkpoints.restore_latest(like)
+        if restored is None:
+            return None
+        state, progress = restored
+        self._clock.add(progress["seconds"])
+        self._window = progress["window"]
+        self._start_step = int(state.step)
+        return state
+
+    def finished(self) -> dict[str, Any] | None:
+        """Returns the result of a complete training; None where steps are left."""
+        return finished_result(self._path, self._start_step, self._intervals.total)
+
+    def write_environment(self) -> None:
+        """Writes env.json, or checks that a resumed run finds the environment of its start."""
+        resumes = self._start_step > 0
+        on_process_0(partial(write_environment, self._path, goes_on=resumes))
+
+    def open_log(self) -> Log:
+        """Opens the log. The work directory closes it."""
+        self._log = self._stack.enter_context(
+            Log(
+                self._path,
+                self._config,
+                self._data.spec,
+                run_names(self._config, self._sweep),
+                self._start_step,
+                self._intervals,
+                self._task.metrics,
+                self._task.headline,
+                self._window,
+                self._task.warn,
+            )
+        )
+        return self._log
+
+    def save(self, state: Any, val: Mapping[str, np.ndarray]) -> None:
+        """Saves a checkpoint; `val` is the evaluation at this step, {} where there was none."""
+        self._log.save()
+        progress = {"seconds": self._clock.read(), "window": self._log.window()}
+        with self._clock("save"):
+            self._checkpoints.save(state, progress, val.get(self._task.headline))
+
+    def write_result(self, sums: dict[str, dict], flops: dict[str, int]) -> dict[str, Any]:
+        """Writes and returns the result. Call after leaving, when the last checkpoint is whole.
+
+        Args:
+            sums: split -> {metric: (sum, count)} of the final evaluation.
+            flops: of the "training" of a run, and of its final "evaluation".
+        """
+        with storage_errors(self._path):
+            return write_result(
+                self._path,
+                self._config,
+                self._data.spec,
+                self._sweep.settings,
+                self._intervals.total,
+                sums,
+                flops,
+                self._clock.read(),
+                self._task.metrics,
+                self._task.headline,
+            )
