@@ -28,6 +28,7 @@ class Measures(Protocol):
     metrics: Mapping[str, Metric]
     headline: str
     warn: Callable | None
+    baseline: Callable | None
 
 
 class Workdir:
@@ -154,4 +155,15 @@ class Workdir:
                 self._clock.read(),
                 self._task.metrics,
                 self._task.headline,
+                self._baseline(sums),
             )
+
+    def _baseline(self, sums: dict[str, dict]) -> dict[str, dict[str, float]] | None:
+        """Returns split -> {metric: number} of the task's trivial predictor, where it has one."""
+        if self._task.baseline is None:
+            return None
+        evaluated = [split for split, of_split in sums.items() if of_split]
+        train = self._data.train
+        return {
+            split: self._task.baseline(train, getattr(self._data, split)) for split in evaluated
+        }

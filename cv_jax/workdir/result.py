@@ -210,6 +210,7 @@ def write_result(
     seconds: dict[str, float],
     metrics: Mapping[str, Metric],
     headline: str,
+    baseline: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Writes result.json, and sweep.png for a sweep. Returns the content of result.json.
 
@@ -227,6 +228,7 @@ def write_result(
         flops: of the "training" of a run, and of its final "evaluation" with all views.
         seconds: of all runs, see `clock.CLOCKS`.
         metrics, headline: what the task measures and which metric ranks, see `tasks.Task`.
+        baseline: split -> {metric: number} of a trivial predictor; None where there is none.
     """
     commit, dirty = git_commit()
     examples = steps * config.batch_size
@@ -256,6 +258,7 @@ def write_result(
             else None
             for split, of_split in sums.items()
         },
+        "baseline": baseline,
         "examples_are": examples_word(spec),
         "seconds": seconds,
         "seconds_count": CLOCKS,
@@ -396,6 +399,8 @@ def print_result(result: dict[str, Any], workdir: epath.Path) -> None:
             seeds = f", {len(result['seeds'])} seeds" if len(result["seeds"]) > 1 else ""
             examples = result.get("examples_are", "images")
             print(f"{split:<7} {numbers}  ({result[split]['count']:,} {examples}{seeds})")
+    if baseline := _baseline_text(result):
+        print(f"baseline {baseline}")
     if protocol := metric_of(result, headline_of(result)).protocol:
         print(f"protocol {headline_of(result)}: {protocol}")
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
@@ -406,6 +411,13 @@ def print_result(result: dict[str, Any], workdir: epath.Path) -> None:
         f"{flops['evaluation']:.3e} of the final evaluation"
     )
     print(f"written {workdir / 'result.json'}")
+
+
+def _baseline_text(result: dict[str, Any]) -> str:
+    """Returns the numbers of the trivial predictor on test, else on val; "" for none."""
+    baseline = result.get("baseline") or {}
+    numbers = baseline.get("test") or baseline.get("val") or {}
+    return ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
 
 
 def _with_spread(values: dict[str, Any]) -> str:

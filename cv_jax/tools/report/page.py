@@ -124,6 +124,10 @@ def _numbers(run: Run) -> str:
             metric = run.metric(name)
             numbers = _number(metric, s["mean"]), _number(metric, s["std"]), _interval(metric, s)
             rows.append([f"{split} {_words(name)}", *numbers, s["n"]])
+        trivial = (run.result.get("baseline") or {}).get(split, {})
+        for name, value in trivial.items():
+            value = _number(run.metric(name), value)
+            rows.append([f"{split} {_words(name)}, trivial baseline", value, *["-"] * 2, 1])
     head = ["", "mean", "standard deviation", "95 % interval of the mean over seeds", "seeds"]
     if all(n == 1 for *_, n in rows):
         head, rows = ["", "value"], [row[:2] for row in rows]
