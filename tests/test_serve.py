@@ -178,7 +178,7 @@ def test_the_page_and_its_headers(server):
         "step": 152,
         "tta": "mirror",
         "image_shape": [8, 8, 1],
-        "in_words": "n94(widths=(16, 32)) trained on digits, 8 x 8 x 1, 10 classes: "
+        "in_words": "n94(widths=(16, 32)) trained on digits, 8x8x1, 10 classes: "
         "0, 1, 2, 3, 4, 5, 6, 7, 8, 9; seed=1, step 152",
     }
 
