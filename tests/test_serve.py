@@ -129,8 +129,8 @@ BAD = {
     "huge": (_request(b"", f"Content-Length: {'9' * 5000}"), 413, "larger than 10 MB"),
     "another path": (_file(PNG, line="POST /x HTTP/1.1"), 404, "does not exist"),
     "a file's path": (_request(line="GET /../serve.py HTTP/1.1"), 404, "does not exist"),
-    "to GET it": (_request(line="GET /predict HTTP/1.1"), 405, "/predict takes POST alone"),
-    "to POST the page": (_file(PNG, line="POST / HTTP/1.1"), 405, "/ takes GET alone"),
+    "to GET it": (_request(line="GET /predict HTTP/1.1"), 405, "/predict accepts only POST"),
+    "to POST the page": (_file(PNG, line="POST / HTTP/1.1"), 405, "/ accepts only GET"),
     "another method": (_file(PNG, line="BREW /predict HTTP/1.1"), 405, "method"),
     "another host": (_file(PNG, host="evil.example"), 421, "The Host is not this"),
     "a host like ours": (_file(PNG, host="localhost.evil.example:80"), 421, "The Host is not this"),
@@ -178,7 +178,7 @@ def test_the_page_and_its_headers(server):
         "step": 152,
         "tta": "mirror",
         "image_shape": [8, 8, 1],
-        "in_words": "n94(widths=(16, 32)) trained on digits, 8 x 8 x 1, 10 classes: "
+        "in_words": "n94(widths=(16, 32)) trained on digits, 8x8x1, 10 classes: "
         "0, 1, 2, 3, 4, 5, 6, 7, 8, 9; seed=1, step 152",
     }
 
