@@ -55,7 +55,7 @@ def test_the_test_set_as_files_has_the_accuracy_of_the_result(
     assert (code, len(answers)) == (0, 360)
     assert re.fullmatch(
         r"predict: n94\(widths=\(16, 32\)\) trained on digits, 8x8x1, 10 classes: 0, 1, .*, 9; "
-        r"seed=1, step 152; unlike: a score above \d\.\d\d, as 1 % of val have\n",
+        r"seed=1, step 152; unlike: a score above \d\.\d\d, exceeded by 1 % of val\n",
         err,
     )
     assert 0 < sum(answer["unlike"] for answer in answers) <= 18  # of 1 %, and of chance

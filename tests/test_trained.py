@@ -82,7 +82,7 @@ def test_a_network_that_has_diverged_is_refused(digits_run, diverged):
     with pytest.raises(UserError) as refused:
         load_trained(Path(digits_run), "seed=1")
     assert str(refused.value).startswith(
-        f"{digits_run}: the network of seed=1 has diverged, params/head/kernel is not finite; "
+        f"{digits_run}: the network of seed=1 has diverged, params/head/kernel is not finite. "
     )
 
 

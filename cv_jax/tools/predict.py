@@ -207,7 +207,7 @@ def _about(trained: Trained) -> str:
     split = "val" if trained.spec.num_val else "the training images"
     return (
         f"{in_words(trained)}; unlike: a score above {trained.spec.typical.threshold:.2f}, "
-        f"like 1 % of {split}"
+        f"exceeded by 1 % of {split}"
     )
 
 
