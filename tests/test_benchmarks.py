@@ -239,6 +239,7 @@ def test_an_unknown_variant_is_named(capsys):
 # Programs
 
 
+@pytest.mark.slow
 def test_the_loop_trains_and_gives_the_last_steps_loss():
     task, batches, keys = build(step_config("lenet", BATCH, "float32"), num_train=5 * BATCH)
     init = jax.jit(task.init)
@@ -248,6 +249,7 @@ def test_the_loop_trains_and_gives_the_last_steps_loss():
     assert at_once(7)["loss"] == losses[-1] != losses[0]
 
 
+@pytest.mark.slow
 def test_losses_agree_with_plain_lax(capsys):
     losses = check_loss("n94", batch_size=BATCH, num_steps=2)
     assert max(losses["relative_difference"]) < 1e-4

@@ -96,6 +96,7 @@ def test_a_bucket_that_is_missing_is_named(server, train_py):
     assert "missing" not in server.buckets
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_kept_aside_and_half_of_one_removed(server, run, capfd):
     objects = server.buckets[run.parts[2]]
     _save(run, {3: None, 5: None, 7: None}, keep=3)

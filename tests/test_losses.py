@@ -275,6 +275,7 @@ def test_half_precision_is_computed_in_float32():
     chex.assert_trees_all_close(of_half, of_whole, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_losses_are_the_same_where_eight_devices_share_the_batch():
     there = json.loads(on_devices(8, "tests.test_losses", "print_shared_losses"))
     here = _losses_and_gradients(views(b=16), _images(b=16))

@@ -30,6 +30,7 @@ from tests.test_resume import final_arrays
 TOLERANCE = 1e-5
 
 
+@pytest.mark.slow
 def test_the_default_mesh_gives_runs_their_own_devices_first():
     assert on_devices(4, "tests.test_mesh", "print_meshes").split() == ["1,4", "2,2", "4,1", "2,2"]
 
@@ -157,6 +158,7 @@ def _compare(losses, others):
     np.testing.assert_allclose(losses, others, rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_divided_parameters_take_their_part_of_the_memory():
     print(on_devices(4, "tests.test_mesh", "check_memory"))
 

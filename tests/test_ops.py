@@ -45,6 +45,7 @@ SAME = ((1, 1), (1, 1))
 
 
 # Winograd computes these two, and the input gradient of the strided one.
+@pytest.mark.slow
 @example((3, 8, 9, 16, 20), (3, 3), (1, 1), SAME, "bfloat16")
 @example((3, 8, 9, 16, 20), (3, 3), (2, 2), SAME, "float32")
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -71,6 +72,7 @@ def test_convolution_and_its_gradients(sizes, kernel, strides, padding, dtype):
         _assert_close(got, plain, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("size", "kernel", "strides", "padding"),
@@ -93,6 +95,7 @@ def test_convolution_of_fewer_pixels_than_taps(size, kernel, strides, padding, d
         _assert_close(got, plain, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "o", "bytes_of_an_image"),
     [("convolution", 20, 4 * 5 * 5 * 3 * 3 * 2), ("rows", 4, 4 * 7 * 5 * (3 * 2 + 3 * 4))],
@@ -137,6 +140,7 @@ def test_groups_give_what_the_whole_batch_does(b, most):
     np.testing.assert_array_equal(sum_groups(lambda x, g: x.T @ g, x, g, most), x.T @ g)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 7),
@@ -190,6 +194,7 @@ def _gradients(convolve, x, kernel):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_under_vmap_and_scan(name):
     x, kernel = _case(name)
@@ -201,6 +206,7 @@ def test_under_vmap_and_scan(name):
         jax.tree.map(lambda a, b: _assert_close(a, b, "float32"), got, want)
 
 
+@pytest.mark.slow
 def test_sharded_over_the_batch():
     assert on_devices(4, "tests.test_ops", "check_sharded").split() == list(CASES)
 
@@ -219,6 +225,7 @@ def check_sharded():
         print(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("h", "w", "size"), [(4, 6, 2), (5, 7, 2), (9, 3, 3)])
 def test_pooling_and_its_gradient(h, w, size, dtype):

@@ -224,6 +224,7 @@ def _same(got, expected):
         np.testing.assert_allclose(got[name], value, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eval_batch_size", [5, 23, 1000])
 def test_a_probe_learns_from_all_labelled_images_whatever_the_batch_size(eval_batch_size):
     network = Counted(eval_batch_size)
@@ -236,6 +237,7 @@ def test_a_probe_learns_from_all_labelled_images_whatever_the_batch_size(eval_ba
     assert others["feature_spread"] != network.expected("test", labelled)["feature_spread"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [np.nan, 1e30], ids=["not finite", "beyond float32"])
 def test_a_run_that_has_diverged_has_no_accuracy_and_the_others_have(scale):
     network = Counted()
@@ -251,6 +253,7 @@ def test_a_run_that_has_diverged_has_no_accuracy_and_the_others_have(scale):
         assert np.isnan(values[1]).all(), name
 
 
+@pytest.mark.slow
 def test_a_probe_learns_from_so_many_at_most():
     network = Counted(limit=20)
     labelled = np.flatnonzero(network.data.train["label"] >= 0)
@@ -258,6 +261,7 @@ def test_a_probe_learns_from_so_many_at_most():
     _same(network("final", "val"), network.expected("val", labelled))
 
 
+@pytest.mark.slow
 def test_images_that_are_learned_from_are_embedded_once_a_step_and_nothing_is_changed():
     network = Counted(eval_batch_size=20)
     before = jax.device_get(network.state)

@@ -29,6 +29,7 @@ def test_the_hardest_of_each_group_remain_in_their_order():
     np.testing.assert_array_equal(fresh["rows"]["index"], [0, 1, 2])
 
 
+@pytest.mark.slow
 def test_what_is_selected_stays_divided_over_the_devices():
     assert on_devices(4, "tests.test_selection", "check_divided").split() == ["image", "index"]
 
@@ -67,6 +68,7 @@ def training():
     return build_task(config, data.spec), whole, batches, keys
 
 
+@pytest.mark.slow
 def test_a_step_trains_on_the_hardest_and_remembers_their_losses(training):
     task, whole, batches, keys = training
     state = jax.jit(task.init)(keys.init)

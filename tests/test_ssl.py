@@ -174,6 +174,7 @@ def test_the_views_of_an_image_are_drawn_apart_and_kept_together(monkeypatch, di
     assert Training(digits, **small, augment="translate(1)").step()["loss"] > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_lowers_its_loss_and_finds_classes(method, digits, request):
     if method == "byol":  # which is compiled already

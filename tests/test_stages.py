@@ -98,6 +98,7 @@ def test_a_training_costs_what_its_steps_cost(training):
     assert training_flops(staged, batches.shapes, 6) == sum(costs)
 
 
+@pytest.mark.slow
 def test_what_trains_no_more_costs_no_gradient(monkeypatch):
     config = base_config()
     config.epochs, config.batch_size, config.model = 1.5, 16, "n94(widths=(4,))"

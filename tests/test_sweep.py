@@ -29,6 +29,7 @@ def config(tiny_config):
     return tiny_config
 
 
+@pytest.mark.slow
 def test_a_grid_in_the_order_of_its_keys(config):
     sweep = _sweep(config, optim__lr=(0.1, 0.2, 0.3), label_smoothing=(0.0, 0.5))
     assert sweep.settings[:3] == [

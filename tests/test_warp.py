@@ -423,6 +423,7 @@ def test_samples_smooth_what_shrinks():
     np.testing.assert_allclose(out["image"], 0.5, atol=0.13)
 
 
+@pytest.mark.slow
 def test_warp_is_traced_once_and_maps_over_runs():
     @jit
     @chex.assert_max_traces(1)

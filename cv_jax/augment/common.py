@@ -124,7 +124,7 @@ def _is_known_as(value, number):
         value: the constant to compare with.
         number: a Python number or a traced array.
     """
-    return isinstance(value, int | float) and number == value
+    return isinstance(number, int | float) and number == value
 
 
 def _require_pixels(name, pixels, most):

@@ -42,9 +42,8 @@ def adopt_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> lis
         write_atomically(path, to_json(config))
         return []
     try:
-        stored = flatten(json.loads(path.read_text()))
-        # A leaf that the code did not have yet had its default.
-        stored = {**flatten(base_config()), **stored}
+        # A leaf that older code did not have had its default.
+        stored = {**flatten(base_config()), **flatten(dict(json.loads(path.read_text())))}
         changed = differences(stored, flatten(config.to_dict()))
     except (ValueError, TypeError) as error:
         raise UserError(
