@@ -42,7 +42,6 @@ from cv_jax.train.profile import Profiler
 from cv_jax.train.runs import make_runs
 from cv_jax.train.trainer import Trainer
 from cv_jax.workdir.directory import Workdir
-from cv_jax.workdir.numbers import means
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: configs/NAME.py, or configs/NAME.py:smoke.", lock_config=True
@@ -75,7 +74,8 @@ def run(config: ml_collections.ConfigDict, directory: Path, profile_steps: int =
         task = build_task(config, data.spec)
     intervals = make_intervals(config, data.spec.num_train, data.spec.num_val)
     trainer = Trainer(config, data, task, runs, clock)
-    evaluate = Evaluator(trainer.evals, runs.own, data, config, runs.mesh, clock)
+    stop = StopRequest()
+    evaluate = Evaluator(trainer.evals, runs.own, data, config, runs.mesh, clock, stop)
     notes = [*task.notes, *data.notes, *trainer.notes, *runs.notes]
 
     with Workdir(directory, config, data, task, intervals, clock) as workdir:
@@ -89,21 +89,26 @@ def run(config: ml_collections.ConfigDict, directory: Path, profile_steps: int =
         profiler = Profiler(profile_steps, intervals.total - start, directory, trainer, log, clock)
         log.begin(workdir.changes, notes)
         log.preview(trainer.preview(start))
-        with profiler, StopRequest() as stop, clock("train"):
-            for chunk in plan_chunks(start, intervals, trainer.limit, profiler.pace):
-                with profiler(chunk):
-                    state, metrics = trainer(state, chunk)  # many steps in one dispatch
-                    log.train(chunk, metrics)  # fetched one chunk late: the device never waits
-                log.histograms(chunk, state.params, runs.mesh)
-                val = means(evaluate("watch", state, "val")) if chunk.evals else {}
-                log.evals(chunk.end, "val", val)
-                signum = stop()  # looked at once: what stops the run has been saved
-                if chunk.saves or signum:
-                    workdir.save(state, val)
-                log.row()
-                if signum:
-                    raise Stopped(signum, chunk.end)
-        sums = {split: evaluate("final", state, split) for split in ("val", "test")}
+        with profiler, stop:
+            if workdir.val_is_due:  # it was cut short when the run was stopped
+                workdir.catch_up(evaluate.watch(state))
+                stop.raise_if_asked(start)
+            with clock("train"):
+                for chunk in plan_chunks(start, intervals, trainer.limit, profiler.pace):
+                    with profiler(chunk):
+                        state, metrics = trainer(state, chunk)  # many steps in one dispatch
+                        log.train(chunk, metrics)  # fetched late: the device never waits
+                    log.histograms(chunk, state.params, runs.mesh)
+                    val = evaluate.watch(state) if chunk.evals else {}
+                    log.evals(chunk.end, "val", val)
+                    signum = stop()  # looked at once: what stops the run has been saved
+                    if chunk.saves or signum:
+                        workdir.save(state, val)
+                    log.row()
+                    if signum:
+                        raise Stopped(signum, chunk.end)
+            sums = evaluate.final(state)
+            stop.raise_if_asked(intervals.total)
         log.finals(intervals.total, sums, data.spec.class_names)
     return workdir.write_result(sums, trainer.flops(intervals.total))
 

@@ -212,6 +212,19 @@ def test_a_lower_headline_is_the_best_where_the_metric_says_so(tmp_path):
     assert _steps(tmp_path) == ["7", "8"]
 
 
+@pytest.mark.parametrize(("late", "kept"), [(0.9, ["4", "5"]), (0.1, ["1", "4", "5"])])
+def test_a_headline_that_comes_late_ranks_as_one_in_time(tmp_path, late, kept):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    accuracies = {1: 0.5, 4: 0.2, 5: late}
+    _save(whole, accuracies)
+    _save(cut, {**accuracies, 5: None})
+    assert _steps(cut) == ["1", "4", "5"]
+    with Checkpoints(cut, 2) as checkpoints:
+        checkpoints.restore_latest(LIKE)
+        checkpoints.rank(5, np.array([late]))
+    assert _steps(cut) == _steps(whole) == kept
+
+
 def test_the_best_of_older_code_is_restored(tmp_path, monkeypatch):
     def older(progress):
         values = progress.pop("val_headline")

@@ -1,5 +1,7 @@
 """Every example counts once: masks, sums and views against numpy."""
 
+import itertools
+import signal
 from functools import partial
 
 import chex
@@ -13,13 +15,14 @@ from cv_jax.config.errors import UserError
 from cv_jax.data import Dataset, DataSpec, image_field, label_field
 from cv_jax.data.batches import padded_batches
 from cv_jax.data.fields import take
-from cv_jax.learn.evaluations import Collected
+from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.learn.metrics import classification_metrics
 from cv_jax.optim.state import TrainState
 from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.mesh import make_mesh
+from cv_jax.runtime.signals import CutShort
 from cv_jax.tasks.classification.views import find_tta
-from cv_jax.train.evaluator import Evaluator, sum_batches
+from cv_jax.train.evaluator import Evaluator, compute, sum_batches
 from cv_jax.workdir.numbers import means
 from tests.conftest import random_split
 
@@ -168,3 +171,87 @@ def test_a_confidence_of_1_is_in_the_last_bin():
     (counts, hits, total), _ = classification_metrics(logits, label, jnp.ones(2))["calibration"]
     for bins, last in ((counts, 2), (hits, 1), (total, 2)):
         np.testing.assert_array_equal(bins, [0] * 14 + [last])
+
+
+class _FakeDevice:
+    """Computes one batch after the other, each in so many seconds. Notes what happens."""
+
+    def __init__(self, monkeypatch, seconds):
+        self._seconds, self._now, self.notes = seconds, 0.0, []
+        monkeypatch.setattr("cv_jax.train.evaluator.time.perf_counter", lambda: self._now)
+        monkeypatch.setattr("jax.block_until_ready", self._wait)
+
+    def dispatch(self, batch):
+        self.notes.append(f"dispatch {batch}")
+        return batch
+
+    def _wait(self, result):
+        self._now += self._seconds
+        self.notes.append(f"wait {result}")
+        return result
+
+
+def test_fast_batches_are_dispatched_ahead_and_slow_ones_are_not(monkeypatch):
+    fast = _FakeDevice(monkeypatch, 0.1)
+    assert list(compute(fast.dispatch, range(3))) == [0, 1, 2]
+    assert fast.notes == [
+        *("dispatch 0", "wait 0"),  # nobody knows how long it takes
+        *("dispatch 1", "dispatch 2", "wait 1", "wait 2"),
+    ]
+    slow = _FakeDevice(monkeypatch, 10.0)
+    assert list(compute(slow.dispatch, range(3))) == [0, 1, 2]
+    assert slow.notes == [f"{act} {i}" for i in range(3) for act in ("dispatch", "wait")]
+
+
+@pytest.mark.parametrize(("seconds", "done"), [(0.1, [0]), (10.0, [0, 1])])
+def test_a_stop_request_cuts_between_two_batches(monkeypatch, seconds, done):
+    device, looks = _FakeDevice(monkeypatch, seconds), iter([0, 0, 15])
+    results = compute(device.dispatch, range(4), lambda: next(looks))
+    assert list(itertools.islice(results, len(done))) == done
+    with pytest.raises(CutShort):
+        next(results)
+    assert sum(note.startswith("dispatch") for note in device.notes) == 2
+
+
+def _count(own, state, batch):
+    weight = batch["rows"]["weight"]
+    return {"count": (weight.sum()[None], (weight.sum() / 32)[None])}
+
+
+def _total(own, state, batch):
+    return {"sum": batch["image"].sum((1, 2, 3), jnp.float32)[None]}
+
+
+_EVALUATIONS = {
+    "sums": _count,
+    "collected": Collected(
+        _total, int, lambda n, own, part: n + len(own["sum"]), lambda n: {"count": n * 32 / 37}
+    ),
+    "probe": Probe(
+        lambda own, state, batch: _total(own, state, batch)["sum"][..., None],
+        lambda own, features, label: features.mean(),
+        lambda own, state, learned, batch: _count(own, state, batch),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _EVALUATIONS)
+def test_every_kind_of_evaluation_is_cut_short(kind):
+    config = base_config()
+    config.eval_batch_size = 10
+    data = Dataset(DataSpec("x", FIELDS, 37, 37, 37, {}), SPLIT, SPLIT, SPLIT)
+    evals = dict.fromkeys(("watch", "final"), _EVALUATIONS[kind])
+    signum, looks = 0, []
+
+    def stop():
+        looks.append(signum)
+        return signum
+
+    evaluate = Evaluator(evals, None, data, config, make_mesh(), Clock(), stop)
+    state = TrainState(jnp.int32(0), jnp.float32([1]), {}, ())
+    assert evaluate.final(state).keys() == {"val", "test"}
+    assert evaluate.watch(state) == {"count": 32}
+    assert len(looks) >= 3 * 4  # each batch
+    signum = signal.SIGTERM
+    assert evaluate.watch(state) is None
+    assert evaluate.final(state) is None

@@ -34,13 +34,15 @@ def make_log(tmp_path):
         metrics=None,
         headline="accuracy",
         warn=None,
+        val_is_due=False,
     ):
         config.num_seeds = len(names)
         intervals = Intervals(total=14, log=2, eval=0, save=0)
         spec = random_dataset().spec
         metrics = {"accuracy": Metric("%")} if metrics is None else metrics
         return Log(
-            tmp_path, config, spec, names, start_step, intervals, metrics, headline, window, warn
+            *(tmp_path, config, spec, names, start_step, intervals, metrics, headline),
+            *(window, warn, val_is_due),
         )
 
     return make
@@ -120,6 +122,29 @@ def test_a_resumed_log_forgets_the_steps_after_the_checkpoint(make_log, tmp_path
         (4, 1.0),
         (6, 2.0),
     ]
+
+
+def test_an_evaluation_that_was_cut_short_stands_there_once(make_log, tmp_path):
+    for val_is_due in (False, True):
+        with make_log(start_step=4 * val_is_due, val_is_due=val_is_due) as log:
+            if not val_is_due:
+                log.train(Chunk(0, 4, True, True, True), _metrics([1.0] * 4))
+                log.evals(3, "val", {"accuracy": np.array([0.1])})
+            log.evals(4, "val", {"accuracy": np.array([0.5])})
+            log.evals(4, "val", None)
+    found = [(record["step"], record["split"]) for record in _records(tmp_path)]
+    assert found == [(4, "train"), (3, "val"), (4, "val")]
+
+
+@pytest.mark.parametrize(("seconds", "late"), [(0.0, 0), (0.1, 1), (4.9, 1), (5.1, 0)])
+def test_only_the_metrics_of_fast_steps_are_fetched_late(make_log, monkeypatch, seconds, late):
+    with make_log() as log:
+        log.pace.seconds_per_step = seconds
+        fetched = []
+        monkeypatch.setattr(log, "_fetch", lambda chunk, metrics: fetched.append(chunk.end))
+        for step in range(1, 5):
+            log.train(Chunk(step - 1, step, False, False, False), {})
+        assert len(fetched) == 4 - late
 
 
 def test_a_row_counts_the_steps_before_a_restart_too(make_log, tmp_path):

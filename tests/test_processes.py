@@ -1,5 +1,6 @@
 """Several processes are one program: on the CPU they exchange by gloo."""
 
+import json
 import shutil
 import signal
 
@@ -100,6 +101,19 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
     losses, alone = two.losses(workdir), two.losses(tmp_path / "alone")
     assert two.largest_difference(losses[:20], alone[:20]) < 1e-5
     assert two.largest_difference(losses, alone) < 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_cut_an_evaluation_short_together_and_make_it_later(tmp_path):
+    arguments = [*SMALL, "--config.data.num_val=400", "--config.eval_batch_size=2"]
+    arguments += ["--config.eval_every=1 steps", "--config.log_every=1 steps"]
+    step = two.signalled(tmp_path, 1, *arguments, rows=6)["step"]  # most of the time it evaluates
+    workdir = tmp_path / "signalled-1"
+    arguments = ["--config=configs/digits.py", *arguments, f"--config.steps={step + 1}"]
+    two.finish(workdir, arguments, processes=2)
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    steps = [record["step"] for record in records if record["split"] == "val"]
+    assert steps == list(range(1, step + 2))
 
 
 @pytest.mark.slow

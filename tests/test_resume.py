@@ -16,7 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
-from cv_jax.runtime.signals import Stopped
+from cv_jax.runtime.signals import Stopped, StopRequest
+from cv_jax.train import evaluator
 from cv_jax.workdir import directory
 from cv_jax.workdir.log import Log
 from tests.conftest import ROOT
@@ -53,20 +54,15 @@ def _logged(workdir):
     return records
 
 
-class _StopAfter:
-    """A StopRequest that comes after the given step, wherever in an epoch that is."""
+class _StopWhen(StopRequest):
+    """A StopRequest that comes when a condition is met."""
 
-    def __init__(self, log, step):
-        self._log, self._step = log, step
+    def __init__(self, condition):
+        super().__init__()
+        self._condition = condition
 
     def __call__(self):
-        return signal.SIGTERM if self._log.seen >= self._step else 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        pass
+        return signal.SIGTERM if self._condition() else 0
 
 
 def run_until(step, config, workdir):
@@ -81,7 +77,7 @@ def run_until(step, config, workdir):
 
     with (
         mock.patch.object(directory, "Log", Watched),
-        mock.patch.object(train, "StopRequest", partial(_StopAfter, Watched, step)),
+        mock.patch.object(train, "StopRequest", partial(_StopWhen, lambda: Watched.seen >= step)),
         pytest.raises(Stopped) as stopped,
     ):
         train.run(config, workdir)
@@ -107,24 +103,57 @@ def test_stop_in_the_middle_of_an_epoch_and_go_on(several, tiny_config, tmp_path
     assert_same_run(whole, stopping)
 
 
-class _StopLater:
-    """A StopRequest that comes just after it was looked at for the first time."""
+def stop_in_evaluation(after, config, workdir):
+    """Runs a training until so many batches are evaluated. Returns the step where it stops."""
+    num_batches, original = 0, evaluator.compute
 
-    def __init__(self):
-        self._looks = iter([0])
+    def compute(*args):
+        nonlocal num_batches
+        for result in original(*args):
+            num_batches += 1
+            yield result
 
-    def __call__(self):
-        return next(self._looks, signal.SIGTERM)
+    with (
+        mock.patch.object(evaluator, "compute", compute),
+        mock.patch.object(train, "StopRequest", partial(_StopWhen, lambda: num_batches >= after)),
+        pytest.raises(Stopped, match="SIGTERM after step") as stopped,
+    ):
+        train.run(config, workdir)
+    assert num_batches == after
+    return int(str(stopped.value).split()[-1])
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *exc):
-        pass
+def _kept(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def _val_is_due(workdir, step):
+    progress = json.loads((workdir / f"checkpoints/{step}/progress/metadata").read_text())
+    return progress["progress"].get("val_is_due", False)
+
+
+def test_stop_in_the_middle_of_an_evaluation_and_go_on(tiny_config, tmp_path):
+    for name in ("augment", "progressive_resizing", "select"):
+        tiny_config[name] = ""  # which take most of the compiling
+    tiny_config.eval_batch_size = 16  # val has 4 batches; it is evaluated after 5, 10 and 15 steps
+    tiny_config.checkpoint_every = "5 steps"
+    tiny_config.keep_checkpoints = 1
+    whole, stopping = tmp_path / "whole", tmp_path / "stopping"
+    train.run(tiny_config, whole)
+    assert stop_in_evaluation(2, tiny_config, stopping) == 5
+    assert _val_is_due(stopping, 5)
+    assert stop_in_evaluation(4, tiny_config, stopping) == 5  # it is made, but not saved
+    assert stop_in_evaluation(4 + 4 + 2, tiny_config, stopping) == 15  # the last step
+    assert _val_is_due(stopping, 15)
+    assert stop_in_evaluation(4 + 2, tiny_config, stopping) == 15  # the final evaluation
+    train.run(tiny_config, stopping)
+    assert_same_run(whole, stopping)
+    assert _kept(whole) == _kept(stopping)
 
 
 def test_a_run_is_stopped_after_a_step_that_it_has_saved(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "StopRequest", _StopLater)
+    looks = itertools.count()  # the signal comes just after the first look
+    monkeypatch.setattr(train, "StopRequest", lambda: _StopWhen(lambda: next(looks)))
     with pytest.raises(Stopped) as stopped:
         train.run(tiny_config, tmp_path)
     step = str(stopped.value).removeprefix("SIGTERM after step ")

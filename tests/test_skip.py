@@ -27,7 +27,7 @@ from cv_jax.workdir import directory
 from cv_jax.workdir.log import Log
 from tests.conftest import random_dataset
 from tests.test_log import _records, make_log  # noqa: F401
-from tests.test_resume import _StopAfter, assert_same_run
+from tests.test_resume import _StopWhen, assert_same_run
 
 # ---- the step
 
@@ -234,15 +234,16 @@ def test_runs_go_on_without_their_bad_steps_also_when_they_are_stopped(
     assert (skipped[:, 0] != skipped[:, 1]).any()
 
     class Watched(Log):
+        seen = 0
+
         def train(self, chunk, metrics):
             super().train(chunk, metrics)
-            self.seen = chunk.end
+            type(self).seen = chunk.end
 
     bad = 6 + int(skipped[5:, 0].argmax())  # in the second epoch
     with monkeypatch.context() as patch:
-        log = []
-        patch.setattr(directory, "Log", lambda *args: log.append(Watched(*args)) or log[0])
-        patch.setattr(train, "StopRequest", lambda: _StopAfter(log[0], bad))
+        patch.setattr(directory, "Log", Watched)
+        patch.setattr(train, "StopRequest", lambda: _StopWhen(lambda: Watched.seen >= bad))
         with pytest.raises(Stopped):
             train.run(poisoned, stopping)
     train.run(poisoned, stopping)

@@ -4,12 +4,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 
 import pytest
 
 from cv_jax.config.errors import UserError
-from cv_jax.runtime.signals import Stopped, StopRequest, raise_when_signalled
+from cv_jax.runtime.signals import (
+    CutShort,
+    Stopped,
+    StopRequest,
+    answer_signals_during,
+    is_busy,
+    raise_when_signalled,
+)
 from cv_jax.workdir.lock import Lock
 from tests.conftest import ROOT
 
@@ -52,6 +61,47 @@ def test_a_signal_in_a_destructor_is_not_lost(handlers):
     with pytest.raises(Stopped, match="SIGTERM"):  # noqa: PT012 (it comes a moment later)
         _SignalledInItsEnd()
         time.sleep(60)
+
+
+def test_a_signal_is_answered_while_another_thread_works(handlers):
+    raise_when_signalled()
+    go_on = threading.Event()
+
+    def work():
+        os.kill(os.getpid(), signal.SIGTERM)
+        go_on.wait()
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        answer_signals_during(work)
+    assert is_busy()
+    go_on.set()
+    while is_busy():
+        time.sleep(0.01)
+
+
+def test_a_stop_request_ends_the_wait_unless_it_must_be_agreed(monkeypatch):
+    looks, go_on = [], threading.Event()
+
+    def stop():
+        looks.append(len(looks))
+        return signal.SIGTERM if len(looks) == 3 else 0
+
+    with pytest.raises(CutShort):
+        answer_signals_during(go_on.wait, stop)
+    go_on.set()
+    assert looks == [0, 1, 2]
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert answer_signals_during(lambda: time.sleep(0.2) or "done", stop) == "done"
+    assert len(looks) == 3
+
+
+def test_an_error_of_another_thread_is_raised():
+    with pytest.raises(UserError, match="too large"):
+        answer_signals_during(partial(_raise, UserError("too large")))
+
+
+def _raise(error):
+    raise error
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from cv_jax.runtime.processes import Largest
 
 # Target duration of a dispatch: the next log line, or the answer to a signal, comes this late.
 SECONDS_PER_CHUNK = 0.5
+# A step or batch that takes longer is not dispatched ahead: a signal waits for one, not for two.
+SLOW_SECONDS = 5.0
 
 
 # Clock -> what it counts. The published time to an accuracy is the sum of init, train and eval of
@@ -72,6 +74,11 @@ class Pace:
     def __call__(self) -> int:
         seconds = self._slowest(self.seconds_per_step)
         return max(1, int(SECONDS_PER_CHUNK / seconds)) if seconds else 1
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a step takes more than SLOW_SECONDS, or is not measured yet."""
+        return not 0 < self.seconds_per_step <= SLOW_SECONDS
 
     def resume(self) -> None:
         """Starts counting again after a pause."""

@@ -184,17 +184,22 @@ def _maximum() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     return NamedSharding(mesh, PartitionSpec("device")), jax.jit(jnp.max, out_shardings=everywhere)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process with an exit code, without waiting for other processes."""
+def leave(code: int, at_once: bool = False) -> NoReturn:
+    """Ends this process with an exit code, without waiting for other processes.
+
+    Args:
+        code: the exit code.
+        at_once: whether to end without Python's own end, which waits for XLA.
+    """
     try:
         alone = jax.process_count() == 1
     except (RuntimeError, AssertionError):  # JAX_PLATFORMS has no devices
         alone = True
-    if alone:
+    if alone and not at_once:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
+    if not alone and jax.process_index() == 0:
         time.sleep(1)  # when all leave: the runtime aborts the others once process 0 is gone
     os._exit(code)
 

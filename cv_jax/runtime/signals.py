@@ -1,10 +1,14 @@
 """Ctrl-C and SIGTERM: a run saves a checkpoint and prints the command that resumes it."""
 
+import concurrent.futures
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from cv_jax.runtime.processes import Largest
 
@@ -20,6 +24,10 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"{signal.Signals(signum).name}{after}")
         self.signum = signum
         self.exit_code = 128 + signum
+
+
+class CutShort(Exception):
+    """Raised where a StopRequest cuts an evaluation short. The run evaluates again on resuming."""
 
 
 def raise_when_signalled() -> None:
@@ -65,6 +73,11 @@ class StopRequest:
         """Returns the number of the signal that asks to stop, or 0."""
         return int(self._of_any(self._signum))
 
+    def raise_if_asked(self, step: int) -> None:
+        """Raises Stopped where a signal asks to stop; `step` is the last one made."""
+        if signum := self():
+            raise Stopped(signum, step)
+
     def __enter__(self) -> "StopRequest":
         self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for signum in self._before:
@@ -78,3 +91,51 @@ class StopRequest:
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+
+def never() -> int:
+    """Asks nothing to stop, where there is no StopRequest."""
+    return 0
+
+
+# Threads that go on although the call that started them has ended.
+_abandoned: list[threading.Thread] = []
+
+
+def answer_signals_during(function: Callable[[], Any], stop: Callable[[], int] = never) -> Any:
+    """Returns function(), called in another thread, so that this one answers signals meanwhile.
+
+    Python calls signal handlers between two of its own instructions, and XLA compiles for tens of
+    seconds in one. Where a handler raises, or `stop` asks to stop, the thread is abandoned.
+
+    Args:
+        function: compiles a program, or waits for its result.
+        stop: a StopRequest. With several processes it is not asked, since they would stop at
+            different places.
+
+    Raises:
+        CutShort: `stop` asks to stop.
+    """
+    outcome = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # raised again by result()
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    try:
+        thread.start()
+        while not concurrent.futures.wait([outcome], timeout=0.1).done:
+            if jax.process_count() == 1 and stop():
+                raise CutShort
+        return outcome.result()
+    finally:
+        if not outcome.done():
+            _abandoned.append(thread)
+
+
+def is_busy() -> bool:
+    """Returns whether an abandoned thread is at work; Python's own end would wait for XLA."""
+    return any(thread.is_alive() for thread in _abandoned)

@@ -12,6 +12,7 @@ from cv_jax.config.plan import MAX_STEPS
 from cv_jax.data.batches import Batches
 from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.mesh import replicated
+from cv_jax.runtime.signals import answer_signals_during
 
 
 def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
@@ -50,4 +51,5 @@ def compile_train_chunk(
         feed = batches.feed(int(state.step), 1)
         layout = jax.tree.map(lambda x: x.sharding, state)
         jitted = jax.jit(train_chunk, donate_argnums=1, out_shardings=(layout, replicated(mesh)))
-        return jitted.lower(own, state, feed, np.int32(1)).compile()
+        lowered = jitted.lower(own, state, feed, np.int32(1))
+        return answer_signals_during(lowered.compile)

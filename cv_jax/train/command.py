@@ -26,7 +26,7 @@ from cv_jax.runtime.processes import (
     on_all_processes,
     on_process_0,
 )
-from cv_jax.runtime.signals import Stopped, raise_when_signalled
+from cv_jax.runtime.signals import Stopped, is_busy, raise_when_signalled
 from cv_jax.runtime.startup import prepare_jax
 from cv_jax.workdir.bucket import work_directory
 from cv_jax.workdir.result import print_result
@@ -81,7 +81,7 @@ def run_command(
         leave(fail(error))
     except Stopped as stopped:
         print(f"Stopped by {stopped}. To go on:\n  {resume_command(sys.argv, directory)}")
-        leave(stopped.exit_code)
+        leave(stopped.exit_code, at_once=is_busy())
 
 
 def choose_workdir(workdir: str | None, config_file: str) -> str:

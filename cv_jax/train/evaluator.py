@@ -1,6 +1,8 @@
 """Exact evaluation: every example counts once, whatever the batch size and the device count."""
 
+import collections
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -15,27 +17,47 @@ from cv_jax.data import Dataset, Examples
 from cv_jax.data.batches import padded_batches
 from cv_jax.data.fields import num_examples, take
 from cv_jax.learn.evaluations import Collected, Probe
-from cv_jax.runtime.clock import Clock
+from cv_jax.runtime.clock import SLOW_SECONDS, Clock
 from cv_jax.runtime.mesh import batch_sharding, num_sharing, put, replicated
 from cv_jax.runtime.processes import broadcast
+from cv_jax.runtime.signals import CutShort, answer_signals_during, never
+from cv_jax.workdir.numbers import means
 
 
-def one_late(function: Callable[[dict], Any], batches: Iterable[dict]) -> Iterator[Any]:
-    """Yields function(batch) of each batch, on the host.
+def compute(
+    function: Callable[[dict], Any], batches: Iterable[dict], stop: Callable[[], int] = never
+) -> Iterator[Any]:
+    """Yields function(batch) of each batch, when the devices have computed it.
 
-    Each result is fetched while the next one is computed. A signal waits for two batches at most.
+    The next batch is dispatched before the host waits for one, so that the devices never wait. Only
+    the first batch, and slow ones, are not followed by another: several processes look at a signal
+    between two batches only.
+
+    Raises:
+        CutShort: `stop` asks to stop. It is asked before each batch, and while one is computed.
     """
-    dispatched = None
+    dispatched, ahead = collections.deque(), 0
     for batch in batches:
-        before, dispatched = dispatched, function(batch)
-        if before is not None:
-            yield jax.device_get(before)
-    yield jax.device_get(dispatched)
+        if stop():
+            raise CutShort
+        dispatched.append(function(batch))
+        while len(dispatched) > ahead:
+            start = time.perf_counter()
+            result = _wait(dispatched.popleft(), stop)
+            ahead = int(time.perf_counter() - start < SLOW_SECONDS)
+            yield result
+    yield from (_wait(result, stop) for result in dispatched)
 
 
-def sum_batches(evaluate: Callable[[dict], dict], batches: Iterable[dict]) -> dict:
-    """Adds up {metric: (sum, count)} over batches, on the host in float64."""
-    fetched = list(one_late(evaluate, batches))
+def _wait(result: Any, stop: Callable[[], int]) -> Any:
+    return answer_signals_during(partial(jax.block_until_ready, result), stop)
+
+
+def sum_batches(
+    evaluate: Callable[[dict], dict], batches: Iterable[dict], stop: Callable[[], int] = never
+) -> dict:
+    """Adds up {metric: (sum, count)} over batches, on the host in float64; see `compute`."""
+    fetched = [jax.device_get(sums) for sums in compute(evaluate, batches, stop)]
     return jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *fetched)
 
 
@@ -51,6 +73,7 @@ class Evaluator:
             split is copied there once.
         mesh: devices that share the batches.
         clock: counts "eval", and "compile" apart from it.
+        stop: a StopRequest, which cuts evaluations short between batches and while they compile.
     """
 
     def __init__(
@@ -61,6 +84,7 @@ class Evaluator:
         config: ml_collections.ConfigDict,
         mesh: Mesh,
         clock: Clock,
+        stop: Callable[[], int] = never,
     ):
         self._evals = evals
         self._own = own
@@ -69,12 +93,31 @@ class Evaluator:
         self._streams = config.data.stream
         self._mesh = mesh
         self._clock = clock
+        self._stop = stop
         self._batches: dict[str, list[dict]] = {}
         self._programs: dict[tuple, Callable] = {}
         self._fitted: tuple[str, int, Any] | None = None
 
+    def watch(self, state: Any) -> dict[str, np.ndarray] | None:
+        """Returns the means on val that are watched during training; None where it is cut short."""
+        try:
+            return means(self("watch", state, "val"))
+        except CutShort:
+            return None
+
+    def final(self, state: Any) -> dict[str, dict] | None:
+        """Returns the sums of the final evaluation, by split; None where it is cut short."""
+        try:
+            return {split: self("final", state, split) for split in ("val", "test")}
+        except CutShort:
+            return None
+
     def __call__(self, name: str, state: Any, split: str) -> dict:
-        """Returns {metric: (sum, count)} of all runs, on the host; {} for an empty split."""
+        """Returns {metric: (sum, count)} of all runs, on the host; {} for an empty split.
+
+        Raises:
+            CutShort: a signal asks to stop.
+        """
         examples = getattr(self._data, split)
         if not num_examples(examples):
             return {}
@@ -87,7 +130,7 @@ class Evaluator:
                 evaluate = partial(self._call, evaluation.score, state, fitted)
             else:
                 evaluate = partial(self._call, evaluation, state)
-            return sum_batches(evaluate, self._batches_of(split))
+            return sum_batches(evaluate, self._batches_of(split), self._stop)
 
     def _collect(self, evaluation: Collected, state: Any, split: str) -> dict:
         """Folds the predictions of each run on process 0; all processes return its numbers."""
@@ -95,9 +138,9 @@ class Evaluator:
         num_runs = len(jax.tree.leaves(state.params)[0])
         folds = [evaluation.start() for _ in range(num_runs)]
         start = 0
-        for predictions in one_late(
-            partial(self._call, evaluation.predict, state), self._batches_of(split)
-        ):
+        predict = partial(self._call, evaluation.predict, state)
+        for predictions in compute(predict, self._batches_of(split), self._stop):
+            predictions = jax.device_get(predictions)
             part = take(examples, slice(start, start + num_rows(predictions)))
             start += num_examples(part)
             if jax.process_index() == 0:
@@ -119,7 +162,8 @@ class Evaluator:
             train = self._data.train
             known = train.get("labelled", np.ones(num_examples(train), bool))
             labelled = take(train, np.flatnonzero(known)[: probe.limit])
-            features = [self._call(probe.embed, state, batch) for batch in self._lay_out(labelled)]
+            embed = partial(self._call, probe.embed, state)
+            features = list(compute(embed, self._lay_out(labelled), self._stop))
             features = jnp.concatenate(features, axis=1)[:, : num_examples(labelled)]
             self._fitted = name, step, self._call(probe.fit, features, labelled["label"])
         return self._fitted[2]
@@ -146,7 +190,8 @@ class Evaluator:
         if program not in self._programs:
             with self._clock("compile"):
                 jitted = jax.jit(function, out_shardings=replicated(self._mesh))
-                self._programs[program] = jitted.lower(self._own, *args).compile()
+                lowered = jitted.lower(self._own, *args)
+                self._programs[program] = answer_signals_during(lowered.compile, self._stop)
         return self._programs[program](self._own, *args)
 
 

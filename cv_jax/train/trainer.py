@@ -11,6 +11,7 @@ from cv_jax.data import Dataset
 from cv_jax.data.batches import make_batches
 from cv_jax.learn.inputs import check_augmented
 from cv_jax.runtime.clock import Clock
+from cv_jax.runtime.signals import answer_signals_during
 from cv_jax.runtime.startup import jit_once
 from cv_jax.tasks import Task, draw_all
 from cv_jax.train.chunks import compile_train_chunk
@@ -59,7 +60,9 @@ class Trainer:
         self._programs = make_programs(config, data.spec, task, self._batches, runs)
         self.evals, self.limit = self._programs.evals, self._batches.limit
         with clock("compile"):
-            examples = self._augment(0)
+            lowered = self._programs.preview.lower(*self._first(0))
+            self._augment = answer_signals_during(lowered.compile)
+            examples = self._augment(*self._first(0))
         self.notes = check_augmented(config.augment, examples, data.spec)
         layout = runs.state_sharding(jax.eval_shape(self._programs.init, runs.own))
         self._init = jit_once(self._programs.init, out_shardings=layout)
@@ -70,7 +73,8 @@ class Trainer:
     def init(self) -> Any:
         """Returns the first state of all runs."""
         with self._clock("compile"):
-            return self._init(self._runs.own)
+            lowered = self._init.lower(self._runs.own)
+            return answer_signals_during(lowered.compile)(self._runs.own)
 
     def compile(self, state: Any) -> None:
         """Compiles the training steps; `state` is laid out as the states that will come."""
@@ -95,10 +99,11 @@ class Trainer:
 
     def preview(self, step: int) -> np.ndarray:
         """Returns pictures (m, h, w, 3) of augmented examples of a step, of the first run."""
-        return draw_all(self._task, self._augment(step))
+        return draw_all(self._task, self._augment(*self._first(step)))
 
-    def _augment(self, step: int) -> dict[str, jax.Array]:
-        return self._programs.preview(self._runs.own, self._batches.feed(step, 1), np.int32(step))
+    def _first(self, step: int) -> tuple[Any, Any, np.int32]:
+        """Returns the arguments of `programs.Programs.preview`."""
+        return self._runs.own, self._batches.feed(step, 1), np.int32(step)
 
     def step_flops(self) -> int:
         """Returns the FLOPs of the newest step, of all runs together."""

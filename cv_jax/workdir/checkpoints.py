@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ class Checkpoints:
         workdir = Path(workdir)
         self._directory = _directory_of(workdir)
         self._best = _BestOnVal(metric)
+        self._keep = keep
         try:
             on_all_processes(partial(_check_shared, workdir))
             on_process_0(partial(_clear, self._directory))
@@ -98,6 +100,20 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
             ),
         )
+
+    def rank(self, step: int, val_headline: np.ndarray | None) -> None:
+        """Takes the headline on val at an earlier step, whose checkpoint was saved without it.
+
+        Removes checkpoints that were kept only because they were the best until then.
+        """
+        if val_headline is None:
+            return
+        self._best.add(step, np.asarray(val_headline))
+        infos = [SimpleNamespace(step=saved) for saved in sorted(self._manager.all_steps())]
+        are_best = self._best.should_preserve(infos, context=None)
+        for info, is_best in list(zip(infos, are_best, strict=True))[: -self._keep]:
+            if not is_best:
+                self._manager.delete(info.step)
 
     def _add_checksums(self) -> None:
         """Adds checksums to the checkpoint that was just written, before orbax finishes it."""

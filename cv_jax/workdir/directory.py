@@ -46,6 +46,8 @@ class Workdir:
 
     Attributes:
         changes: a line for each leaf of the config that changed since the runs started.
+        val_is_due: whether the restored checkpoint was saved when a signal had cut its evaluation
+            on val short.
 
     Raises:
         UserError: the directory is in use, holds runs of another config, or cannot be written.
@@ -66,6 +68,7 @@ class Workdir:
         self._window: dict[str, Any] = {}
         self._start_step = 0
         self.changes: list[str] = []
+        self.val_is_due = False
 
     def __enter__(self) -> "Workdir":
         metric = self._task.metrics.get(self._task.headline, Metric())
@@ -99,6 +102,7 @@ class Workdir:
         state, progress = restored
         self._clock.add(progress["seconds"])
         self._window = progress["window"]
+        self.val_is_due = progress.get("val_is_due", False)
         self._start_step = int(state.step)
         return state
 
@@ -125,16 +129,32 @@ class Workdir:
                 self._task.headline,
                 self._window,
                 self._task.warn,
+                self.val_is_due,
             )
         )
         return self._log
 
-    def save(self, state: Any, val: Mapping[str, np.ndarray]) -> None:
-        """Saves a checkpoint; `val` is the evaluation at this step, {} where there was none."""
+    def save(self, state: Any, val: Mapping[str, np.ndarray] | None) -> None:
+        """Saves a checkpoint.
+
+        Args:
+            state: a TrainState of all runs.
+            val: the evaluation on val at this step. {} where none was due; None where a signal cut
+                it short, so that it is due when the run resumes.
+        """
         self._log.save()
         progress = {"seconds": self._clock.read(), "window": self._log.window()}
+        if val is None:
+            progress["val_is_due"] = True
         with self._clock("save"):
-            self._checkpoints.save(state, progress, val.get(self._task.headline))
+            self._checkpoints.save(state, progress, (val or {}).get(self._task.headline))
+
+    def catch_up(self, val: Mapping[str, np.ndarray] | None) -> None:
+        """Takes the evaluation on val that was due; None where it was cut short once more."""
+        if val is not None:
+            self._log.evals(self._start_step, "val", val)
+            self._log.row()
+            self._checkpoints.rank(self._start_step, val.get(self._task.headline))
 
     def write_result(self, sums: dict[str, dict], flops: dict[str, int]) -> dict[str, Any]:
         """Writes and returns the result. Call after leaving, when the last checkpoint is whole.

@@ -38,7 +38,8 @@ class Log:
     """The log of one program.
 
     The metrics of a chunk are fetched while the next chunk runs, so that the device never waits.
-    They are fetched at once where a row, an evaluation or a checkpoint is due.
+    They are fetched at once where a row, an evaluation or a checkpoint is due, and where steps are
+    slow, so that a signal waits for one step and not for two.
 
     Args:
         workdir: the work directory.
@@ -51,6 +52,7 @@ class Log:
         metrics, headline: what the task measures and which metric ranks, see `tasks.Task`.
         window: the value of `window()` at `start_step`, where a run resumes.
         warn: see `tasks.Task`.
+        val_is_due: whether val is to be evaluated at `start_step`, again.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Log:
         headline: str,
         window: dict[str, Any] | None = None,
         warn: Callable[[dict[str, np.ndarray], Sequence[str]], list[str]] | None = None,
+        val_is_due: bool = False,
     ):
         self._config = config
         self._names = names
@@ -87,7 +90,8 @@ class Log:
         self._workdir = workdir
         self._writes = jax.process_index() == 0
         if self._writes:
-            self._jsonl = open_jsonl(workdir / "metrics.jsonl", start_step, intervals.total)
+            path = workdir / "metrics.jsonl"
+            self._jsonl = open_jsonl(path, start_step, intervals.total, val_is_due)
             self._board = Board(workdir, names, start_step, intervals.total, headline)
         self._bar = tqdm(
             total=intervals.total,
@@ -155,7 +159,8 @@ class Log:
         previous, self._pending = self._pending, (chunk, metrics)
         if previous:
             self._fetch(*previous)
-        if chunk.logs or chunk.evals or chunk.saves or chunk.histograms:
+        due = chunk.logs or chunk.evals or chunk.saves or chunk.histograms
+        if due or self.pace.is_slow:
             self.settle()
         if chunk.logs:
             self._end_window(chunk.end)
@@ -226,8 +231,11 @@ class Log:
     def _epoch(self, step: int) -> str:
         return f"epoch {step / self._steps_per_epoch:.2f}"
 
-    def evals(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Takes the means of an evaluation; those of shape (r,) are logged. {} is no evaluation."""
+    def evals(self, step: int, split: str, values: dict[str, Any] | None) -> None:
+        """Takes the means of an evaluation; those of shape (r,) are logged.
+
+        {} is no evaluation, and None is one that was cut short.
+        """
         if not values:
             return
         values = scalars(values)
