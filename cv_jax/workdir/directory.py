@@ -182,8 +182,8 @@ class Workdir:
         """Returns split -> {metric: number} of the task's trivial predictor, where it has one."""
         if self._task.baseline is None:
             return None
-        evaluated = [split for split, of_split in sums.items() if of_split]
-        train = self._data.train
-        return {
-            split: self._task.baseline(train, getattr(self._data, split)) for split in evaluated
-        }
+        numbers = {}
+        for split in (split for split, of_split in sums.items() if of_split):
+            found = self._task.baseline(self._data.train, getattr(self._data, split))
+            numbers[split] = {name: float(value) for name, value in found.items()}
+        return numbers
