@@ -77,7 +77,7 @@ class Pace:
 
     @property
     def is_slow(self) -> bool:
-        """Whether a step takes more than SLOW_SECONDS, or is not measured yet."""
+        """Tells whether a step takes more than SLOW_SECONDS, or is not measured yet."""
         return not 0 < self.seconds_per_step <= SLOW_SECONDS
 
     def resume(self) -> None:
