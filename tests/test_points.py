@@ -300,15 +300,6 @@ def test_a_run_that_was_stopped_ends_where_the_whole_one_does(result, tmp_path):
     }
 
 
-@pytest.mark.slow
-def test_a_sweep_chooses_the_lowest_error(tmp_path):
-    sweep = "--config.sweep.optim.lr=(1e-5, 0.02)"
-    arguments = ("--config=tests/test_points.py", f"--workdir={tmp_path}/run", sweep)
-    _start(["train.py"], *arguments, "--config.epochs=5", "--config.data.limit=300")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["best"] == {"optim.lr": 0.02}
-
-
 def evaluations():
     """Prints the errors after a step on the devices that there are."""
     import tempfile

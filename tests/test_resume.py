@@ -189,27 +189,6 @@ def _wait_for_checkpoint(process, workdir, beyond):
     raise AssertionError(f"no checkpoint beyond {beyond}: {process.communicate()[0]}")
 
 
-def test_kill_9_and_the_same_command_again(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert subprocess.run(command(whole), cwd=ROOT, capture_output=True).returncode == 0
-
-    for beyond in (0, 40):
-        process = _start(killed)
-        _wait_for_checkpoint(process, killed, beyond)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    process = _start(killed)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "resumes after step" in output
-    assert_same_run(whole, killed)
-
-    again = subprocess.run(command(killed), cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0
-    assert "this run is complete" in again.stdout
-
-
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
     process = _start(tmp_path, epochs=200)  # long enough not to end by itself meanwhile
     _wait_for_checkpoint(process, tmp_path, beyond=0)
