@@ -322,6 +322,13 @@ def test_several_runs_stand_side_by_side(digits_run, tmp_path, monkeypatch):
     assert f"cannot be shown: {digits_run} &amp; others have no network." in html
 
 
+def test_a_legend_has_the_ends_of_long_names():
+    assert page._short_names(["runs/a", "x" * 50 + "/b"]) == ["runs/a", f"…{'x' * 38}/b"]
+    assert page._short_names(["a" + "x" * 50, "b" + "x" * 50]) == [
+        f"{i}: …{'x' * 40}" for i in (1, 2)
+    ]
+
+
 @pytest.mark.parametrize("seen", [{}, {"pooled": np.full((20, 3), np.nan)}])
 def test_a_network_without_features_has_no_map(seen):
     assert examples._map(seen, {"label": np.zeros(20, int)}, ["a"], None) == ""

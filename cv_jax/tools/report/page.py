@@ -183,6 +183,14 @@ def _interval(metric: Metric, s: dict[str, Any]) -> str:
     return _UNKNOWN if low is None else f"{metric.number(low)} to {metric.number(high)}"
 
 
+def _short_names(names: Sequence[str], most: int = 40) -> list[str]:
+    """Returns the ends of long names for a legend, with a number in front where two agree."""
+    short = [name if len(name) <= most else f"…{name[-most:]}" for name in names]
+    if len(set(short)) == len(short):
+        return short
+    return [f"{i}: {name}" for i, name in enumerate(short, 1)]
+
+
 def _comparison(runs: Sequence[Run], show: Show) -> str:
     names = [str(run.path) for run in runs]
     rows = []
@@ -211,7 +219,7 @@ def _comparison(runs: Sequence[Run], show: Show) -> str:
     for split, name in (("val", headline), ("train", "loss")):
         metric = runs[0].metric(name)
         found = [curve(run, split, name) for run in runs]
-        curves = _there(zip(names, found, strict=True), metric)
+        curves = _there(zip(_short_names(names), found, strict=True), metric)
         if len(curves) > 1:
             label = f"{_words(name)} on {split} of each run over the epochs"
             axis = metric.label(f"{_words(name)} on {split}")
