@@ -1,6 +1,7 @@
 """Several processes are one program: on the CPU they exchange by gloo."""
 
 import json
+import re
 import shutil
 import signal
 
