@@ -112,6 +112,7 @@ def test_denoise_adds_its_noise_and_compares_every_pixel():
     np.testing.assert_array_equal(denoise().damage(jax.random.key(0), image)[0], image)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_what_is_drawn_comes_close():
     config = _config(method="masked(patch=2, latent=16, widths=(16, 8))")
     data = load_dataset(config.data)

@@ -256,6 +256,7 @@ def test_losses_agree_with_plain_lax(capsys):
     assert len(losses["lax"]) == capsys.readouterr().out.count("relative difference") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["resident", "stream"])
 def test_the_input_side_counts_images(way):
     config = base_config()
@@ -267,6 +268,7 @@ def test_the_input_side_counts_images(way):
     assert results[f"{way}/20"]["images_per_second"] == pytest.approx(100 / np.mean(seconds))
 
 
+@pytest.mark.slow
 def test_the_first_and_the_cached_start_are_timed():
     config = base_config()
     config.data.limit = 5

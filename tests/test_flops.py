@@ -29,6 +29,7 @@ def model_flops(text, size, num_classes):
     return count_flops(lambda v, x: model.apply(v, x, train=False), variables, image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "size", "num_classes", "published"),
     [

@@ -25,6 +25,7 @@ def moved(before, after):
     return jax.tree.map(bool, shares)
 
 
+@pytest.mark.slow
 def test_statistics_of_what_is_frozen_stay_and_others_move():
     config = base_config()
     config.model = "n94(widths=(8, 8))"

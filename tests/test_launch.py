@@ -343,15 +343,17 @@ def test_no_slice_is_requested_for_a_wrong_setting(wrong, message, platform):
 
 
 @pytest.fixture
-def heeds_hangups():
-    """Undoes nohup, which lets no script that is started below it see SIGHUP."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heeds_signals():
+    """Undoes nohup and "&", below which no script sees SIGHUP and SIGINT."""
+    names = (signal.SIGHUP, signal.SIGINT)
+    before = [signal.signal(name, signal.SIG_DFL) for name in names]
     yield
-    signal.signal(signal.SIGHUP, before)
+    for name, handler in zip(names, before, strict=True):
+        signal.signal(name, handler)
 
 
 @pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
-def test_a_stopped_script_says_how_to_delete_the_slice(name, code, platform, heeds_hangups):
+def test_a_stopped_script_says_how_to_delete_the_slice(name, code, platform, heeds_signals):
     # The signal comes from what the slice runs, and reaches the script alone.
     platform._write(platform.here / ".venv/bin/python", f'kill -{name} "$(cat "$HERE/pid")"')
     script = f'echo $$ > "$HERE/pid"; exec bash {LAUNCH / "tpu_vm.sh"}'

@@ -334,6 +334,7 @@ def test_images_and_confusion_reach_tensorboard(make_log, tmp_path):
     assert events["confusion/test", 14].image.encoded_image_string.startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError('imported')")
     code = (

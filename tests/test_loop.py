@@ -93,6 +93,7 @@ def reference(training):
     return _run(training, [4, 4, 2])
 
 
+@pytest.mark.slow
 def test_the_state_depends_on_the_steps_alone(training, reference):
     chex.assert_trees_all_equal(_run(training, [1, 2, 1, 3, 1, 2]), reference)
     assert reference[0].step == 10
@@ -102,6 +103,7 @@ def test_a_stream_trains_to_the_same_bits(training, reference):
     chex.assert_trees_all_equal(_run(training, [4, 4, 2], way="stream"), reference)
 
 
+@pytest.mark.slow
 def test_all_but_the_frozen_parameters_move(training, reference):
     task, keys, _ = training
     state, _ = reference
@@ -111,6 +113,7 @@ def test_all_but_the_frozen_parameters_move(training, reference):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_train_step_is_traced_once(training):
     task, keys, batches = training
     step = chex.assert_max_traces(task.train_step, n=1)

@@ -104,6 +104,7 @@ def test_every_model_is_in_the_table():
     assert {spec.parse(text)[0].name for text, *_ in PUBLISHED} == set(MODELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "size", "num_classes", "count"), PUBLISHED)
 def test_contract_and_published_parameter_count(text, size, num_classes, count):
     variables, logits, features = shapes(text, (2, size, size, 3), num_classes, BF16)
@@ -114,6 +115,7 @@ def test_contract_and_published_parameter_count(text, size, num_classes, count):
     assert features["group1"].dtype == BF16
 
 
+@pytest.mark.slow
 def test_intermediates_have_the_documented_shapes():
     expected = {
         "lenet": {"group1": (1, 14, 14, 6), "group2": (1, 5, 5, 16), "pooled": (1, 84)},
@@ -505,6 +507,7 @@ def test_compute_dtype(monkeypatch):
         compute_dtype("float16")
 
 
+@pytest.mark.slow
 def test_a_model_of_one_size_names_the_flag_that_keeps_it():
     config = base_config()
     config.model, config.progressive_resizing = "lenet", "size(20, until=0.5)"

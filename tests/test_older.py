@@ -74,6 +74,7 @@ def test_an_older_exported_file_predicts_what_it_did(older):
     assert read_variables(older / "export" / "model.safetensors").steps == 4
 
 
+@pytest.mark.slow
 def test_an_older_run_has_a_report(older, tmp_path):
     report.report([str(older)], tmp_path / "report.html", images=50)
     html = (tmp_path / "report.html").read_text()
@@ -81,6 +82,7 @@ def test_an_older_run_has_a_report(older, tmp_path):
     assert "of the first 50 test images" in html
 
 
+@pytest.mark.slow
 def test_resuming_an_older_run_is_refused_in_a_sentence(older):
     config = read_config(older)
     config = config.copy_and_resolve_references()

@@ -237,6 +237,7 @@ def test_muon_refuses_vectors():
         optimizer.tx.init(to_jax(START))
 
 
+@pytest.mark.slow
 def test_muon_leaves_a_zero_parameter_finite():
     optimizer = make(name="muon(normalize_weights=True)", rules=MUON_RULES)
     params = jax.tree.map(jnp.zeros_like, to_jax(START))
@@ -395,6 +396,7 @@ def test_groups_differ_from_base_only_where_they_say_so():
     np.testing.assert_allclose(history[-1]["conv/kernel"], p, 2e-5, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "muon"])
 def test_two_updates_in_a_step_have_the_same_rate(name):
     rules = ((".*/bias", "base"), (".*", "group"))
@@ -546,6 +548,7 @@ def test_shapes_are_enough():
     chex.assert_trees_all_equal(train(optimizer)[0], expected)
 
 
+@pytest.mark.slow
 def test_networks_side_by_side_train_as_one_alone():
     optimizer = make(**EVERYTHING)
 

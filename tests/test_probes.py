@@ -116,6 +116,7 @@ def test_spread_and_rank_of_what_is_known():
     np.testing.assert_allclose(spread_and_rank(some), slow_spread_and_rank(some), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "default"),
     [

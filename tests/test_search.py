@@ -92,9 +92,18 @@ result = {**task, "val": {"distance": {"mean": distance, "std": None}}}
 """
 
 
-def test_less_of_a_distance_wins_the_search(tmp_path):
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
-    study = optuna.create_study(direction="maximize", storage=storage)
+@pytest.fixture
+def database(tmp_path):
+    """A storage of studies that is closed at the end; newer Pythons warn of one that is not."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    yield storage
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+@pytest.mark.slow
+def test_less_of_a_distance_wins_the_search(tmp_path, database):
+    study = optuna.create_study(direction="maximize", storage=database)
     for number, distance in enumerate((3.0, 0.5, 2.0)):
         workdir = tmp_path / str(number)
         command = [sys.executable, "-c", LOWER, str(workdir), str(distance), json.dumps(TASK)]
@@ -105,7 +114,7 @@ def test_less_of_a_distance_wins_the_search(tmp_path):
     ]
 
 
-def test_a_seed_that_has_diverged_is_the_worst_in_either_direction(tmp_path):
+def test_a_seed_that_has_diverged_is_the_worst_in_either_direction(tmp_path, database):
     (tmp_path / "task.json").write_text(json.dumps(TASK))
     records = [
         {"step": 1, "split": "val", "values": {"distance": 3.0}, "runs": {"distance": [2.0, 4.0]}},
@@ -118,8 +127,7 @@ def test_a_seed_that_has_diverged_is_the_worst_in_either_direction(tmp_path):
     (tmp_path / "task.json").write_text(json.dumps(task))
     assert search._val_ranks(tmp_path) == [(1, -3.0), (2, -1.0), (3, -1.0)]
     # Optuna keeps such a number, and prunes by it.
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
-    study = optuna.create_study(direction="maximize", storage=storage)
+    study = optuna.create_study(direction="maximize", storage=database)
     trial = study.ask()
     trial.report(-math.inf, 1)
     assert study.trials[0].intermediate_values == {1: -math.inf}

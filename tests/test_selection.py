@@ -17,6 +17,7 @@ from cv_jax.train.flops import step_flops
 from tests.conftest import on_devices, random_dataset
 
 
+@pytest.mark.slow
 def test_the_hardest_of_each_group_remain_in_their_order():
     last_loss = jnp.array([0.1, 0.9, 0.5, 0.7, jnp.inf, 0.3, 0.2, 0.4])
     index = jnp.array([0, 1, 2, 7, 6, 5, 4, 3])
@@ -94,6 +95,7 @@ def test_a_step_trains_on_the_hardest_and_remembers_their_losses(training):
     np.testing.assert_array_equal(remembered[rest], 2.0)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_costs_nothing(training):
     task, whole, batches, _ = training
     costs = [step_flops(t, batches.shapes, 0) for t in (task, whole)]

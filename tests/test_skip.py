@@ -69,6 +69,7 @@ def steps():
         yield step, jax.jit(skipping), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(steps, kind):
     step, skipping, state = steps

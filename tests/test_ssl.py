@@ -162,6 +162,7 @@ def test_a_teacher_has_statistics_of_its_own(byol):
     assert set(before.model_state) == {"batch_stats", "teacher"}
 
 
+@pytest.mark.slow
 def test_the_views_of_an_image_are_drawn_apart_and_kept_together(monkeypatch, digits):
     def difference(z, _):
         return jnp.abs(z[:, 0] - z[:, 1]).max(1)

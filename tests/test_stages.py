@@ -65,6 +65,7 @@ def training():
     return staged, whole, batches, keys
 
 
+@pytest.mark.slow
 def test_a_step_sees_the_images_of_its_stage(training):
     staged, whole, batches, keys = training
     assert staged.stages[0] == 0
@@ -86,6 +87,7 @@ def test_a_step_sees_the_images_of_its_stage(training):
     chex.assert_trees_all_close(known, looked_up, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_training_costs_what_its_steps_cost(training):
     staged, whole, batches, keys = training
     state = jax.eval_shape(staged.init, keys.init)

@@ -45,6 +45,7 @@ def test_a_grid_in_the_order_of_its_keys(config):
     assert config.label_smoothing == 0.0
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_text(config):
     sweep = _sweep(
         config, augment=("rotate(5)|cutout(2, fill=0.5)", "rotate(15)|cutout(2, fill=1.0)")
@@ -61,6 +62,7 @@ def test_nothing_swept_is_one_setting(config):
     assert _sweep(config).values == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "values"),
     [
@@ -113,6 +115,7 @@ def without_labels(config):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "methods"),
     [
@@ -126,6 +129,7 @@ def test_numbers_of_a_method_can_be_swept(without_labels, task, methods):
     assert len(_sweep(without_labels, method=methods).settings) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "methods"),
     [

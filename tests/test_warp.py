@@ -140,6 +140,7 @@ def test_matrices_move_points_as_they_say():
         np.testing.assert_allclose(moved, [*point, 1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_matrix_of_affine_reads_the_pixels_that_affine_reads():
     amounts = jnp.array([[20.0, 0.7, 10, 2, -3], [-170, 1.4, -20, -1, 4]])
     matrix = geometry._affine_matrix(amounts, (9, 14))
@@ -311,6 +312,7 @@ def test_both_ways_to_crop_a_mask_give_the_same(monkeypatch):
     chex.assert_trees_all_equal(chosen, gathered)
 
 
+@pytest.mark.slow
 def test_objects_have_no_mirror_image():
     names = {"reflect": ("image",), "zero": ("image", "boxes")}
     batch = {name: make_batch()[name] + 1 for name in ("image", "boxes")}  # no value is 0
@@ -320,6 +322,7 @@ def test_objects_have_no_mirror_image():
             assert np.any(out["image"] == 0) == (mode == "zero")
 
 
+@pytest.mark.slow
 def test_cutout_hides_mask_and_boxes():
     batch = make_batch(200, image=jnp.zeros((200, 12, 12, 3)))
     out = jitted("cutout(6, 1.0)", 0.3)(KEY, batch)
@@ -386,6 +389,7 @@ def test_examples_without_objects_stay_so(text):
 # --- One resampling ---
 
 
+@pytest.mark.slow
 def test_neighbouring_motions_are_one_warp_by_the_product():
     batch = make_batch()
     motions = [AUGMENTATIONS["rotate"](20.0), AUGMENTATIONS["scale"](0.8, 1.3)]
@@ -408,6 +412,7 @@ def test_only_neighbouring_motions_of_the_same_mode_are_multiplied():
     assert chain._groups(ops) == [[0, 1], [2], [3, 4, 5], [6]]
 
 
+@pytest.mark.slow
 def test_samples_smooth_what_shrinks():
     image = jnp.zeros((1, 12, 12, 3)).at[:, :, ::2].set(1)  # stripes of one pixel
     batch = make_batch(1, image=image)
