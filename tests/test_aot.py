@@ -256,7 +256,7 @@ def test_digits_on_one_and_on_eight_chips(tmp_path, monkeypatch):
     resident = _aot(*blank, *long)
     streamed = _aot(*blank, *long, "--config.data.stream=True", f"--out={file}")
     assert resident.returncode == 1
-    assert resident.stderr.startswith("aot: v5e: 20,4")
+    assert resident.stderr.startswith("aot: v5e: the program needs 20,4")
     assert streamed.returncode == 0, streamed.stderr
     assert json.loads(file.read_text())["train"]["flops"] == flops
 
