@@ -135,6 +135,8 @@ def prepare_compiler() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is missing: pip install -r requirements-tpu.txt")
     jax.config.update("jax_platforms", "cpu")
+    # A program for a chip that is not there can be kept, and not be read again.
+    jax.config.update("jax_enable_compilation_cache", False)
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
