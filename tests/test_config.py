@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cv_jax.config import command_line
-from cv_jax.config.base import base_config, flatten
+from cv_jax.config.base import base_config, flatten, smoke
 from cv_jax.config.command_line import check_command_line, make_default_workdir, resume_command
 from cv_jax.config.errors import UserError
 from cv_jax.config.rules import check
@@ -161,3 +161,10 @@ def test_runs_of_one_second_get_directories_of_their_own(tmp_path, monkeypatch):
         UserError, match=r"runs/cifar10/20260101-000000 cannot be created \(.*--workdir"
     ):
         make_default_workdir("configs/cifar10.py")
+
+
+def test_the_official_val_is_asked_for_by_minus_one():
+    config = base_config()
+    config.data.num_val = -1
+    check(config)
+    assert smoke(config).data.num_val == -1

@@ -21,7 +21,7 @@ def base_config() -> ml_collections.ConfigDict:
     data = ml_collections.ConfigDict()
     data.name = "digits"  # digits, or an image-classification data set of TFDS
     data.dir = ""  # directory of the TFDS data; "": TFDS_DATA_DIR or ~/tensorflow_datasets
-    data.num_val = 0  # examples held out of train, the same for every seed
+    data.num_val = 0  # examples held out of train, the same for every seed; -1: the official val
     data.limit = 0  # most examples of each split; 0: all
     data.label_fraction = 0.0  # fraction of the training examples that keep their label; 0: all
     data.labels_per_class = 0  # labelled examples per class, when above 0; else label_fraction

@@ -133,7 +133,7 @@ RULES: dict[str, _Rule] = {
     "histograms_every": _DURATION,
     "keep_checkpoints": _ABOVE_0,
     "label_smoothing": _BELOW_1,
-    "data.num_val": _NOT_NEGATIVE,
+    "data.num_val": (lambda v: v >= -1, "must be 0 or more, or -1 for the official val"),
     "data.limit": _NOT_NEGATIVE,
     "data.labels_per_class": _NOT_NEGATIVE,
     "data.label_fraction": (lambda v: 0 <= v <= 1, "must be in [0, 1]"),
