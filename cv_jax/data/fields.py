@@ -76,5 +76,5 @@ def num_examples(examples: Mapping[str, Any]) -> int:
 
 
 def take(examples: Mapping[str, np.ndarray], positions: Any) -> Examples:
-    """Returns the examples at `positions`, an index array or a slice."""
+    """Returns the examples at `positions`, an index array or a slice; one example of an index."""
     return {name: array[positions] for name, array in examples.items()}

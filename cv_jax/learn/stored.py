@@ -76,13 +76,12 @@ class Variables(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def read_variables(source: epath.Path, run: str = "") -> Variables:
+def read_variables(source: epath.Path) -> Variables:
     """Reads the variables of a network, without building its task.
 
     Args:
-        source: a work directory, whose newest checkpoint is read; or a file NAME.safetensors
+        source: a work directory, of whose runs `choose_run` chooses; or a file NAME.safetensors
             of cv_jax.tools.export.
-        run: the name of the run, see `choose_run`.
 
     Raises:
         UserError: the network does not exist, one of its files is damaged, or one of its values
@@ -92,14 +91,22 @@ def read_variables(source: epath.Path, run: str = "") -> Variables:
         arrays, card = read_safetensors(source)
         check_finite(arrays, card["run"], source)
         return Variables(card["run"], card["steps"], arrays)
-    chosen = choose_run(source, run)
-    state = read_newest(source)
+    return variables_of(source, choose_run(source))
+
+
+def variables_of(workdir: epath.Path, chosen: ChosenRun) -> Variables:
+    """Reads the variables of a run from the newest checkpoint.
+
+    Raises:
+        UserError: there is no whole checkpoint, or a value is not finite.
+    """
+    state = read_newest(workdir)
     params = state["params"]
     if chosen.config.optim.ema > 0:
         params = optax.tree.get(state["opt_state"], "ema_params")
     of_runs = flatten_dict({"params": params, **state["model_state"]}, sep="/")
     arrays = {path: array[chosen.position] for path, array in of_runs.items()}
-    check_finite(arrays, chosen.name, source)
+    check_finite(arrays, chosen.name, workdir)
     return Variables(chosen.name, int(state["step"]), arrays)
 
 

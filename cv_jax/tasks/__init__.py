@@ -17,6 +17,7 @@ from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError, describe
 from cv_jax.config.names import find
 from cv_jax.data import DataSpec
+from cv_jax.data.fields import num_examples, take
 from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.workdir.metric import Metric
 
@@ -85,8 +86,8 @@ class Task(NamedTuple):
 
 def draw_all(task: Task, examples: dict[str, Any]) -> np.ndarray:
     """Returns pictures (m, h, w, 3) uint8 of examples (m, ...) by field, without predictions."""
-    count = len(next(iter(examples.values())))
-    rows = [{name: np.asarray(x)[i] for name, x in examples.items()} for i in range(count)]
+    arrays = {name: np.asarray(x) for name, x in examples.items()}
+    rows = [take(arrays, i) for i in range(num_examples(arrays))]
     return np.stack([task.draw(row, None, None) for row in rows])
 
 

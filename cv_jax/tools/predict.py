@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from cv_jax.config.errors import UserError, first_line
 from cv_jax.config.paths import path_argument
+from cv_jax.data.fields import num_examples, take
 from cv_jax.data.read_image import read_bytes
 from cv_jax.data.typical import score
 from cv_jax.runtime.startup import check_platform, num_cores, prepare_jax
@@ -156,8 +157,7 @@ def _matched(
     rows = []
     for part in map(jax.device_get, predictions):
         check_finite_predictions(part)
-        count = len(next(iter(part.values())))
-        rows += [{name: x[i] for name, x in part.items()} for i in range(count)]
+        rows += [take(part, i) for i in range(num_examples(part))]
     scores: list[float | None] = [None] * len(read)
     if trained.spec.typical and read and "image" in read[0]:
         images = np.stack([example["image"] for example in read])

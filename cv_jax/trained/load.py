@@ -29,7 +29,7 @@ from cv_jax.learn.stored import (
     damaged,
     read_safetensors,
     read_spec,
-    read_variables,
+    variables_of,
 )
 from cv_jax.optim.state import TrainState
 from cv_jax.tasks import Task, build_task
@@ -93,8 +93,7 @@ def load_trained(
             f"{workdir}: the task {config.task!r} does not predict anything. Train a network that "
             f"starts from this run: --config.init_from={workdir}:backbone."
         )
-    found = read_variables(workdir, run)
-    state = _state_of(found, task, workdir)
+    state = _state_of(variables_of(workdir, chosen), task, workdir)
     return Trained(config, spec, chosen.name, tta, state, task, chosen.result)
 
 

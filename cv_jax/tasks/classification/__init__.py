@@ -63,18 +63,17 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         last_loss_of = spec.num_train if select else 0
         return init_state(params, variables, training.tx, last_loss_of)
 
+    def network(state):
+        """Returns the map from normalised images to logits and features."""
+        variables = {"params": evaluated_params(config.optim, state), **state.model_state}
+        return lambda image: model.apply(variables, image, train=False)
+
     def apply(state, image):
         """Maps images, uint8 or float32 in [0, 1], to logits and features."""
-        variables = {"params": evaluated_params(config.optim, state), **state.model_state}
-        return model.apply(variables, normalize(to_unit(image)), train=False)
+        return network(state)(normalize(to_unit(image)))
 
     def logits_of(state, image, views):
-        variables = {"params": evaluated_params(config.optim, state), **state.model_state}
-
-        @jax.jit  # traced once for all views
-        def one_view(image):
-            return model.apply(variables, image, train=False)[0]
-
+        one_view = jax.jit(lambda image: network(state)(image)[0])  # traced once for all views
         return views(one_view, normalize(to_unit(image)))
 
     def evaluate(state, batch, views):

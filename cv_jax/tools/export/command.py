@@ -111,10 +111,9 @@ def compare(
         for name in a:
             largest = float(np.maximum(largest, np.abs(1.0 * a[name] - b[name]).max()))  # NaN stays
         for i in range(num_examples(rows)):
-            example = {name: x[i] for name, x in rows.items()}
+            example = take(rows, i)
             first, second = (
-                trained.task.describe(example, {k: x[i] for k, x in found.items()}, None)
-                for found in (a, b)
+                trained.task.describe(example, take(found, i), None) for found in (a, b)
             )
             agrees = _agree(first, second)
             equal += agrees

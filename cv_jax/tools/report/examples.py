@@ -93,8 +93,7 @@ def _plain_panels(trained: Trained, examples: Examples, predictions: dict) -> li
     """Returns a panel of the first examples, each with its prediction drawn and described."""
     task, pictures, captions = trained.task, [], []
     for i in range(min(PREDICTED, num_examples(examples))):
-        example = {name: x[i] for name, x in examples.items()}
-        prediction = {name: x[i] for name, x in predictions.items()}
+        example, prediction = take(examples, i), take(predictions, i)
         pictures.append(task.draw(example, prediction, None))
         captions.append(in_text(task.describe(example, prediction, None)))
     text = "The first test examples, with the network's predictions."
