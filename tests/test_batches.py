@@ -9,7 +9,6 @@ from cv_jax.config.errors import UserError
 from cv_jax.data import Field
 from cv_jax.data.batches import (
     STREAM_STEPS,
-    SplitStream,
     padded_batches,
     resident_batches,
     stream_batches,
@@ -75,7 +74,7 @@ def test_a_batch_needs_no_history(resident, two_epochs):
 
 
 def test_a_stream_gives_the_same_bits(two_epochs):
-    stream = stream_batches(SplitStream(SPLIT), BATCH_SIZE, KEY, make_mesh())
+    stream = stream_batches(SPLIT, BATCH_SIZE, KEY, make_mesh())
     chex.assert_trees_all_equal(_collect(stream, range(8)), two_epochs)
     feed = stream.feed(5, 3)
     picked = [jax.device_get(stream.pick(feed, np.int32(step))) for step in (5, 6, 7)]
@@ -87,7 +86,7 @@ def test_several_runs_get_each_their_own_batches(stream):
     seeds = [3, 7]
     keys = jax.numpy.stack([jax.random.key(seed) for seed in seeds])
     if stream:
-        batches = stream_batches(SplitStream(SPLIT), BATCH_SIZE, keys, make_mesh(2))
+        batches = stream_batches(SPLIT, BATCH_SIZE, keys, make_mesh(2))
     else:
         batches = resident_batches(SPLIT, BATCH_SIZE, keys, make_mesh(2))
     together = jax.jit(jax.vmap(batches.pick, (batches.axes, None)))
@@ -101,8 +100,8 @@ def test_several_runs_get_each_their_own_batches(stream):
 
 def test_a_feed_never_crosses_the_end_of_an_epoch(resident):
     assert [resident.limit(step) for step in range(5)] == [4, 3, 2, 1, 4]
-    long = stream_batches(SplitStream(SPLIT), 2, KEY, make_mesh())
-    assert [long.limit(step) for step in (0, 30, 34)] == [STREAM_STEPS, 5, 1]
+    long = stream_batches(SPLIT, 2, KEY, make_mesh())
+    assert [long.limit(step) for step in (0, 30, 34)] == [STREAM_STEPS, 2, 1]
 
 
 def test_shapes_are_those_of_the_batches(resident, two_epochs):
@@ -119,9 +118,8 @@ def test_a_batch_of_nothing_or_larger_than_the_data_is_refused(batch_size):
 def test_runs_may_have_examples_of_their_own(stream):
     keys = jax.numpy.stack([jax.random.key(3), jax.random.key(3)])
     positions = np.int32([np.arange(0, 64, 2), np.arange(1, 64, 2)])
-    source = SplitStream(SPLIT) if stream else SPLIT
     make = stream_batches if stream else resident_batches
-    batches = make(source, BATCH_SIZE, keys, make_mesh(2), positions)
+    batches = make(SPLIT, BATCH_SIZE, keys, make_mesh(2), positions)
     assert batches.limit(0) == 2  # steps of 16 out of 32 examples
     together = jax.jit(jax.vmap(batches.pick, (batches.axes, None)))
     seen = [jax.device_get(together(batches.feed(i, 1), np.int32(i))) for i in range(2)]

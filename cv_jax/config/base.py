@@ -19,8 +19,16 @@ def base_config() -> ml_collections.ConfigDict:
     name a function and its arguments are texts such as "crop(4)|flip"; see `cv_jax.config.calls`.
     """
     data = ml_collections.ConfigDict()
-    data.name = "digits"  # digits, or an image-classification data set of TFDS
-    data.dir = ""  # directory of the TFDS data; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.name = "digits"  # digits, folder, or an image-classification data set of TFDS
+    # folder: the directory of the class folders, or a CSV file; else of the TFDS data, "":
+    # TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.dir = ""
+    data.size = 0  # pixels a side to which images are decoded; 0: as they are, all of one size
+    data.decode = "auto"  # once, at the start; always, when a batch needs them; auto: by size
+    data.crop = ""  # random crop in the decoder, such as "random_resized(0.08)"; needs "always"
+    data.eval_crop = 1.0  # share of the shorter side in the centre crop of evaluation
+    data.workers = 0  # threads that decode; 0: one for each processor core
+    data.on_error = "replace"  # an image that breaks during the run: replace it, or stop
     data.num_val = 0  # examples held out of train, the same for every seed; -1: the official val
     data.limit = 0  # most examples of each split; 0: all
     data.label_fraction = 0.0  # fraction of the training examples that keep their label; 0: all

@@ -1,13 +1,16 @@
 """Batches as a pure function of (seed, step), from resident arrays or from a stream.
 
 Both give the training loop the same three functions, and the same batches bit for bit. There is
-no iterator, so checkpoints need no position in the data: the step number determines the batch.
+no iterator, so checkpoints need no position in the data: the step number determines the batch. A
+stream reads the next feed in a thread while the devices train on one.
 With the keys of several runs, a feed holds each run's order, and the data once.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,10 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from cv_jax.config import durations
 from cv_jax.config.errors import UserError
 from cv_jax.data.dataset import padding
+from cv_jax.data.encoded import Encoded, read_training
 from cv_jax.data.fields import Examples, Field, num_examples, take
 from cv_jax.runtime.mesh import (
     divide,
@@ -26,16 +31,10 @@ from cv_jax.runtime.mesh import (
     stream_sharding,
 )
 
-# Batches in one feed of a stream: enough to hide the dispatch, few enough for the memory.
+# Batches in one feed of a stream, and their bytes: enough to hide the dispatch, few enough for the
+# memory, which holds two feeds.
 STREAM_STEPS = 8
-
-
-class RandomAccess(Protocol):
-    """A source for a stream: returns examples by their positions, in any order."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, positions: np.ndarray) -> Examples: ...
+STREAM_BYTES = 2**28
 
 
 class Batches(NamedTuple):
@@ -57,18 +56,6 @@ class Batches(NamedTuple):
     axes: dict[str, int | None]
 
 
-class SplitStream(NamedTuple):
-    """A split in host memory, read as a stream."""
-
-    split: Examples
-
-    def __len__(self) -> int:
-        return num_examples(self.split)
-
-    def __getitem__(self, positions: np.ndarray) -> Examples:
-        return take(self.split, positions)
-
-
 def make_batches(
     config: ml_collections.ConfigDict,
     split: Examples,
@@ -76,7 +63,7 @@ def make_batches(
     mesh: Mesh,
     positions: np.ndarray | None = None,
 ) -> Batches:
-    """Builds the training batches, resident or as a stream, as `config.data.stream` chooses.
+    """Builds the training batches, resident or as a stream, as `streams` says.
 
     Args:
         config: the runs' config.
@@ -85,10 +72,16 @@ def make_batches(
         mesh: devices that share each batch, and the runs.
         positions: (r, m) int32, the training examples of each run; None: all examples.
     """
-    if config.data.stream:
-        source = SplitStream(split)
-        return stream_batches(source, config.batch_size, key, mesh, positions)
+    if streams(config, split):
+        count = num_examples(split) if positions is None else positions.shape[-1]
+        end = durations.total_steps(config, count)
+        return stream_batches(split, config.batch_size, key, mesh, positions, end)
     return resident_batches(split, config.batch_size, key, mesh, positions)
+
+
+def streams(config: ml_collections.ConfigDict, split: Examples) -> bool:
+    """Returns whether batches come from the host: by `config.data.stream`, or of encoded images."""
+    return config.data.stream or any(isinstance(x, Encoded) for x in split.values())
 
 
 def epoch_order(key: jax.Array, epoch: jax.Array, num_train: int, batch_size: int) -> jax.Array:
@@ -158,59 +151,62 @@ def resident_batches(
 
 
 def stream_batches(
-    source: RandomAccess,
+    split: Examples,
     batch_size: int,
     key: jax.Array,
     mesh: Mesh,
     positions: np.ndarray | None = None,
+    end: int = sys.maxsize,
 ) -> Batches:
     """Builds batches that are read on the host, a few at a time, for data too large for a device.
 
     Args:
-        source: the training split; `source[positions]` returns the examples at `positions`.
+        split: {field: (m, ...)}; images may stay encoded.
         batch_size: examples in a batch.
         key: PRNG key of the data order, the same as in `resident_batches`; (r,) keys for r runs.
         mesh: devices that share each batch, and the runs. A process reads only the examples of
             its own devices.
         positions: see `make_batches`.
+        end: the number of steps of the training; no later feed is read ahead.
     """
-    orders = _Orders(key, len(source), batch_size, positions, replicated(mesh))
+    orders = _Orders(key, num_examples(split), batch_size, positions, replicated(mesh))
     sharding = stream_sharding(mesh, of_runs=key.ndim > 0)
+    shapes = _shapes(split, batch_size)
+    held_steps = steps_of_feed(shapes)
+    numbers = np.atleast_1d(_as_numbers(key, replicated(mesh)))  # (r,), one for each run
 
-    def read(index):
-        """Reads the examples at (r, k, b) or (k, b), padded with zeros to STREAM_STEPS steps."""
-        examples = source[index.reshape(-1)]
-        arrays = {
-            name: np.asarray(x).reshape(*index.shape, *x.shape[1:]) for name, x in examples.items()
-        }
-        steps_axis = key.ndim
-        spare = STREAM_STEPS - index.shape[steps_axis]
+    def block(step):
+        """Returns the first step, and the step after the last, of the feed that holds `step`."""
+        epoch, of_epoch = divmod(step, orders.steps)
+        first = of_epoch // held_steps * held_steps
+        return [epoch * orders.steps + i for i in (first, min(first + held_steps, orders.steps))]
 
-        def padded(array):
-            widths = [(0, spare * (axis == steps_axis)) for axis in range(array.ndim)]
-            return np.pad(array, widths)
+    def load(start):
+        """Returns a function that reads the feed that begins at `start`, in a thread."""
+        epoch, first = divmod(start, orders.steps)
+        # Here and not in the thread: all processes dispatch their programs in one order.
+        return partial(read, epoch, orders.on_host(epoch)[..., first : first + held_steps, :])
 
-        return jax.tree.map(padded, {"examples": arrays, "index": index})
-
-    def limit(step):
-        return min(STREAM_STEPS, orders.steps - step % orders.steps)
-
-    def feed(step, num_steps):
-        epoch = step // orders.steps
-        first = step % orders.steps
-        index = orders.on_host(epoch)[..., first : first + num_steps, :]
-        held = (*index.shape[:-2], STREAM_STEPS, batch_size)
-        shards = [
-            jax.device_put(read(index[part]), device)
-            for device, part in sharding.addressable_devices_indices_map(held).items()
-        ]
-        arrays = jax.tree.map(
+    def read(epoch, index):
+        held = (*index.shape[:-2], held_steps, batch_size)
+        shards = []
+        for device, part in sharding.addressable_devices_indices_map(held).items():
+            of_device = numbers[part[0]] if key.ndim else numbers
+            rows = _read_feed(split, index[part], of_device, epoch, held_steps)
+            shards.append(jax.device_put(rows, device))
+        return jax.tree.map(
             lambda *parts: jax.make_array_from_single_device_arrays(
                 (*held, *parts[0].shape[len(held) :]), sharding, list(parts)
             ),
             *shards,
         )
-        return {**arrays, "first": np.int32(step), "epoch": np.int32(epoch), "key": key}
+
+    ahead = _Ahead(load, end)
+
+    def feed(step, num_steps):
+        start, then = block(step)
+        epoch = np.int32(step // orders.steps)
+        return {**ahead(start, then), "first": np.int32(start), "epoch": epoch, "key": key}
 
     def pick(feed, step):
         i = step - feed["first"]
@@ -223,11 +219,67 @@ def stream_batches(
         return jax.lax.optimization_barrier({**fields, "rows": rows})
 
     axes = {"examples": 0, "index": 0, "first": None, "epoch": None, "key": 0}
-    return Batches(limit, feed, pick, _shapes(source[np.arange(1)], batch_size), axes)
+    return Batches(lambda step: block(step)[1] - step, feed, pick, shapes, axes)
+
+
+def steps_of_feed(shapes: dict) -> int:
+    """Returns the number of batches of these shapes in a feed of a stream."""
+    of_batch = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    return max(1, min(STREAM_STEPS, STREAM_BYTES // of_batch))
+
+
+def _as_numbers(key: jax.Array, sharding: NamedSharding) -> np.ndarray:
+    """Returns each key as a number of 64 bits."""
+    data = np.asarray(jax.jit(jax.random.key_data, out_shardings=sharding)(key))
+    return data[..., 0].astype(np.uint64) << np.uint64(32) | data[..., 1].astype(np.uint64)
+
+
+def _read_feed(
+    split: Examples, index: np.ndarray, numbers: np.ndarray, epoch: int, num_steps: int
+) -> dict:
+    """Reads the examples at (r, k, b) or (k, b), padded with zeros to `num_steps` steps."""
+    of_runs = index.reshape(len(numbers), -1)
+    parts = [
+        read_training(split, positions, int(number), epoch)
+        for positions, number in zip(of_runs, numbers, strict=True)
+    ]
+    spare = num_steps - index.shape[-2]
+
+    def laid_out(*arrays):
+        array = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        array = array.reshape(*index.shape, *array.shape[1:])
+        widths = [(0, spare * (axis == index.ndim - 2)) for axis in range(array.ndim)]
+        return np.pad(array, widths) if spare else array
+
+    return {"examples": jax.tree.map(laid_out, *parts), "index": laid_out(index.reshape(-1))}
+
+
+class _Ahead:
+    """Reads the next feed in a thread, while the devices train on the one before.
+
+    Args:
+        load: the first step of a feed -> a function that reads the feed.
+        end: the step after the last; from there on nothing is read ahead.
+    """
+
+    def __init__(self, load: Callable[[int], Callable[[], Any]], end: int):
+        self._load, self._end = load, end
+        self._thread = ThreadPoolExecutor(1, "stream")
+        self._feeds: dict[int, Future] = {}
+
+    def __call__(self, start: int, then: int) -> Any:
+        """Returns the feed that begins at `start`, and begins to read the one at `then`."""
+        wanted = [start, then] if then < self._end else [start]
+        kept = {step: self._feeds[step] for step in wanted if step in self._feeds}
+        for step in wanted:
+            if step not in kept:
+                kept[step] = self._thread.submit(self._load(step))
+        self._feeds = kept
+        return kept[start].result()
 
 
 class _Orders:
-    """The order of the newest epoch: (steps, b) positions in train, or (r, steps, b) of r runs.
+    """The orders of epochs: (steps, b) positions in train, or (r, steps, b) of r runs.
 
     Attributes:
         steps: number of steps in an epoch.
@@ -252,17 +304,19 @@ class _Orders:
             order = jax.vmap(order, (0, None if positions is None else 0, None))
         positions = None if positions is None else put(positions, sharding)
         self._order = partial(jax.jit(order, out_shardings=sharding), key, positions)
-        self._epoch, self._newest = -1, None
+        self._orders: dict[int, jax.Array] = {}
 
     def __call__(self, epoch: int) -> jax.Array:
-        if epoch != self._epoch:
-            self._epoch, self._newest = epoch, self._order(epoch)
-        return self._newest
+        return self._dispatched(epoch)[0]
 
     def on_host(self, epoch: int) -> np.ndarray:
-        if not isinstance(self(epoch), np.ndarray):
-            self._newest = np.asarray(self._newest)
-        return self._newest
+        """Returns the order; the next epoch's is computed meanwhile, and need not be waited for."""
+        return np.asarray(self._dispatched(epoch, epoch + 1)[0])
+
+    def _dispatched(self, *epochs: int) -> list[jax.Array]:
+        known = self._orders
+        self._orders = {i: known[i] if i in known else self._order(i) for i in epochs}
+        return list(self._orders.values())
 
 
 def _own_sharding(key: jax.Array, mesh: Mesh) -> NamedSharding:
@@ -292,6 +346,12 @@ def padded_batches(
         count = num_examples(rows)
         batch = rows
         if count < batch_size:
-            batch = {name: np.concatenate([x, filling[name][count:]]) for name, x in rows.items()}
+            batch = {name: _filled(x, filling[name][count:]) for name, x in rows.items()}
         weight = (np.arange(batch_size) < count).astype(np.float32)
         yield {**batch, "rows": {"weight": weight}}
+
+
+def _filled(array: np.ndarray | Encoded, filling: np.ndarray) -> np.ndarray | Encoded:
+    if isinstance(array, Encoded):
+        return array.padded(len(filling))
+    return np.concatenate([array, filling])

@@ -22,23 +22,26 @@ from cv_jax.runtime.startup import cache_dir
 FORMAT = 2
 
 
-def cached(directory: Path, read: Callable[[Path], Stored], settings: str = "") -> Stored:
+def cached(
+    directory: Path, read: Callable[[Path], Stored], settings: str = "", identity: str = ""
+) -> Stored:
     """Returns `read(directory)`; later calls map the arrays from the cache into memory.
 
-    The key of an entry is the directory's path, `settings`, and the names, sizes and times of all
-    files below the directory. Every call verifies the entry's checksums. A damaged entry is
-    written again, with a warning on stderr. If the cache cannot be written, a line on stderr says
-    so, and the data is used without it.
+    The key of an entry is the directory's path, `settings` and `identity`. Every call verifies the
+    entry's checksums. A damaged entry is written again, with a warning on stderr. If the cache
+    cannot be written, a line on stderr says so, and the data is used without it.
 
     Args:
         directory: a prepared data set, .../NAME[/CONFIG]/VERSION.
         read: decodes the data set.
         settings: other settings that `read` depends on, as text; each text has its own entry.
+        identity: a text that changes when the data change; "": the names, sizes and times of all
+            files below the directory.
     """
     path = directory.resolve()
     key = _digest(f"{path}\0{settings}" if settings else str(path))[:12]
     entry = cache_dir() / "data" / f"{path.parent.name}-{path.name}-{key}"
-    identity = _identity(path)
+    identity = _digest(f"{FORMAT} {identity}") if identity else _identity(path)
     try:
         if found := _load(entry, identity):
             return found
@@ -86,7 +89,7 @@ def _save(entry: Path, identity: str, stored: Stored) -> None:
         with _replaced(entry / f"{name}.npy") as file:
             np.save(file, array)
     fields = {name: field_to_json(field) for name, field in stored.fields.items()}
-    content = {"identity": identity, "fields": fields, "arrays": checks}
+    content = {"identity": identity, "fields": fields, "arrays": checks, "notes": stored.notes}
     with _replaced(entry / "cache.json") as file:
         file.write(json.dumps(content, indent=2).encode())
 
@@ -124,6 +127,7 @@ def _load(entry: Path, identity: str) -> Stored | None:
         test=parts["test"],
         val=parts.get("val"),
         histograms=parts.get("histogram"),
+        notes=tuple(content.get("notes", ())),
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from cv_jax.config.errors import UserError
 from cv_jax.data.dataset import Stored
+from cv_jax.data.encoded import Encoded
 from cv_jax.data.fields import KINDS, Field, num_examples
 from cv_jax.data.statistics import histogram
 
@@ -23,7 +24,7 @@ def check_stored(name: str, stored: Stored) -> Stored:
         raise UserError(f"The data set {name!r}: {problem}.")
     fields = {name: _sound(field) for name, field in stored.fields.items()}
     train, test, val = (
-        split and {name: split[name].astype(f.dtype, copy=False) for name, f in fields.items()}
+        split and {name: _as(split[name], f.dtype) for name, f in fields.items()}
         for split in (stored.train, stored.test, stored.val)
     )
     found = stored.histograms or {}
@@ -32,7 +33,11 @@ def check_stored(name: str, stored: Stored) -> Stored:
         for name, field in fields.items()
         if field.kind == "image"
     }
-    return Stored(fields, train, test, val, histograms)
+    return Stored(fields, train, test, val, histograms, stored.notes)
+
+
+def _as(array: Any, dtype: str) -> Any:
+    return array if isinstance(array, Encoded) else array.astype(dtype, copy=False)
 
 
 def _sound(field: Field) -> Field:
@@ -56,6 +61,8 @@ def _problem(stored: Any) -> str | None:
     for name, counted in (stored.histograms or {}).items():
         image = stored.train[name]
         shape = 256, image.shape[-1]
+        if isinstance(image, Encoded):
+            continue  # a sample may have been counted
         if np.shape(counted) != shape or (np.sum(counted, axis=0) != image[..., 0].size).any():
             return (
                 f"the histogram of {name!r}, of shape {np.shape(counted)}, does not count the "
@@ -97,7 +104,7 @@ def _names_problem(name: str, names: Any) -> str | None:
 
 def _split_problem(split: str, examples: Any, fields: dict[str, Field]) -> str | None:
     arrays = isinstance(examples, dict) and all(
-        isinstance(x, np.ndarray) for x in examples.values()
+        isinstance(x, np.ndarray | Encoded) for x in examples.values()
     )
     if not arrays:
         return f"{split} must be a dict from the names of its fields to NumPy arrays"

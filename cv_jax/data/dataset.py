@@ -8,11 +8,13 @@ import jax
 import numpy as np
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.fields import Examples, Field, num_examples
+from cv_jax.data.encoded import Encoded
+from cv_jax.data.fields import Examples, Field, num_examples, take
 from cv_jax.data.typical import Typical, typical_from_json, typical_to_json
 
-# Training images that a model may use for its data-dependent initialisation.
+# Training examples that a model may use for its data-dependent initialisation, and their bytes.
 SAMPLE_SIZE = 5000
+SAMPLE_BYTES = 2**26
 SPLITS = ("train", "val", "test")
 
 
@@ -23,9 +25,11 @@ class DataSpec(NamedTuple):
         name: the value of `config.data.name`.
         fields: {name: description of this array of an example}.
         num_train, num_val, num_test: number of examples in the split.
-        sample: the first min(5000, num_train) examples of train.
+        sample: the first examples of train, see `sample_of`.
         num_unlabelled: number of training examples whose field `labelled` is False.
         typical: statistics of the training images; None: not measured.
+        eval_crop: share of an image's sides that the centre crop keeps, see
+            `read_image.fit_image`.
     """
 
     name: str
@@ -36,6 +40,7 @@ class DataSpec(NamedTuple):
     sample: Examples
     num_unlabelled: int = 0
     typical: Typical | None = None
+    eval_crop: float = 1.0
 
     @property
     def num_labelled(self) -> int:
@@ -152,7 +157,8 @@ class Dataset(NamedTuple):
 
     Attributes:
         spec: facts about the data set.
-        train, val, test: {field: (m, ...) array}, for the names of `spec.fields`.
+        train, val, test: {field: (m, ...) array}, for the names of `spec.fields`. Images may be
+            `encoded.Encoded`, which looks like an array and decodes what is read.
         notes: lines that the log shows at the start.
     """
 
@@ -168,11 +174,13 @@ class Stored(NamedTuple):
 
     Attributes:
         fields: {name: description of this array of an example}; see `data.fields`.
-        train, test: {field: (m, ...) array}.
+        train, test: {field: (m, ...) array}; images may be `encoded.Encoded`.
         val: the official val split, {field: (m, ...) array}; None: the source has no val split.
         histograms: {image field: (256, c) int64}, how often each channel of train has each value.
             Mean and std of train without val follow from it without reading every pixel again.
-            None: `check_stored` computes the histograms.
+            None: `check_stored` computes the histograms. Of images that stay encoded it may count
+            a sample.
+        notes: lines that the log shows at the start.
     """
 
     fields: dict[str, Field]
@@ -180,15 +188,26 @@ class Stored(NamedTuple):
     test: Examples
     val: Examples | None = None
     histograms: dict[str, np.ndarray] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def data_fingerprint(data: Dataset) -> dict[str, int]:
     """Returns checksums of a data set; processes compare them to check that their data is equal."""
     return {
-        f"data set ({split}, CRC-32 of the field {name})": zlib.crc32(np.ascontiguousarray(array))
+        f"data set ({split}, CRC-32 of the field {name})": (
+            array.fingerprint()
+            if isinstance(array, Encoded)
+            else zlib.crc32(np.ascontiguousarray(array))
+        )
         for split in SPLITS
         for name, array in getattr(data, split).items()
     }
+
+
+def sample_of(train: Examples) -> Examples:
+    """Returns the first 5,000 examples of train, or as many as have 64 MB."""
+    of_one = sum(x.nbytes for x in train.values()) / max(1, num_examples(train))
+    return take(train, slice(max(1, min(SAMPLE_SIZE, int(SAMPLE_BYTES / max(1, of_one))))))
 
 
 def counts(train: Examples, val: Examples, test: Examples) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """Finds a data set by its name, loads it, and cuts it into splits."""
 
+from pathlib import Path
+
 import ml_collections
 
 from cv_jax.config.errors import UserError
@@ -8,7 +10,10 @@ from cv_jax.data.cache import cached
 from cv_jax.data.checks import check_stored
 from cv_jax.data.dataset import Dataset, Stored
 from cv_jax.data.sources.digits import load_digits
+from cv_jax.data.sources.folder import list_folder
 from cv_jax.data.sources.location import find_prepared, tfds_data_dir
+from cv_jax.data.sources.photos import PHOTO_KEYS, load_photos
+from cv_jax.data.sources.table import list_table
 from cv_jax.data.splits import count_equal, hold_out, limit_examples, limit_labels
 
 # Data sets that do not come from TFDS. Add a new one here, as a function () -> Stored.
@@ -20,9 +25,11 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
 
     Args:
         config_data: the config's `data`, with these keys:
-            name: one of OWN, "module:function" of your own (() -> Stored), or the TFDS name of an
-                image-classification data set.
-            dir: TFDS's data directory; "": TFDS_DATA_DIR or ~/tensorflow_datasets.
+            name: one of OWN; "folder"; "module:function" of your own (() -> Stored); or the TFDS
+                name of an image-classification data set.
+            dir: of "folder", the directory of the class folders, or a CSV file. Else TFDS's data
+                directory; "": TFDS_DATA_DIR or ~/tensorflow_datasets.
+            size, decode, crop, eval_crop, workers, on_error: see `photos.load_photos`.
             num_val: the number of training examples that become val, see `splits.hold_out`.
             limit: the most examples to keep of each split; 0: all.
             labels_per_class, label_fraction: the training examples that keep their labels, see
@@ -33,8 +40,10 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
             match `Stored`, or `num_val` or the number of labels does not fit.
     """
     name = config_data.name
-    data = hold_out(name, check_stored(name, _load(name, config_data.dir)), config_data.num_val)
-    data = data._replace(notes=tuple(count_equal(data)))
+    stored = check_stored(name, _load(config_data))
+    data = hold_out(name, stored, config_data.num_val)
+    spec = data.spec._replace(eval_crop=config_data.eval_crop)
+    data = data._replace(spec=spec, notes=(*data.notes, *count_equal(data)))
     data = limit_examples(data, config_data.limit) if config_data.limit else data
     return limit_labels(
         data,
@@ -45,13 +54,32 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
     )
 
 
-def _load(name: str, directory: str) -> Stored:
+def _load(data: ml_collections.ConfigDict) -> Stored:
+    name = data.name
+    if name == "folder":
+        where = Path(data.dir).expanduser()
+        return load_photos(list_folder(where) if where.is_dir() else list_table(where), data)
     if name in OWN or names_code(name):
+        _require_no_photo_keys(data)
         return find(name, OWN, "config.data.name")()
-    return _load_tfds(name, directory)
+    directory = _find_tfds(name, data.dir)
+    if any(data[key] != default for key, default in PHOTO_KEYS.items()):
+        from cv_jax.data.sources.tfds_photos import list_prepared  # here: TFDS takes a while
+
+        return load_photos(list_prepared(directory), data)
+    return cached(directory, _read_prepared)
 
 
-def _load_tfds(name: str, config_dir: str) -> Stored:
+def _require_no_photo_keys(data: ml_collections.ConfigDict) -> None:
+    for key, default in PHOTO_KEYS.items():
+        if data[key] != default:
+            raise UserError(
+                f"config.data.{key}={data[key]!r} has no effect: the images of {data.name} are "
+                f"decoded already. Set it to {default!r}."
+            )
+
+
+def _find_tfds(name: str, config_dir: str) -> Path:
     data_dir = tfds_data_dir(config_dir)
     directory = find_prepared(name, data_dir)
     if directory is None:
@@ -64,7 +92,7 @@ def _load_tfds(name: str, config_dir: str) -> Stored:
             f"The directory of {name} in {data_dir} has no dataset_info.json: "
             "remove that directory, so that it can be prepared again."
         )
-    return cached(directory, _read_prepared)
+    return directory
 
 
 def _read_prepared(directory):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.ExifTags import Base
 
 from cv_jax.config.errors import UserError, first_line
 
@@ -22,6 +23,8 @@ Image.init()
 KINDS = [kind for kind in Image.ID if kind != "EPS"]  # Ghostscript would execute an EPS file
 
 
+# Where Pillow keeps the EXIF or XMP data of a PNG or JPEG file, which may rotate the image.
+_EXIF = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
 
 
@@ -56,12 +59,14 @@ class Back(NamedTuple):
     matrix: np.ndarray
 
 
-def read_image(data: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
+def read_image(data: bytes, image_shape: tuple[int, int, int], share: float = 1.0) -> np.ndarray:
     """Decodes an image file and fits it to (h, w, c) uint8: see `fit_image`."""
-    return fit_image(data, image_shape)[0]
+    return fit_image(data, image_shape, share)[0]
 
 
-def fit_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.ndarray, Back]:
+def fit_image(
+    data: bytes, image_shape: tuple[int, int, int], share: float = 1.0
+) -> tuple[np.ndarray, Back]:
     """Decodes an image file and fits it to the image shape of a data set.
 
     The steps, in order:
@@ -69,12 +74,15 @@ def fit_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.ndarra
     - convert 16 bits to 8;
     - without a channel for transparency, make transparent pixels white;
     - convert grey to RGB, or colours to the grey of ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B);
-    - resize to cover h x w (bicubic, antialiased where it shrinks), and crop at the centre. An
-      image of h x w pixels keeps every pixel, as in evaluation.
+    - crop at the centre: the largest part of the proportions h : w, shrunk by `share`;
+    - resize to h x w (bicubic, antialiased where it shrinks). With a share of 1, an image of h x w
+      pixels keeps every pixel.
 
     Args:
         data: the content of a file of a kind that Pillow or OpenCV opens.
         image_shape: (h, w, c); c is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGBA.
+        share: of the sides, in (0, 1]. ImageNet's "resize to 256, crop 224" is 0.875: of 500x375
+            pixels it keeps the 328.125 a side at the centre.
 
     Returns:
         The image (h, w, c) uint8, and the map back to the file's own pixels.
@@ -86,15 +94,18 @@ def fit_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.ndarra
     try:
         image = _open(data)
         with suppress(Exception):  # damaged EXIF data: the pixels are still whole
-            ImageOps.exif_transpose(image, in_place=True)
+            if _has_exif(image):
+                ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image)
         if c in (1, 3) and image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert(MODES[c])
-        back = _way_back(image.size, (w, h))
-        if image.size != (w, h):
-            image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
+        if image.mode != MODES[c]:
+            image = image.convert(MODES[c])
+        back = _way_back(image.size, (w, h), share)
+        if image.size != (w, h) or share < 1:
+            border = (1 - share) / 2
+            image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC, bleed=border)
     except UserError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
@@ -102,15 +113,53 @@ def fit_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.ndarra
     return np.asarray(image).reshape(h, w, c), back
 
 
-def _way_back(size: tuple[int, int], fitted: tuple[int, int]) -> Back:
+class Facts(NamedTuple):
+    """What the header of an image file says.
+
+    Attributes:
+        size: (height, width), after the EXIF rotation.
+        grey: whether the image has one channel.
+    """
+
+    size: tuple[int, int]
+    grey: bool
+
+
+def read_facts(data: bytes) -> Facts:
+    """Reads the header of an image file, without decoding pixels where Pillow knows the kind.
+
+    Raises:
+        UserError: as `fit_image`, but damage behind the header is not found.
+    """
+    try:
+        image = _open(data, decode=False)
+        turned = False
+        with suppress(Exception):  # damaged EXIF data
+            turned = _has_exif(image) and image.getexif().get(Base.Orientation, 1) >= 5
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"it is damaged ({first_line(error)})") from error
+    w, h = image.size
+    return Facts(
+        (w, h) if turned else (h, w), image.mode in ("1", "L", "F") or image.mode[0] == "I"
+    )
+
+
+def _has_exif(image: Image.Image) -> bool:
+    """Returns whether an image may have EXIF data; to look for them takes as long as to decode."""
+    return image.format not in ("PNG", "JPEG") or any(key in image.info for key in _EXIF)
+
+
+def _way_back(size: tuple[int, int], fitted: tuple[int, int], share: float) -> Back:
     """Returns the map back from a centre crop of `fitted` (w, h) to an image of `size` (w, h)."""
-    scale = min(size[0] / fitted[0], size[1] / fitted[1])
+    scale = share * min(size[0] / fitted[0], size[1] / fitted[1])
     left, top = ((side - scale * small) / 2 for side, small in zip(size, fitted, strict=True))
     matrix = np.array([[scale, 0, left], [0, scale, top], [0, 0, 1]])
     return Back((size[1], size[0]), matrix)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, decode: bool = True) -> Image.Image:
     try:
         image = Image.open(BytesIO(data), formats=KINDS)
     except Image.DecompressionBombError as error:
@@ -119,7 +168,8 @@ def _open(data: bytes) -> Image.Image:
         return _open_by_opencv(data, error)
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"it has more than {MAX_PIXELS:,} pixels: {image.width} x {image.height}")
-    image.load()
+    if decode:
+        image.load()
     return image
 
 

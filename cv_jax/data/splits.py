@@ -3,7 +3,8 @@
 import numpy as np
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.dataset import SAMPLE_SIZE, SPLITS, Dataset, DataSpec, Stored, counts
+from cv_jax.data.dataset import SPLITS, Dataset, DataSpec, Stored, counts, sample_of
+from cv_jax.data.encoded import Encoded
 from cv_jax.data.fields import Examples, Field, num_examples, take
 from cv_jax.data.statistics import histogram, mean_and_std
 
@@ -40,16 +41,19 @@ def hold_out(name: str, stored: Stored, num_val: int) -> Dataset:
         name=name,
         fields=fields,
         **counts(train, val, stored.test),
-        sample=take(train, slice(SAMPLE_SIZE)),
+        sample=sample_of(train),
     )
-    return Dataset(spec, train, val, stored.test)
+    return Dataset(spec, train, val, stored.test, stored.notes)
 
 
 def _with_statistics(name: str, field: Field, stored: Stored, held: Examples) -> Field:
     """Adds mean and std of the images that remain in train."""
     if field.kind != "image":
         return field
-    mean, std = mean_and_std(stored.histograms[name] - histogram(held[name]))
+    counted, image = stored.histograms[name], stored.train[name]
+    if counted[:, 0].sum() == np.prod(image.shape[:3]):  # else it counts only a sample of train
+        counted = counted - histogram(held[name])
+    mean, std = mean_and_std(counted)
     return field._replace(mean=mean, std=std)
 
 
@@ -104,7 +108,7 @@ def limit_examples(data: Dataset, count: int) -> Dataset:
         return take(split, stratified(_strata(split, data.spec.fields), count))
 
     train, val, test = (cut(split) for split in (data.train, data.val, data.test))
-    sample = take(train, slice(SAMPLE_SIZE))
+    sample = sample_of(train)
     spec = data.spec._replace(**counts(train, val, test), sample=sample)
     return data._replace(spec=spec, train=train, val=val, test=test)
 
@@ -137,7 +141,7 @@ def limit_labels(
     if keep_unlabelled:
         return _with_labelled(data, chosen)
     train = take(data.train, chosen)
-    spec = data.spec._replace(num_train=len(chosen), sample=take(train, slice(SAMPLE_SIZE)))
+    spec = data.spec._replace(num_train=len(chosen), sample=sample_of(train))
     return data._replace(spec=spec, train=train)
 
 
@@ -171,7 +175,7 @@ def _with_labelled(data: Dataset, chosen: np.ndarray) -> Dataset:
     )
     spec = data.spec._replace(
         fields={**data.spec.fields, "labelled": Field((), "bool", "flag")},
-        sample=take(train, slice(SAMPLE_SIZE)),
+        sample=sample_of(train),
         num_unlabelled=len(label) - len(chosen),
     )
     return data._replace(spec=spec, train=train, val=val, test=test)
@@ -217,8 +221,10 @@ def count_equal(data: Dataset) -> list[str]:
     return notes
 
 
-def _num_equal(images: np.ndarray, others: np.ndarray) -> int:
+def _num_equal(images: np.ndarray | Encoded, others: np.ndarray | Encoded) -> int:
     """Counts the images (m, h, w, c) that are among the others."""
+    if isinstance(images, Encoded):
+        return int(np.isin(images.digests, others.digests).sum())
     # By their middle rows first: to read all pixels would take a tenth of a start.
     middle = images.shape[1] // 2
     rows, other_rows = ([x.tobytes() for x in part[:, middle]] for part in (images, others))

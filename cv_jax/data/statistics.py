@@ -7,8 +7,9 @@ def histogram(image: np.ndarray) -> np.ndarray:
     """Counts the values 0..255 of each channel: (m, h, w, c) uint8 -> (256, c) int64."""
     counts = np.zeros((256, image.shape[-1]), np.int64)
     for start in range(0, len(image), 1000):  # bincount copies its input to 64 bits
+        part = np.asarray(image[start : start + 1000])
         for channel in range(image.shape[-1]):
-            values = image[start : start + 1000, ..., channel].ravel()
+            values = part[..., channel].ravel()
             counts[:, channel] += np.bincount(values, minlength=256)
     return counts
 

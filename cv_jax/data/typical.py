@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MOST = 2000  # images measured; more do not change the statistics
+MOST_BYTES = 2**26  # of these images
 GROUP = 100  # images converted to float32 at a time
 SHARE = 0.99  # share of val whose scores do not exceed the threshold
 
@@ -13,9 +14,10 @@ class Typical(NamedTuple):
     """Statistics of the training images, and the largest score of a typical image.
 
     Attributes:
-        mean, std: (4 c,) float32, over the statistics of the first 2,000 images of train.
-        threshold: the score that 99 % of the first 2,000 images of val do not exceed; without
-            val, of train.
+        mean, std: (4 c,) float32, over the statistics of the first 2,000 images of train, or of as
+            many as have 64 MB.
+        threshold: the score that 99 % of as many images of val do not exceed; without val, of
+            train.
     """
 
     mean: np.ndarray
@@ -25,10 +27,11 @@ class Typical(NamedTuple):
 
 def measure(train: np.ndarray, val: np.ndarray) -> Typical:
     """Measures the statistics of the images of train and val, (m, h, w, c) uint8."""
-    statistics = _statistics(train[:MOST])
+    most = max(1, min(MOST, MOST_BYTES // int(np.prod(train.shape[1:]))))
+    statistics = _statistics(train[:most])
     # If all images agree (for example in alpha), the std is set to 1 % of the range.
     mean, std = statistics.mean(0), np.maximum(statistics.std(0), 0.01)
-    scores = score(val[:MOST] if len(val) else train[:MOST], Typical(mean, std, 0.0))
+    scores = score(val[:most] if len(val) else train[:most], Typical(mean, std, 0.0))
     return Typical(mean, std, float(np.quantile(scores, SHARE)))
 
 
@@ -55,7 +58,8 @@ def _statistics(image: np.ndarray) -> np.ndarray:
         steps = [np.abs(x - np.roll(x, 1, axis)).mean((1, 2)) for axis in (1, 2)]
         return np.concatenate([x.mean((1, 2)), x.std((1, 2)), *steps], 1)
 
-    return np.concatenate([of(image[i : i + GROUP]) for i in range(0, len(image), GROUP)])
+    groups = (np.asarray(image[i : i + GROUP]) for i in range(0, len(image), GROUP))
+    return np.concatenate([of(group) for group in groups])
 
 
 def typical_to_json(typical: Typical) -> dict[str, Any]:

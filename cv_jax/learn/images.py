@@ -12,12 +12,11 @@ from cv_jax.data.read_image import Back, fit_image
 def make_read(spec: DataSpec) -> Callable[[bytes], list[tuple[dict[str, np.ndarray], Back]]]:
     """Returns a function: image file -> [(example, back)], where `back` undoes the crop.
 
-    The image is scaled to cover the network's size and cropped at the centre: see
-    `data.read_image`.
+    The image is cropped and resized as in evaluation: see `data.read_image.fit_image`.
     """
 
     def read(data: bytes) -> list[tuple[dict[str, np.ndarray], Back]]:
-        image, back = fit_image(data, spec.image_shape)
+        image, back = fit_image(data, spec.image_shape, spec.eval_crop)
         return [({"image": image}, back)]
 
     return read

@@ -103,8 +103,11 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     def lay_out(array):
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(lay_out(jax.random.key_data(array)))
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+        def part_of(part):  # images that stay encoded decode only what is asked for
+            return np.asarray(array[part])
+
+        return jax.make_array_from_callback(array.shape, sharding, part_of)
 
     return jax.tree.map(lay_out, tree)
 

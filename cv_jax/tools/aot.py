@@ -51,7 +51,7 @@ from cv_jax.config.errors import UserError, nearest
 from cv_jax.config.paths import path_argument
 from cv_jax.config.rules import check
 from cv_jax.data import Dataset, DataSpec, image_field, label_field, load_dataset
-from cv_jax.data.batches import STREAM_STEPS, SplitStream, padded_batches, stream_batches
+from cv_jax.data.batches import padded_batches, steps_of_feed, stream_batches
 from cv_jax.data.dataset import counts
 from cv_jax.data.fields import take
 from cv_jax.learn.evaluations import Collected, Probe
@@ -288,11 +288,11 @@ def training_cost(
     task = build_task(config, data.spec)
     keys = derive_keys(config.seed)
     # A stream reads nothing before its first feed. Resident batches have the same shapes.
-    stream = stream_batches(SplitStream(data.train), config.batch_size, keys.order, make_mesh())
+    stream = stream_batches(data.train, config.batch_size, keys.order, make_mesh())
     resident = sum(array.nbytes for array in data.train.values())
     if config.data.stream:
         fed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stream.shapes))
-        resident = STREAM_STEPS * fed // mesh.size
+        resident = 2 * steps_of_feed(stream.shapes) * fed // mesh.size  # one is read ahead
     dearest = max(task.stages, key=lambda start: step_flops(task, stream.shapes, start))
 
     def train_step(state, batch, key):

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cv_jax.data import Dataset, Examples
-from cv_jax.data.batches import padded_batches
+from cv_jax.data.batches import padded_batches, streams
 from cv_jax.data.fields import num_examples, take
 from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.runtime.clock import SLOW_SECONDS, Clock
@@ -90,7 +90,7 @@ class Evaluator:
         self._own = own
         self._data = data
         self._batch_size = config.eval_batch_size
-        self._streams = config.data.stream
+        self._streams = streams(config, data.train)
         self._mesh = mesh
         self._clock = clock
         self._stop = stop

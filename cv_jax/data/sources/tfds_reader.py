@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -32,6 +33,46 @@ def read_prepared(directory: Path) -> Stored:
         UserError: the directory or a record is damaged, or the data set is not image
             classification with uint8 images of one size.
     """
+    prepared = open_prepared(directory)
+    read = partial(
+        _read_split,
+        prepared.builder,
+        image_key=prepared.image_key,
+        label_key=prepared.label_key,
+    )
+    splits = {name: read(split) for name, split in prepared.splits.items()}
+    return Stored(
+        fields={
+            "image": image_field(splits["train"]["image"].shape[1:]),
+            "label": label_field(prepared.builder.info.features[prepared.label_key].names),
+        },
+        **{"val": None, **splits},
+        histograms={"image": histogram(splits["train"]["image"])},
+    )
+
+
+class Prepared(NamedTuple):
+    """A prepared data set.
+
+    Attributes:
+        builder: TFDS's object that reads it.
+        image_key, label_key: names of the features.
+        splits: {our split: TFDS's split}.
+    """
+
+    builder: tfds.core.DatasetBuilder
+    image_key: str
+    label_key: str
+    splits: dict[str, str]
+
+
+def open_prepared(directory: Path) -> Prepared:
+    """Opens a data set, without reading a record; see `read_prepared`.
+
+    Raises:
+        UserError: the directory is damaged, or the data set is not image classification with
+            uint8 images.
+    """
     try:
         builder = tfds.builder_from_directory(directory)
     except Exception as error:  # from JSON, protos or TFDS: all mean that it is damaged
@@ -47,18 +88,10 @@ def read_prepared(directory: Path) -> Stored:
                 f"{builder.info.full_name} has no examples in a split {split!r}, only in "
                 f"{', '.join(sorted(names))}. Choose a data set with train, and test or validation."
             )
-    read = partial(_read_split, builder, image_key=image_key, label_key=label_key)
-    train = read("train")
-    return Stored(
-        fields={
-            "image": image_field(train["image"].shape[1:]),
-            "label": label_field(builder.info.features[label_key].names),
-        },
-        train=train,
-        test=read(test),
-        val=read("validation") if test == "test" and "validation" in names else None,
-        histograms={"image": histogram(train["image"])},
-    )
+    splits = {"train": "train", "test": test}
+    if test == "test" and "validation" in names:
+        splits["val"] = "validation"
+    return Prepared(builder, image_key, label_key, splits)
 
 
 def _again(directory: Path | str) -> str:
@@ -116,7 +149,7 @@ def _read_split(
         if pixels.shape != image.shape[1:]:
             raise UserError(
                 f"The images of {where} differ in size: {image.shape[1:]} at record 0, "
-                f"{pixels.shape} at record {i}. Only data sets with images of one size are read."
+                f"{pixels.shape} at record {i}. Set config.data.size, such as 224."
             )
         if not 0 <= label[i] < num_classes:
             raise UserError(

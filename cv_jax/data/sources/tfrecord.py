@@ -37,6 +37,26 @@ def read_records(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path} {problem}")
 
 
+def record_spans(path: Path) -> list[tuple[int, int]]:
+    """Returns where each record begins and ends, without reading the records.
+
+    No checksum is verified.
+
+    Raises:
+        ValueError: the file is cut off; the message names it.
+    """
+    spans, position, size = [], 0, path.stat().st_size
+    with path.open("rb") as file:
+        while position < size:
+            file.seek(position)
+            end = position + 12 + int.from_bytes(file.read(8), "little")
+            if end + 4 > size:
+                raise ValueError(f"{path} is cut off, or has a wrong length, at byte {position}")
+            spans.append((position + 12, end))
+            position = end + 4
+    return spans
+
+
 def _spans(data: bytes) -> tuple[list[tuple[int, int]], str]:
     """Returns each record's (start, end), and the problem after the last of them ("": none)."""
     spans, headers, problem = [], [], ""

@@ -1,0 +1,62 @@
+"""Describes encoded images before they are read: where they are, and what is known of them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cv_jax.config.errors import UserError
+from cv_jax.data.encoded import Source
+from cv_jax.data.fields import Examples, Field
+
+
+class Listing(NamedTuple):
+    """The images of a data set, m of them, in the order of the source.
+
+    Attributes:
+        name: of the data set, for messages.
+        root: the directory whose cache entry holds the decoded images.
+        identity: a text that changes when an image changes.
+        source: the encoded images.
+        fields: {name: description} of the other fields of an example.
+        columns: {name: (m, ...) array} of these fields.
+        split: (m,) texts: "train", "val", "test", or "" where the source does not say.
+        split_file: the CSV file that keeps the splits chosen here; None: every split is known.
+        notes: lines that the log shows at the start.
+    """
+
+    name: str
+    root: Path
+    identity: str
+    source: Source
+    fields: dict[str, Field]
+    columns: Examples
+    split: np.ndarray
+    split_file: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def classes_of(names: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns the different names in order, numbers by value, and the position of each name."""
+    found = sorted(set(names.tolist()), key=_by_number)
+    position = {name: i for i, name in enumerate(found)}
+    return tuple(found), np.array([position[name] for name in names.tolist()], np.int32)
+
+
+def _by_number(name: str) -> tuple[float, str]:
+    return (int(name) if name.isdecimal() else float("inf"), name)
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """Returns the first few names in words."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def require_images(found: bool, name: str, where: Path) -> None:
+    """Raises UserError if a directory or table names no image."""
+    if not found:
+        raise UserError(
+            f"config.data.dir={str(where)!r} has no images for {name}: put them into "
+            "DIR/{train,test}/CLASS/ or DIR/CLASS/, or name a CSV file with the columns path and "
+            "label."
+        )

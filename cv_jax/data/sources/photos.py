@@ -1,0 +1,344 @@
+"""Turns listed images into a data set: reads them once, and decodes them now or when needed."""
+
+import csv
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from cv_jax.config.errors import UserError
+from cv_jax.data.cache import cached
+from cv_jax.data.dataset import SPLITS, Stored
+from cv_jax.data.decode import find_crop
+from cv_jax.data.encoded import Decoding, Encoded, num_cores
+from cv_jax.data.fields import Examples, Field, image_field, num_examples, take
+from cv_jax.data.read_image import Facts, read_facts, read_image
+from cv_jax.data.sources.listing import Listing, some
+from cv_jax.data.splits import choose_val
+from cv_jax.data.statistics import histogram
+
+# Decoded images of more bytes are decoded when they are needed, if config.data.decode="auto".
+MOST_DECODED = 2**30
+# Training images whose pixels give mean and std, where not all images are decoded at the start.
+MEASURED = 5000
+# Share of the images that become test, where the source has no splits.
+TEST_SHARE = 0.2
+# Keys of config.data that only images of any size have, and their defaults.
+PHOTO_KEYS = {"size": 0, "decode": "auto", "crop": "", "eval_crop": 1.0}
+_PART = 256  # images that are read at a time
+_INDEX = {  # what the cache keeps of an image that is decoded when it is needed
+    "position": Field((), "int64", "values"),
+    "digest": Field((), "uint64", "values"),
+}
+
+
+def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
+    """Reads the images of a listing; a later call takes from the cache what the first one found.
+
+    An image that cannot be decoded is left out, counted and named. `config.data.decode` says when
+    images are decoded: "once", at the start; "always", whenever a batch needs them; "auto", once
+    if there is no random crop and all images together have at most 1 GB.
+
+    Args:
+        listing: the images.
+        data: `config.data`, of which `size`, `decode`, `crop`, `eval_crop`, `workers` and
+            `on_error` are read.
+
+    Raises:
+        UserError: no image can be decoded, or the images differ in size and `size` is 0.
+    """
+    crop = find_crop(data.crop)
+    if crop and data.decode == "once":
+        raise UserError(
+            f"config.data.crop={data.crop!r} draws another crop in every epoch, so "
+            "config.data.decode='once' cannot keep the images: set it to 'auto'."
+        )
+    decode = "always" if crop else data.decode
+    settings = f"{data.size} {data.eval_crop} {decode}"
+    read = partial(_read, listing, data.size, data.eval_crop, decode)
+    stored = cached(listing.root, lambda _: read(), settings, listing.identity)
+    shape = stored.fields["image"].shape
+    shown = "x".join(map(str, shape))
+    if "position" not in stored.fields:
+        how = f"data    decoded once to {shown}, and kept in the cache"
+        return stored._replace(notes=(*listing.notes, *stored.notes, how))
+    decoding = Decoding(
+        shape=shape,
+        fit=partial(read_image, image_shape=shape, share=data.eval_crop),
+        crop=crop(shape) if crop else None,
+        stops=data.on_error == "stop",
+        num_workers=data.workers or num_cores(),
+    )
+    threads = f"{decoding.num_workers} thread{'s' if decoding.num_workers > 1 else ''}"
+    how = f"data    decoded to {shown} whenever a batch needs them, by {threads}"
+    stored = _with_encoded(stored, listing, decoding)
+    return stored._replace(notes=(*listing.notes, *stored.notes, how))
+
+
+def _with_encoded(stored: Stored, listing: Listing, decoding: Decoding) -> Stored:
+    """Puts the images in the place of what the cache keeps of them."""
+    digests = np.zeros(len(listing.source), np.uint64)
+
+    def encoded(split):
+        digests[split["position"]] = split["digest"]
+        others = {name: x for name, x in split.items() if name not in _INDEX}
+        image = Encoded(listing.source, decoding, split["position"], digests)
+        return {"image": image, **others}
+
+    train, test = encoded(stored.train), encoded(stored.test)
+    return stored._replace(
+        fields={name: f for name, f in stored.fields.items() if name not in _INDEX},
+        train=train,
+        test=test,
+        val=stored.val and encoded(stored.val),
+    )
+
+
+class _Seen(NamedTuple):
+    """What the first reading finds: facts and digests by position, and problems by position."""
+
+    facts: dict[int, Facts]
+    digest: np.ndarray
+    columns: Examples
+    problems: dict[int, str]
+
+
+def _read(listing: Listing, size: int, share: float, decode: str) -> Stored:
+    """Returns the splits with decoded images, or with what `_INDEX` names instead of images."""
+    seen = _look(listing)
+    shape = _shape(listing, size, seen.facts)
+    few = len(seen.facts) * np.prod(shape) <= MOST_DECODED
+    once = decode == "once" or (decode == "auto" and few)
+    split = assign_splits(listing, seen.columns, np.array(sorted(seen.facts)))
+    positions = {name: np.flatnonzero(split == name) for name in SPLITS}
+    decoded, counts = {}, np.zeros((256, shape[-1]), np.int64)
+    for name, chosen in positions.items():
+        if name == "train" and not (few or once):
+            chosen = chosen[:: -(-len(chosen) // MEASURED)]
+        fit = partial(read_image, image_shape=shape, share=share)
+        images, found = _decode(listing, chosen, fit, once, seen.problems)
+        positions[name] = np.setdiff1d(positions[name], list(seen.problems))
+        decoded[name] = images
+        counts += found if name == "train" else 0
+    splits = {}
+    for name, chosen in positions.items():
+        of_image = {"position": chosen, "digest": seen.digest[chosen]}
+        image = {"image": decoded[name]} if once else of_image
+        splits[name] = {**image, **take(seen.columns, chosen)}
+    fields = {"image": image_field(shape), **({} if once else _INDEX), **listing.fields}
+    _require_examples(listing, splits, seen.problems)
+    return Stored(
+        fields=fields,
+        train=splits["train"],
+        test=splits["test"],
+        val=splits["val"] if len(positions["val"]) else None,
+        histograms={"image": counts},
+        notes=tuple(_notes(listing, splits, seen, positions)),
+    )
+
+
+def _look(listing: Listing) -> _Seen:
+    """Reads every image without decoding its pixels."""
+
+    def look(position):
+        data, values = listing.source.example(position)
+        digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+        return read_facts(data), digest, values
+
+    count = len(listing.source)
+    facts, problems, digest = {}, {}, np.zeros(count, np.uint64)
+    columns = {name: x.copy() for name, x in listing.columns.items()}
+    for position, found in _in_threads(look, range(count), f"Reading {listing.name}"):
+        if isinstance(found, UserError):
+            problems[position] = str(found)
+            continue
+        facts[position], digest[position], values = found
+        for name, value in values.items():
+            columns[name][position] = value
+    return _Seen(facts, digest, columns, problems)
+
+
+def _shape(listing: Listing, size: int, facts: dict[int, Facts]) -> tuple[int, int, int]:
+    """Returns (h, w, c) of the decoded images; grey if all images are."""
+    if not facts:
+        raise UserError(
+            f"None of the {len(listing.source):,} images of {listing.root} can be decoded: is it "
+            "the right config.data.dir?"
+        )
+    channels = 1 if all(found.grey for found in facts.values()) else 3
+    if size:
+        return size, size, channels
+    (first, one), *others = facts.items()
+    for position, other in others:
+        if other.size != one.size:
+            names = listing.source.name(first), listing.source.name(position)
+            raise UserError(
+                f"The images differ in size: {names[0]} has {one.size[0]}x{one.size[1]} pixels, "
+                f"{names[1]} {other.size[0]}x{other.size[1]}. Set config.data.size, such as 224."
+            )
+    return *one.size, channels
+
+
+def _decode(
+    listing: Listing,
+    chosen: np.ndarray,
+    fit: Callable[[bytes], np.ndarray],
+    keep: bool,
+    problems: dict[int, str],
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Decodes images and adds the broken ones to `problems`.
+
+    Returns:
+        the images if they are kept, without the broken ones; and their histogram.
+    """
+
+    def decode(position):
+        return fit(listing.source.read(position))
+
+    images, counts, part, good = None, 0, [], 0
+    for position, image in _in_threads(decode, chosen, f"Decoding {listing.name}"):
+        if isinstance(image, UserError):
+            problems[int(position)] = str(image)
+            continue
+        if keep and images is None:
+            images = np.empty((len(chosen), *image.shape), np.uint8)
+        if keep:
+            images[good] = image
+        part, good = [*part, image], good + 1
+        if len(part) == _PART:
+            counts, part = counts + histogram(np.stack(part)), []
+    if part:
+        counts = counts + histogram(np.stack(part))
+    return (None if images is None else images[:good]), counts
+
+
+def _in_threads(
+    function: Callable[[int], Any], positions: Sequence[int], what: str
+) -> Iterator[tuple[int, Any]]:
+    """Yields each position and function(position), or the UserError that it raised, in order."""
+
+    def guarded(position):
+        try:
+            return position, function(position)
+        except UserError as error:
+            return position, error
+
+    def of_part(part):
+        return [guarded(position) for position in part]
+
+    parts = [positions[i : i + _PART] for i in range(0, len(positions), _PART)]
+    shown = tqdm(total=len(positions), desc=what, disable=not sys.stderr.isatty())
+    with shown, ThreadPoolExecutor(num_cores()) as pool:
+        for start in range(0, len(parts), 2 * num_cores()):  # not all images are held at once
+            for found in pool.map(of_part, parts[start : start + 2 * num_cores()]):
+                shown.update(len(found))
+                yield from found
+
+
+def assign_splits(listing: Listing, columns: Examples, good: np.ndarray) -> np.ndarray:
+    """Returns the split (m,) of each image; "" for an image that cannot be read.
+
+    Where the source does not say, a fifth becomes test: stratified by class, or whole groups. The
+    choice is kept in `listing.split_file`, and only images that are new there are assigned.
+    """
+    split = np.full(len(listing.split), "", "<U5")
+    split[good] = listing.split[good]
+    if listing.split_file is None:
+        return split
+    name = listing.source.name
+    kept = _read_splits(listing.split_file)
+    for position in good:
+        split[position] = split[position] or kept.get(name(position), "")
+    new = good[split[good] == ""]
+    if len(new):
+        examples = take(columns, new)
+        count = round(TEST_SHARE * len(new))
+        is_test = np.isin(np.arange(len(new)), choose_val(examples, listing.fields, count))
+        split[new] = np.where(is_test, "test", "train")
+        _write_splits(listing.split_file, {name(i): split[i] for i in good})
+    return split
+
+
+def _read_splits(file: Path) -> dict[str, str]:
+    if not file.exists():
+        return {}
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            found = {row["path"]: row["split"] for row in csv.DictReader(lines)}
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} is damaged ({error}): correct it, or remove it.") from error
+    if odd := set(found.values()) - set(SPLITS):
+        raise UserError(f"{file} has the unknown split {sorted(odd)[0]!r}: write train or test.")
+    return found
+
+
+def _write_splits(file: Path, split: dict[str, str]) -> None:
+    try:
+        with file.open("w", newline="", encoding="utf-8") as lines:
+            writer = csv.writer(lines)
+            writer.writerow(("path", "split"))
+            writer.writerows(split.items())
+    except OSError as error:
+        reason = error.strerror or error
+        print(
+            f"cv_jax: {file} cannot be written ({reason}). The same images become test again only "
+            "while no image is added or removed.",
+            file=sys.stderr,
+        )
+
+
+def _require_examples(
+    listing: Listing, splits: dict[str, Examples], problems: dict[int, str]
+) -> None:
+    for name in ("train", "test"):
+        if not num_examples(splits[name]):
+            broken = f", and {len(problems):,} images cannot be decoded" if problems else ""
+            raise UserError(
+                f"{listing.root} has no images in the split {name!r}{broken}: add some, or remove "
+                "the splits, so that one is chosen."
+            )
+
+
+def _notes(
+    listing: Listing, splits: dict[str, Examples], seen: _Seen, positions: dict[str, np.ndarray]
+) -> Iterator[str]:
+    """Yields lines about the classes, and about what is wrong with the images."""
+    if "label" in listing.fields:
+        yield from _class_notes(listing.fields["label"].names, splits)
+    if seen.problems:
+        named = [f"{listing.source.name(i)} ({why})" for i, why in sorted(seen.problems.items())]
+        are = "images" if len(named) > 1 else "image"
+        yield f"data    {len(named):,} {are} left out, not to be decoded: {some(named)}"
+    for name, chosen in positions.items():
+        first: dict[int, int] = {}
+        pairs = []
+        for position, digest in zip(chosen.tolist(), seen.digest[chosen].tolist(), strict=True):
+            if first.setdefault(digest, position) != position:
+                pairs.append((first[digest], position))
+        if pairs:
+            named = [" = ".join(map(listing.source.name, pair)) for pair in pairs]
+            are = "files of {} are copies of others" if len(pairs) > 1 else "file of {} is a copy"
+            are = are.format(name) + ("" if len(pairs) > 1 else " of another")
+            yield f"data    {len(pairs):,} {are}: {some(named)}"
+    if listing.split_file is not None:
+        yield f"data    test is chosen by class, a fifth of the images: see {listing.split_file}"
+
+
+def _class_notes(names: tuple[str, ...], splits: dict[str, Examples]) -> Iterator[str]:
+    counts = {
+        name: np.bincount(split["label"], minlength=len(names)) for name, split in splits.items()
+    }
+    total = sum(counts.values())
+    shown = [f"{name} {count:,}" for name, count in zip(names, total, strict=True)]
+    few, many = names[total.argmin()], names[total.argmax()]
+    ends = f"; fewest in {few}, {total.min():,}; most in {many}, {total.max():,}"
+    yield f"data    images by class: {some(shown, 10)}{ends if len(names) > 10 else ''}"
+    if missing := [name for name, count in zip(names, counts["train"], strict=True) if not count]:
+        yield f"data    {len(missing):,} classes without training images: {some(missing)}"
