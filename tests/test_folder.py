@@ -65,6 +65,7 @@ def test_folders_of_splits_and_classes(root, decode):
     for split in ("train", "val", "test"):
         examples = getattr(data, split)
         paths = [path for path in written if path.startswith(split)]
+        paths.sort(key=lambda path: (path.rpartition("/")[2], path))
         expected = np.stack([written[path] for path in paths])
         np.testing.assert_array_equal(np.asarray(examples["image"]), expected)
         assert examples["label"].tolist() == [int("/dog/" in path) for path in paths]

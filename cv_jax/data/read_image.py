@@ -1,6 +1,7 @@
 """Reads image files of any kind into arrays that a network takes."""
 
 import stat
+import struct
 import warnings
 from contextlib import suppress
 from io import BytesIO
@@ -23,6 +24,8 @@ Image.init()
 KINDS = [kind for kind in Image.ID if kind != "EPS"]  # Ghostscript would execute an EPS file
 
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_NOT_PLAIN = (b"tRNS", b"eXIf", b"iTXt", b"zTXt", b"tEXt")  # transparency, or perhaps a rotation
 # Where Pillow keeps the EXIF or XMP data of a PNG or JPEG file, which may rotate the image.
 _EXIF = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
@@ -91,6 +94,9 @@ def fit_image(
         UserError: the file is not an image, is damaged, or has more than 50 million pixels.
     """
     h, w, c = image_shape
+    pixels = _read_plain_png(data, c)
+    if pixels is not None and pixels.shape == image_shape and share == 1:
+        return pixels, _way_back((w, h), (w, h), share)
     try:
         image = _open(data)
         with suppress(Exception):  # damaged EXIF data: the pixels are still whole
@@ -157,6 +163,23 @@ def _way_back(size: tuple[int, int], fitted: tuple[int, int], share: float) -> B
     left, top = ((side - scale * small) / 2 for side, small in zip(size, fitted, strict=True))
     matrix = np.array([[scale, 0, left], [0, scale, top], [0, 0, 1]])
     return Back((size[1], size[0]), matrix)
+
+
+def _read_plain_png(data: bytes, channels: int) -> np.ndarray | None:
+    """Decodes a PNG file of 8-bit RGB or grey in a third of Pillow's time; None of another file.
+
+    OpenCV also returns None of a damaged file, of which Pillow then says what is wrong.
+    """
+    colour = {1: 0, 3: 2}.get(channels)
+    plain = data[:8] == _PNG and data[24:26] == bytes((8, colour or 0)) and colour is not None
+    if not plain or any(chunk in data for chunk in _NOT_PLAIN):
+        return None
+    w, h = struct.unpack(">II", data[16:24])
+    if w * h > MAX_PIXELS:
+        return None
+    how = cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_GRAYSCALE
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), how | cv2.IMREAD_IGNORE_ORIENTATION)
+    return None if pixels is None else pixels.reshape(h, w, channels)
 
 
 def _open(data: bytes, decode: bool = True) -> Image.Image:

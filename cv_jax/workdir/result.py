@@ -18,7 +18,7 @@ from etils import epath
 from cv_jax.config.base import flatten
 from cv_jax.config.errors import UserError
 from cv_jax.data import Dataset, DataSpec
-from cv_jax.data.dataset import spec_to_json
+from cv_jax.data.dataset import sample_of, spec_to_json
 from cv_jax.data.typical import measure
 from cv_jax.runtime.clock import CLOCKS
 from cv_jax.runtime.startup import num_cores, number_variables
@@ -164,7 +164,8 @@ def write_data(workdir: epath.Path, data: Dataset) -> None:
     if jax.process_index() == 0:
         spec = data.spec
         if "image" in spec.fields:
-            spec = spec._replace(typical=measure(spec.sample["image"], data.val["image"]))
+            val = sample_of(data.val)["image"]
+            spec = spec._replace(typical=measure(spec.sample["image"], val))
         write_json(workdir / "data.json", spec_to_json(spec))
 
 

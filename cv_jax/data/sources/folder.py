@@ -25,10 +25,11 @@ ENDINGS = {*Image.registered_extensions(), ".hdr", ".pic"}
 
 
 def list_folder(directory: Path) -> Listing:
-    """Lists a directory of class folders; sub-folders of a class belong to the class.
+    """Lists a directory of class folders, in the order of the file names.
 
-    With the folders train and test, or train and val, the splits are known: where there is no
-    test, val becomes test, as in TFDS. Else `photos.assign_splits` chooses test.
+    Sub-folders of a class belong to the class. With the folders train and test, or train and val,
+    the splits are known: where there is no test, val becomes test, as in TFDS. Else
+    `photos.assign_splits` chooses test.
 
     Raises:
         UserError: the directory does not exist, has no images, or only one class.
@@ -55,6 +56,9 @@ def list_folder(directory: Path) -> Listing:
             odd += others
             empty += [] if images else [os.path.join(folder, entry.name)]
     require_images(bool(paths), "config.data.name='folder'", directory)
+    # By file name, so that numbered files are in the order of their numbers, over all classes.
+    order = sorted(range(len(paths)), key=lambda i: (os.path.basename(paths[i]), paths[i]))
+    paths, names, split = ([x[i] for i in order] for x in (paths, names, split))
     classes, label = classes_of(np.array(names))
     if len(classes) == 1:
         raise UserError(
