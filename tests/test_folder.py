@@ -127,7 +127,7 @@ def test_grey_images_have_one_channel_and_colours_among_them_three(root):
 def test_images_of_any_size_need_config_data_size(root):
     write_folder(root, {"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
     picture(9, (20, 10)).save(root / "train/a/wide.png")
-    with pytest.raises(UserError, match=r"train/a/000\.png has 8x8 .*wide\.png 10x20.*data\.size"):
+    with pytest.raises(UserError, match=r"000\.png has 8x8 .*wide\.png 10x20.*data\.size"):
         load(root)
     assert load(root, size=5).spec.image_shape == (5, 5, 3)
 
