@@ -30,6 +30,7 @@ def base_config() -> ml_collections.ConfigDict:
     data.workers = 0  # threads that decode; 0: one for each processor core
     data.on_error = "replace"  # an image that breaks during the run: replace it, or stop
     data.num_val = 0  # examples held out of train, the same for every seed; -1: the official val
+    data.val_fraction = 0.0  # if num_val is 0: the official val, or else so much of train
     data.limit = 0  # most examples of each split; 0: all
     data.label_fraction = 0.0  # fraction of the training examples that keep their label; 0: all
     data.labels_per_class = 0  # labelled examples per class, when above 0; else label_fraction

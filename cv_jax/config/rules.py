@@ -134,6 +134,7 @@ RULES: dict[str, _Rule] = {
     "keep_checkpoints": _ABOVE_0,
     "label_smoothing": _BELOW_1,
     "data.num_val": (lambda v: v >= -1, "must be 0 or more, or -1 for the official val"),
+    "data.val_fraction": _BELOW_1,
     "data.limit": _NOT_NEGATIVE,
     "data.size": (lambda v: 0 <= v <= 4096, "must be from 0 to 4096"),
     "data.decode": (lambda v: v in ("auto", "once", "always"), "must be auto, once or always"),

@@ -9,12 +9,13 @@ from cv_jax.config.names import find, names_code
 from cv_jax.data.cache import cached
 from cv_jax.data.checks import check_stored
 from cv_jax.data.dataset import Dataset, Stored
+from cv_jax.data.fields import num_examples
 from cv_jax.data.sources.digits import load_digits
 from cv_jax.data.sources.folder import list_folder
 from cv_jax.data.sources.location import find_prepared, tfds_data_dir
 from cv_jax.data.sources.photos import PHOTO_KEYS, load_photos
 from cv_jax.data.sources.table import list_table
-from cv_jax.data.splits import count_equal, hold_out, limit_examples, limit_labels
+from cv_jax.data.splits import OFFICIAL, count_equal, hold_out, limit_examples, limit_labels
 
 # Data sets that do not come from TFDS. Add a new one here, as a function () -> Stored.
 OWN = {"digits": load_digits}
@@ -31,6 +32,7 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
                 directory; "": TFDS_DATA_DIR or ~/tensorflow_datasets.
             size, decode, crop, eval_crop, workers, on_error: see `photos.load_photos`.
             num_val: the number of training examples that become val, see `splits.hold_out`.
+            val_fraction: if num_val is 0 and the source has no val split, the share of them.
             limit: the most examples to keep of each split; 0: all.
             labels_per_class, label_fraction: the training examples that keep their labels, see
                 `limit_labels`.
@@ -41,7 +43,7 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
     """
     name = config_data.name
     stored = check_stored(name, _load(config_data))
-    data = hold_out(name, stored, config_data.num_val)
+    data = hold_out(name, stored, _num_val(config_data, stored))
     spec = data.spec._replace(eval_crop=config_data.eval_crop)
     data = data._replace(spec=spec, notes=(*data.notes, *count_equal(data)))
     data = limit_examples(data, config_data.limit) if config_data.limit else data
@@ -52,6 +54,13 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
         config_data.label_seed,
         config_data.keep_unlabelled,
     )
+
+
+def _num_val(data: ml_collections.ConfigDict, stored: Stored) -> int:
+    if data.num_val or not data.val_fraction:
+        return data.num_val
+    share = max(1, round(data.val_fraction * num_examples(stored.train)))
+    return share if stored.val is None else OFFICIAL
 
 
 def _load(data: ml_collections.ConfigDict) -> Stored:
