@@ -10,8 +10,8 @@ step, linear in the batch, after 5 epochs of warm-up. The last scale of each blo
 only kernels decay, by 1e-4. Newer references add a cosine, Nesterov's momentum and label smoothing
 0.1. Crops have 8 to 100 % of the area; evaluation resizes to 256 and crops 224.
 
-Published top-1: 76.1 % (torchvision's first weights, 90 epochs), 76.5 % (scenic, on TPU). Not run at
-full length: docs/scaling.md has the TPU compiler's estimate of its speed.
+Published top-1: 76.1 % (torchvision's first weights, 90 epochs), 76.5 % (scenic, on TPU). Not run
+at full length: docs/scaling.md has the TPU compiler's estimate of its speed.
 """
 
 import ml_collections

@@ -100,7 +100,7 @@ class Decoding:
         return threading.Lock()
 
     def note(self, name: str, error: UserError, instead: str) -> None:
-        """Names a broken image once on stderr; raises UserError if the run has to stop."""
+        """Writes once to stderr which image is broken; raises UserError if the run has to stop."""
         if self.stops:
             raise UserError(
                 f"{name} cannot be decoded: {error}. Repair or remove it, or set "
@@ -254,3 +254,9 @@ def read_training(examples: Examples, positions: np.ndarray, key: int, epoch: in
     others = {name: x for name, x in examples.items() if name != encoded[0]}
     found = {**take(others, used), encoded[0]: images}
     return {name: found[name] for name in examples}
+
+
+def num_broken(*splits: Examples) -> int:
+    """Returns the number of images of these splits that could not be decoded during the run."""
+    decodings = [x.decoding for split in splits for x in split.values() if isinstance(x, Encoded)]
+    return len({name for decoding in decodings for name in decoding.broken})

@@ -6,6 +6,7 @@ import ml_collections
 
 from cv_jax.config.errors import UserError
 from cv_jax.config.names import find, names_code
+from cv_jax.config.paths import expand
 from cv_jax.data.cache import cached
 from cv_jax.data.checks import check_stored
 from cv_jax.data.dataset import Dataset, Stored
@@ -66,7 +67,7 @@ def _num_val(data: ml_collections.ConfigDict, stored: Stored) -> int:
 def _load(data: ml_collections.ConfigDict) -> Stored:
     name = data.name
     if name == "folder":
-        where = Path(data.dir).expanduser()
+        where = Path(expand(data.dir))
         return load_photos(list_folder(where) if where.is_dir() else list_table(where), data)
     if name in OWN or names_code(name):
         _require_no_photo_keys(data)

@@ -1,6 +1,7 @@
 """Owns the work directory of a program: every file of a run is written through it."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from etils.epath import Path
 from cv_jax.config.plan import Intervals
 from cv_jax.config.sweep import make_sweep, run_names
 from cv_jax.data import Dataset
+from cv_jax.data.encoded import num_broken
 from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.processes import lost_process_ends_this, on_process_0
 from cv_jax.workdir.adopt import adopt_workdir
@@ -163,6 +165,10 @@ class Workdir:
             sums: split -> {metric: (sum, count)} of the final evaluation.
             flops: of the "training" of a run, and of its final "evaluation".
         """
+        broken = num_broken(self._data.train, self._data.val, self._data.test)
+        if broken:
+            images = "images" if broken > 1 else "image"
+            print(f"cv_jax: {broken:,} {images} could not be decoded in this run", file=sys.stderr)
         with storage_errors(self._path):
             return write_result(
                 self._path,
@@ -176,6 +182,7 @@ class Workdir:
                 self._task.metrics,
                 self._task.headline,
                 self._baseline(sums),
+                broken,
             )
 
     def _baseline(self, sums: dict[str, dict]) -> dict[str, dict[str, float]] | None:

@@ -212,6 +212,7 @@ def write_result(
     metrics: Mapping[str, Metric],
     headline: str,
     baseline: dict[str, dict[str, float]] | None = None,
+    broken_images: int = 0,
 ) -> dict[str, Any]:
     """Writes result.json, and sweep.png for a sweep. Returns the content of result.json.
 
@@ -230,6 +231,7 @@ def write_result(
         seconds: of all runs, see `clock.CLOCKS`.
         metrics, headline: what the task measures and which metric ranks, see `tasks.Task`.
         baseline: split -> {metric: number} of a trivial predictor; None where there is none.
+        broken_images: that this process could not decode during the run.
     """
     commit, dirty = git_commit()
     examples = steps * config.batch_size
@@ -261,6 +263,7 @@ def write_result(
         },
         "baseline": baseline,
         "examples_are": examples_word(spec),
+        **({"broken_images": broken_images} if broken_images else {}),
         "seconds": seconds,
         "seconds_count": CLOCKS,
         "steps": steps,
