@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.data.name = "imagenet2012"
     config.data.size = 224
-    config.data.crop = "random_resized_crop"
+    config.data.crop = "random_resized"
     config.data.eval_crop = 0.875
     config.data.normalize_by = "imagenet"
     config.data.num_val = 10_000

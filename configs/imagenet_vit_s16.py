@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.data.name = "imagenet2012"
     config.data.size = 224
-    config.data.crop = "random_resized_crop(scale=(0.05, 1.0))"
+    config.data.crop = "random_resized(0.05)"
     config.data.eval_crop = 0.875
     config.data.normalize_by = "half"
     config.data.num_val = 10_000

@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.data.name = "imagenette/160px-v2"
     config.data.size = 128
-    config.data.crop = "random_resized_crop(scale=(0.35, 1.0))"
+    config.data.crop = "random_resized(0.35)"
     config.data.num_val = 1000
 
     config.optim.name = "sgd(nesterov=True)"
