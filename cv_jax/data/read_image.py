@@ -97,26 +97,30 @@ def fit_image(
     pixels = _read_plain_png(data, c)
     if pixels is not None and pixels.shape == image_shape and share == 1:
         return pixels, _way_back((w, h), (w, h), share)
+    image = decode_image(data, c)
+    back = _way_back(image.size, (w, h), share)
+    if image.size != (w, h) or share < 1:
+        border = (1 - share) / 2
+        image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC, bleed=border)
+    return np.asarray(image).reshape(h, w, c), back
+
+
+def decode_image(data: bytes, channels: int) -> Image.Image:
+    """Decodes an image file to 8 bits and `channels`: the first four steps of `fit_image`."""
     try:
         image = _open(data)
         with suppress(Exception):  # damaged EXIF data: the pixels are still whole
             if _has_exif(image):
                 ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image)
-        if c in (1, 3) and image.has_transparency_data:
+        if channels in (1, 3) and image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode != MODES[c]:
-            image = image.convert(MODES[c])
-        back = _way_back(image.size, (w, h), share)
-        if image.size != (w, h) or share < 1:
-            border = (1 - share) / 2
-            image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC, bleed=border)
+        return image if image.mode == MODES[channels] else image.convert(MODES[channels])
     except UserError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise UserError(f"it is damaged ({first_line(error)})") from error
-    return np.asarray(image).reshape(h, w, c), back
 
 
 class Facts(NamedTuple):
