@@ -85,11 +85,17 @@ class Block(nn.Module):
         y = layer_norm(x, name="norm1")
         qkv = dense(y, 3 * c, kernel_init=_square_xavier, bias_init=zeros, name="qkv")
         q, k, v = jnp.split(qkv.reshape(b, length, 3 * self.heads, c // self.heads), 3, axis=2)
-        y = jax.nn.dot_product_attention(q, k, v).reshape(b, length, c)  # softmax in float32
-        x = x + _dense(y, c, name="out")
+        x = x + _dense(attention(q, k, v).reshape(b, length, c), c, name="out")
         y = layer_norm(x, name="norm2")
         y = gelu(_dense(y, 4 * c, name="dense1"))
         return x + _dense(y, c, name="dense2")
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns softmax(q k' / sqrt(d)) v of each head, (b, l, heads, d); float32 in the softmax."""
+    scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
+    weights = nn.softmax(scores * (1 / math.sqrt(q.shape[-1]))).astype(v.dtype)
+    return jnp.einsum("bnqk,bknd->bqnd", weights, v)
 
 
 def _dense(x: jax.Array, features: int, name: str) -> jax.Array:
