@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from cv_jax.config import calls as spec
 from cv_jax.config.base import base_config
@@ -18,13 +19,15 @@ from cv_jax.models import (
     compute_dtype,
     layers,
 )
+from cv_jax.models.convnext import ConvNeXt
 from cv_jax.models.n94 import (
     Group,
     identity_init,
     unit_std_init,
     whitening_kernel,
 )
-from cv_jax.models.resnet import BasicBlock, ResNet
+from cv_jax.models.resnet import BasicBlock, BottleneckBlock, ResNet
+from cv_jax.models.vit import Block, sincos_positions
 from cv_jax.models.wide_resnet import PreActivationBlock, WideResNet
 from cv_jax.runtime.keys import derive_keys
 from cv_jax.runtime.mesh import make_mesh
@@ -34,6 +37,7 @@ from tests.conftest import random_dataset
 
 # model, image size, classes, published parameter count (frozen ones included)
 PUBLISHED = [
+    ("convnext_t", 224, 1000, 28_589_128),  # torchvision, timm
     ("lenet", 32, 10, 62_006),  # of the tutorial's program
     ("n94", 32, 10, 1_971_640),  # 1.97M, arXiv 2404.00498
     ("n96", 32, 10, 9_915_704),  # by hand: 9 * 1,100,800 + 312 + 3,072 + 5,120
@@ -41,6 +45,11 @@ PUBLISHED = [
     ("resnet18(stem='imagenet')", 224, 1000, 11_689_512),  # torchvision
     ("resnet50", 32, 10, 23_520_842),  # kuangliu/pytorch-cifar
     ("resnet50(stem='imagenet')", 224, 1000, 25_557_032),  # torchvision
+    # timm's vit_tiny_patch16_224, 5,717,416, without class token and 197 learned positions
+    ("vit(192, 12, 3)", 224, 1000, 5_717_416 - 192 - 197 * 192),
+    # timm's vit_small_patch16_224, 22,050,664, without these; then without the token's position
+    ("vit_s16", 224, 1000, 22_050_664 - 384 - 197 * 384),
+    ("vit_s16(pool='token', positions='learned')", 224, 1000, 22_050_664 - 384),
     ("wrn28_10", 32, 10, 36_479_194),  # 36.5M, arXiv 1605.07146
 ]
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -55,6 +64,8 @@ def small_models(dtype):
         "basic": (ResNet((1, 1), False, "cifar", 3, dtype, width=4), 8),
         "bottleneck": (ResNet((1, 1), True, "imagenet", 3, dtype, width=4), 16),
         "wide": (WideResNet(10, 1, 3, dtype), 8),
+        "vit": (build_model("vit(16, 2, 2, 4)", 3, dtype), 8),
+        "convnext": (ConvNeXt((1, 1), (8, 16), 3, dtype), 8),
     }
 
 
@@ -75,6 +86,10 @@ def images(*shape):
 
 def some_variables(model, x):
     """Variables with values drawn by numpy: compiling the initialisers would take seconds."""
+    return some_variables_of(model, x, train=False)
+
+
+def some_variables_of(module, *args, **kwargs):
     draw = np.random.default_rng(3)
 
     def value(path, leaf):
@@ -82,7 +97,7 @@ def some_variables(model, x):
             return jnp.ones(leaf.shape)
         return jnp.asarray(draw.normal(size=leaf.shape) / math.prod(leaf.shape[:-1]) ** 0.5, F32)
 
-    leaves = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)
+    leaves = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
     return jax.tree_util.tree_map_with_path(value, leaves)
 
 
@@ -422,6 +437,139 @@ def test_residual_filters_start_normal_with_two_over_fan_out():
     assert jnp.abs(kernel).max() > 3 * kernel.std()
 
 
+@pytest.mark.parametrize("block", [BasicBlock(8, 1, True), BottleneckBlock(2, 1, True)])
+def test_a_block_with_a_zero_scale_starts_as_its_shortcut(block):
+    x = images(2, 4, 4, 8)
+    variables = some_variables(block, x)
+    norms = [name for name in variables["params"] if "norm" in name]
+
+    def scales(x):  # all else of the initial values is not compiled
+        params = block.init(jax.random.key(0), x, train=False)["params"]
+        return {name: params[name]["scale"] for name in norms}
+
+    for name, scale in jax.jit(scales)(x).items():
+        np.testing.assert_array_equal(scale, 0 if name == norms[-1] else 1)
+        variables["params"][name] = {"scale": scale, "bias": jnp.zeros_like(scale)}
+    np.testing.assert_array_equal(apply(block, variables, x), nn.relu(x))
+
+
+def leaves_by_name(params):
+    return list(flatten_dict(params, sep="/").items())
+
+
+# Vision transformers
+
+
+def test_fixed_positions_by_the_formula():
+    found = sincos_positions(3, 5, 16)
+    assert (found.shape, found.dtype) == ((3, 5, 16), F32)
+    for y, x in [(0, 0), (2, 4), (1, 3)]:
+        for i, frequency in enumerate(10_000 ** -(np.arange(4) / 3)):
+            angles = [math.sin(x * frequency), math.cos(x * frequency)]
+            angles += [math.sin(y * frequency), math.cos(y * frequency)]
+            np.testing.assert_allclose(found[y, x, i::4], angles, atol=1e-6)
+
+
+def test_a_block_attends_by_the_formula():
+    block = Block(heads=2)
+    x = images(1, 3, 8)
+    variables = some_variables_of(block, x)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+
+    def dense(x, name):
+        return x @ p[name]["kernel"] + p[name]["bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        return y * p[name]["scale"] + p[name]["bias"]
+
+    y = np.asarray(x[0], np.float64)
+    q, k, v = np.split(dense(norm(y, "norm1"), "qkv"), 3, axis=1)
+    heads = []
+    for part in (slice(0, 4), slice(4, 8)):
+        weight = np.exp(q[:, part] @ k[:, part].T / 2)  # the root of 4 channels
+        heads.append(weight / weight.sum(1, keepdims=True) @ v[:, part])
+    y = y + dense(np.concatenate(heads, axis=1), "out")
+    hidden = dense(norm(y, "norm2"), "dense1")
+    hidden *= 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+    found = jax.jit(block.apply)(variables, x)[0]
+    np.testing.assert_allclose(found, y + dense(hidden, "dense2"), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_vit_starts_as_big_vision_does():
+    model = build_model("vit(64, 1, 4, 4)", 10, F32)
+    params = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(images(1, 8, 8, 3))
+    block = params["params"]["block1"]
+    for name, bound in {  # Xavier-uniform; of three joined square kernels
+        "qkv": math.sqrt(6 / (64 + 64)),
+        "out": math.sqrt(6 / (64 + 64)),
+        "dense1": math.sqrt(6 / (64 + 256)),
+    }.items():
+        kernel = np.abs(block[name]["kernel"])
+        assert 0.99 * bound < kernel.max() <= bound * (1 + 1e-6)
+        assert not np.any(block[name]["bias"])
+    stem = params["params"]["stem"]["kernel"]
+    assert stem.std() == pytest.approx(1 / math.sqrt(48), rel=0.05)
+    assert not np.any(params["params"]["head"]["kernel"])
+
+
+def test_positions_and_pool_change_the_arrays():
+    plain, token, learned = (
+        shapes(f"vit(16, 1, 2, 4{settings})", (1, 8, 12, 3))[0]["params"]
+        for settings in ("", ", pool='token'", ", positions='learned'")
+    )
+    assert token.keys() - plain.keys() == {"token"}
+    assert learned.keys() - plain.keys() == {"positions"}
+    assert learned["positions"].shape == (2, 3, 16)
+
+
+def test_a_vit_takes_sides_that_are_multiples_of_its_patch():
+    _, _, features = shapes("vit(16, 5, 2, 4)", (2, 8, 12, 1))
+    assert list(features) == [f"group{i}" for i in range(1, 6)] + ["pooled", "stem"]
+    assert {x.shape for name, x in features.items() if name != "pooled"} == {(2, 2, 3, 16)}
+    message = "patches of 16x16 pixels needs images whose sides are multiples of 16, but got 32x40"
+    with pytest.raises(UserError, match=message):
+        shapes("vit_s16", (1, 32, 40, 3))
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_every_parameter_gets_a_finite_gradient(family):
+    model, size = small_models(F32)[family]
+    x = images(2, size, size, 3)
+    variables = some_variables(model, x)
+
+    def loss(params):
+        return (model.apply({"params": params}, x, train=True)[0] ** 2).sum()
+
+    for path, leaf in leaves_by_name(jax.jit(jax.grad(loss))(variables["params"])):
+        assert np.isfinite(leaf).all()
+        assert np.any(leaf), path
+
+
+# Layers of patches
+
+
+def test_convolutions_of_patches_and_of_channels_equal_lax():
+    x = images(2, 7, 9, 4)
+    zeros, draw = nn.initializers.zeros, np.random.default_rng(1)
+    for layer, shape, strides, padding, groups in [
+        (layers.patch_conv, (2, 2, 4, 6), (2, 2), "VALID", 1),
+        (layers.depthwise_conv, (3, 3, 1, 4), (1, 1), "SAME", 4),
+    ]:
+        sizes = (6, 2) if groups == 1 else (3,)
+        kernel, bias = jnp.asarray(draw.normal(size=shape), F32), jnp.arange(float(shape[-1]))
+        y = Call(lambda x, f=layer, s=sizes: f(x, *s, kernel_init=zeros, name="c")).apply(
+            {"params": {"c": {"kernel": kernel, "bias": bias}}}, x
+        )
+        names = ("NHWC", "HWIO", "NHWC")
+        expected = jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=names, feature_group_count=groups
+        )
+        np.testing.assert_allclose(y, expected + bias[None, None, None], atol=1e-5)
+
+
 # Names and messages
 
 
@@ -435,11 +583,15 @@ def test_spec_arguments_reach_the_model():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n49", "Did you mean 'n96'. There are: lenet, n94, n96, resnet18, resnet50, wrn28_10"),
-        ("resnet18(depth=3)", r"'depth'.*Write it as resnet18\(stem: str = 'cifar'\)"),
+        ("n49", "Did you mean 'n96'. There are: convnext_t, lenet, n94, n96, resnet18, resnet50, "),
+        ("resnet18(depth=3)", r"'depth'.*Write it as resnet18\(stem: str = 'cifar', zero_scale: "),
         ("resnet50(stem='mnist')", "stem='mnist' must be one of cifar, imagenet"),
         ("n94(widths=(64, 0))", r"widths=\(64, 0\) must be one or more numbers, each from 1"),
         ("n94(widths=64)", r"widths=64 must be tuple\[int, \.\.\.\]"),
+        ("vit(width=10)", "width=10 must be a multiple of 4 and of heads=6, and at least 8"),
+        ("vit(depth=0)", "depth=0 must be from 1 to 65536"),
+        ("vit_s16('max')", "pool='max' must be mean or token"),
+        ("vit(positions='none')", "positions='none' must be sincos or learned"),
         ("n94(widths=())", r"widths=\(\) must be one or more numbers, each from 1 to"),
     ],
 )

@@ -37,6 +37,9 @@ def base_config() -> ml_collections.ConfigDict:
     data.label_seed = 0  # seed that chooses the labelled examples
     data.keep_unlabelled = False  # also train on the unlabelled examples: for tasks without labels
     data.normalize = True  # scale to mean 0 and std 1 per channel of train; False: [0, 1]
+    # The mean and std of data.normalize: those of train; imagenet, which networks of torchvision
+    # expect; half, 0.5 and 0.5, which ViTs of timm expect.
+    data.normalize_by = "train"
     data.stream = False  # feed batches from the host instead of keeping train on the device
 
     optim = ml_collections.ConfigDict()
@@ -67,7 +70,9 @@ def base_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(parts)
     config.task = "classification"  # a file in cv_jax/tasks
     config.method = ""  # how a task without labels learns: "simclr", ..., see the task
-    config.init_from = ""  # RUN or RUN:SUBTREE: work directory with the initial parameters
+    # RUN or RUN:SUBTREE with the initial parameters. RUN is a work directory or a .safetensors file
+    # of cv_jax.tools.export, torchvision or timm.
+    config.init_from = ""
     config.init_allow = ""  # regex of parameters that RUN may lack or have in another shape
     config.init_anew = ""  # regex of parameters that are always initialised, not taken from RUN
     config.seed = 0  # seed of the first run

@@ -144,6 +144,10 @@ RULES: dict[str, _Rule] = {
     "data.labels_per_class": _NOT_NEGATIVE,
     "data.label_fraction": (lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     "data.label_seed": _NOT_NEGATIVE,
+    "data.normalize_by": (
+        lambda v: v in ("train", "imagenet", "half"),
+        "must be train, imagenet or half",
+    ),
     "mesh.seed": _NOT_NEGATIVE,
     "mesh.data": _NOT_NEGATIVE,
     "mesh.fsdp": _ABOVE_0,

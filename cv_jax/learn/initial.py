@@ -1,4 +1,4 @@
-"""Initialises a network: random, from training images, or from a network of another run."""
+"""Initialises a network: random, from training images, or from another network."""
 
 import functools
 import re
@@ -15,9 +15,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from cv_jax.config.errors import UserError, nearest
 from cv_jax.config.tables import align
 from cv_jax.data import DataSpec
-from cv_jax.learn.inputs import to_unit
+from cv_jax.learn.foreign import FAMILIES
+from cv_jax.learn.inputs import MEAN_AND_STD, to_unit
 from cv_jax.learn.stored import read_variables
 from cv_jax.models import checked_outputs
+from cv_jax.models.vit import resample_positions
 from cv_jax.workdir.bucket import work_directory
 
 
@@ -63,15 +65,31 @@ def make_initial(
     with checked_outputs(config.model, path, num_classes):
         shapes = jax.eval_shape(draw, jax.random.key(0))
     allow, anew = (_matcher(config, key) for key in ("init_allow", "init_anew"))
+    notes = _input_notes(config)
     if not config.init_from:
-        return Initial(draw, shapes, [])
-    taken, notes = take_over(config.init_from, shapes, allow, anew)
+        return Initial(draw, shapes, notes)
+    taken, table = take_over(config.init_from, shapes, allow, anew)
 
     def draw_the_rest(key):
         flat = flatten_dict(draw(key), sep="/")
         return unflatten_dict({**flat, **jax.tree.map(jnp.asarray, taken)}, sep="/")
 
-    return Initial(draw_the_rest, shapes, notes)
+    return Initial(draw_the_rest, shapes, [*notes, *table])
+
+
+def _input_notes(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns notes on the normalisation, where it is not by train or should perhaps not be."""
+    by, notes = config.data.normalize_by, []
+    if by in MEAN_AND_STD:
+        mean, std = MEAN_AND_STD[by]
+        notes.append(f"inputs  normalised by {by}: mean {mean}, std {std}")
+    family = FAMILIES.get(_read(config.init_from)[0]) if config.init_from else None
+    if family and by not in MEAN_AND_STD:
+        notes.append(
+            "inputs  normalised by train, or not at all; most such networks expect "
+            f"config.data.normalize_by={family.inputs}"
+        )
+    return notes
 
 
 def _params_from_images(model: nn.Module, images: Callable) -> dict[str, Any]:
@@ -90,8 +108,9 @@ def take_over(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Loads the parameters and batch statistics of another network that match by name.
 
-    With RUN:SUBTREE the names are those below SUBTREE. Every array must be in both networks and
-    have one shape. Where `allow` permits a difference:
+    With RUN:SUBTREE the names are those below SUBTREE. A network from elsewhere becomes the
+    backbone, if the new network has one. Every array must be in both networks and have one shape;
+    only positions are resampled to another grid. Where `allow` permits a difference:
     - missing in RUN: initialised as without RUN;
     - another number of values in RUN: initialised as without RUN;
     - as many values in another shape: reshaped;
@@ -112,6 +131,8 @@ def take_over(
     name, found = _read(init_from)
     here = flatten_dict(shapes, sep="/")
     there = {path: x for path, x in found.items() if path.partition("/")[0] in shapes}
+    if (family := FAMILIES.get(name)) and "backbone" in shapes["params"]:
+        there = {path.replace("/", "/backbone/", 1): x for path, x in there.items()}
     taken: dict[str, np.ndarray] = {}
     rows: dict[str, list[str]] = {}
     problems: list[str] = []
@@ -130,6 +151,9 @@ def take_over(
         elif there[path].shape == wanted.shape:
             taken[path] = there[path]
             note("loaded", path, True, "")
+        elif _are_positions(path, there[path], wanted):
+            taken[path] = resample_positions(there[path], *wanted.shape[:2])
+            note("resampled", path, True, "")
         else:
             fits = there[path].size == wanted.size
             problem = f"is {there[path].shape} in RUN and {wanted.shape} here"
@@ -143,12 +167,21 @@ def take_over(
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         do = "parameter does" if len(problems) == 1 else "parameters do"
+        instead = "a subtree, for example RUN:backbone"
+        if family:
+            instead = f'the network of the file, for example config.model="{family.model}"'
         raise UserError(
             f"config.init_from={init_from!r}: {len(problems)} {do} not fit: "
-            f"{shown}. Choose a subtree, for example RUN:backbone, or allow the differences by a "
+            f"{shown}. Choose {instead}, or allow the differences by a "
             "regular expression, such as config.init_allow='head/.*'."
         )
     return taken, [f"init    {init_from}, {name}", _table(rows, {**there, **here})]
+
+
+def _are_positions(path: str, there: np.ndarray, here: jax.ShapeDtypeStruct) -> bool:
+    """Returns whether both arrays are a ViT's learned positions (h, w, c) of one width."""
+    is_grid = path.rpartition("/")[2] == "positions" and there.ndim == len(here.shape) == 3
+    return is_grid and there.shape[-1] == here.shape[-1]
 
 
 def _table(rows: dict[str, list[str]], arrays: dict[str, Any]) -> str:
@@ -180,7 +213,7 @@ def _read(init_from: str) -> tuple[str, dict[str, np.ndarray]]:
     """Reads the name of the network, and {path: array} of its variables below the subtree."""
     run, subtree = _split(init_from)
     try:
-        name, step, arrays = read_variables(work_directory(run))
+        name, steps, arrays = read_variables(work_directory(run))
     except UserError as error:
         raise UserError(f"config.init_from={init_from!r}: {error}") from error
     found, parts = {}, set()
@@ -196,7 +229,7 @@ def _read(init_from: str) -> tuple[str, dict[str, np.ndarray]]:
             f"config.init_from={init_from!r}: the network in {run} has no part {subtree!r}."
             f"{nearest(subtree, parts)} There are: {', '.join(sorted(parts))}."
         )
-    return f"{name} after step {step:,}", found
+    return name if steps is None else f"{name} after step {steps:,}", found
 
 
 def _split(init_from: str) -> tuple[str, str]:

@@ -102,26 +102,53 @@ def _in_unit(images: Any) -> bool:
     return bool(np.min(images) >= -1e-3 and np.max(images) <= 1 + 1e-3)
 
 
-def make_normalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
-    """Returns x -> (x - mean) / std per channel of the training split, or x -> x.
+# Mean and standard deviation of each channel in [0, 1], by the name in config.data.normalize_by.
+MEAN_AND_STD = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision, most of timm
+    "half": (0.5, 0.5),  # [0, 1] becomes [-1, 1]: big_vision, ViTs of timm
+}
+
+
+def make_normalize(spec: DataSpec, normalize: bool, by: str = "train") -> Callable[[Any], Any]:
+    """Returns x -> (x - mean) / std per channel, or x -> x.
 
     The function takes NumPy and JAX arrays, and returns the same kind.
+
+    Args:
+        spec: describes the data set.
+        normalize: the value of `config.data.normalize`.
+        by: the value of `config.data.normalize_by`: "train" or a name of MEAN_AND_STD.
+
+    Raises:
+        UserError: `by` does not fit the images, or has no effect.
     """
+    if by != "train" and not normalize:
+        raise UserError(
+            f"config.data.normalize_by={by!r} has no effect with config.data.normalize=false: set "
+            "normalize to true, or normalize_by to 'train'."
+        )
     if not normalize:
         return lambda image: image
-    mean, std = _mean_and_std(spec)
+    mean, std = _mean_and_std(spec, by)
     return lambda image: (image - mean) / std
 
 
-def make_denormalize(spec: DataSpec, normalize: bool) -> Callable[[Any], Any]:
+def make_denormalize(spec: DataSpec, normalize: bool, by: str = "train") -> Callable[[Any], Any]:
     """Returns the inverse of the function that `make_normalize` returns for these arguments."""
     if not normalize:
         return lambda image: image
-    mean, std = _mean_and_std(spec)
+    mean, std = _mean_and_std(spec, by)
     return lambda image: image * std + mean
 
 
-def _mean_and_std(spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+def _mean_and_std(spec: DataSpec, by: str) -> tuple[np.ndarray, np.ndarray]:
     field = spec.fields["image"]
-    mean, std = (np.float32(x)[None, None, None] for x in (field.mean, field.std))
+    channels = field.shape[-1]
+    found = (field.mean, field.std) if by == "train" else MEAN_AND_STD[by]
+    if by == "imagenet" and channels != 3:
+        raise UserError(
+            f"config.data.normalize_by='imagenet' needs images of 3 channels, but {spec.name!r} "
+            f"has {channels}: set it to 'train' or 'half'."
+        )
+    mean, std = (np.float32(x) + np.zeros((1, 1, 1, channels), np.float32) for x in found)
     return mean, np.maximum(std, np.float32(1 / 255))  # a constant channel has std 0

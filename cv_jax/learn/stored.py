@@ -1,4 +1,4 @@
-"""Reads the network of a run or of an exported file, without building its task."""
+"""Reads the network of a run or of a file, without building its task."""
 
 import json
 from typing import Any, NamedTuple
@@ -15,9 +15,13 @@ from cv_jax.config.rules import check
 from cv_jax.config.sweep import make_sweep, run_names, with_values
 from cv_jax.data import DataSpec
 from cv_jax.data.dataset import spec_from_json
+from cv_jax.learn.foreign import translate
 from cv_jax.workdir.checkpoints import read_newest
 from cv_jax.workdir.files import AGAIN, read_json
 from cv_jax.workdir.result import best_runs
+
+# Suffixes of files that PyTorch writes by pickling.
+PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 
 class ChosenRun(NamedTuple):
@@ -65,14 +69,14 @@ class Variables(NamedTuple):
     """The variables with which a network is evaluated.
 
     Attributes:
-        name: the run's name.
-        steps: the number of steps that the run has trained.
+        name: the run's name; of a network from elsewhere, its family in `foreign.FAMILIES`.
+        steps: the number of steps that the run has trained; None: a network from elsewhere.
         arrays: the arrays by path, such as "params/head/kernel". With optim.ema > 0 the parameters
             are the averaged ones.
     """
 
     name: str
-    steps: int
+    steps: int | None
     arrays: dict[str, np.ndarray]
 
 
@@ -81,17 +85,32 @@ def read_variables(source: epath.Path) -> Variables:
 
     Args:
         source: a work directory, of whose runs `choose_run` chooses; or a file NAME.safetensors
-            of cv_jax.tools.export.
+            of cv_jax.tools.export, or of a network that `foreign` knows.
 
     Raises:
-        UserError: the network does not exist, one of its files is damaged, or one of its values
-            is not finite.
+        UserError: the network does not exist, is of an unknown kind or not finite, or one of its
+            files is damaged.
     """
-    if source.suffix == ".safetensors":
-        arrays, card = read_safetensors(source)
-        check_finite(arrays, card["run"], source)
-        return Variables(card["run"], card["steps"], arrays)
-    return variables_of(source, choose_run(source))
+    if source.suffix in PICKLED:
+        raise UserError(
+            f"{source}: a pickle file may execute code, and is not read. Write a safetensors file "
+            "once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            "'NAME.safetensors')."
+        )
+    if source.suffix != ".safetensors":
+        return variables_of(source, choose_run(source))
+    arrays, metadata = _read_arrays(source)
+    if "card" in metadata:
+        card = _card(source, metadata)
+        variables = Variables(card["run"], card["steps"], arrays)
+    else:
+        try:
+            name, arrays = translate(arrays)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        variables = Variables(name, None, arrays)
+    check_finite(arrays, variables.name, source)
+    return variables
 
 
 def variables_of(workdir: epath.Path, chosen: ChosenRun) -> Variables:
@@ -129,6 +148,12 @@ def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str,
         UserError: safetensors is not installed; the file does not exist, is damaged, or was not
             written by cv_jax.tools.export.
     """
+    arrays, metadata = _read_arrays(path)
+    return arrays, _card(path, metadata)
+
+
+def _read_arrays(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads the arrays and the metadata of a safetensors file."""
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -138,11 +163,18 @@ def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str,
         data = path.read_bytes()
         arrays = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` leaves it
-        card = json.loads(header["__metadata__"]["card"])
-        return arrays, {**card, "run": str(card["run"]), "steps": int(card["steps"])}
+        return arrays, header.get("__metadata__", {})
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: choose an exported file.") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def _card(path: epath.Path, metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        card = json.loads(metadata["card"])
+        return {**card, "run": str(card["run"]), "steps": int(card["steps"])}
+    except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, error) from error
 
 

@@ -21,17 +21,22 @@ import jax.numpy as jnp
 
 from cv_jax.config.calls import build_one
 from cv_jax.config.errors import UserError, describe
+from cv_jax.models.convnext import convnext_t
 from cv_jax.models.lenet import lenet
 from cv_jax.models.n94 import n94, n96
 from cv_jax.models.resnet import resnet18, resnet50
+from cv_jax.models.vit import vit, vit_s16
 from cv_jax.models.wide_resnet import wrn28_10
 
 MODELS = {
+    "convnext_t": convnext_t,
     "lenet": lenet,
     "n94": n94,
     "n96": n96,
     "resnet18": resnet18,
     "resnet50": resnet50,
+    "vit": vit,
+    "vit_s16": vit_s16,
     "wrn28_10": wrn28_10,
 }
 

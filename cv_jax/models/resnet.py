@@ -2,7 +2,9 @@
 
 The ImageNet stem and the blocks are torchvision's: the stride of a bottleneck is on its 3x3
 convolution ("v1.5"), paddings are symmetric. The CIFAR stem is one 3x3 convolution, without a pool.
-Convolutions start as N(0, 2 / fan_out); every normalisation starts as the identity.
+Convolutions start as N(0, 2 / fan_out); every normalisation starts as the identity. With
+`zero_scale` the last scale of each block starts as 0, so that a block starts as its shortcut
+(Goyal et al., https://arxiv.org/abs/1706.02677, section 5.1).
 """
 
 import flax.linen as nn
@@ -16,6 +18,8 @@ from cv_jax.models.layers import (
     head,
     max_pool,
     normal_fan_out,
+    ones,
+    zeros,
 )
 
 STEMS = ("cifar", "imagenet")
@@ -30,6 +34,7 @@ class ResNet(nn.Module):
     num_classes: int
     dtype: jnp.dtype
     width: int = 64  # channels of the stem and the first group
+    zero_scale: bool = False  # whether the last scale of each block starts as 0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -45,7 +50,7 @@ class ResNet(nn.Module):
             for j in range(depth):
                 strides = 2 if i > 0 and j == 0 else 1
                 name = f"group{i + 1}_block{j + 1}"
-                x = block(self.width * 2**i, strides, name=name)(x, train)
+                x = block(self.width * 2**i, strides, self.zero_scale, name=name)(x, train)
             features[f"group{i + 1}"] = x  # b 32 32 256, b 16 16 512, b 8 8 1024, b 4 4 2048
         features["pooled"] = pooled = global_avg_pool(x)  # b 2048
         return head(pooled, self.num_classes), features  # b n
@@ -56,13 +61,14 @@ class BasicBlock(nn.Module):
 
     features: int
     strides: int
+    zero_scale: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         y = conv(x, self.features, 3, self.strides, "conv1")
         y = nn.relu(batch_norm(y, train, name="norm1"))
         y = conv(y, self.features, 3, 1, "conv2")
-        y = batch_norm(y, train, name="norm2")
+        y = batch_norm(y, train, scale_init=zeros if self.zero_scale else ones, name="norm2")
         return nn.relu(y + _shortcut(x, self.features, self.strides, train))
 
 
@@ -71,6 +77,7 @@ class BottleneckBlock(nn.Module):
 
     features: int
     strides: int
+    zero_scale: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -79,7 +86,7 @@ class BottleneckBlock(nn.Module):
         y = conv(y, self.features, 3, self.strides, "conv2")
         y = nn.relu(batch_norm(y, train, name="norm2"))
         y = conv(y, 4 * self.features, 1, 1, "conv3")
-        y = batch_norm(y, train, name="norm3")
+        y = batch_norm(y, train, scale_init=zeros if self.zero_scale else ones, name="norm3")
         return nn.relu(y + _shortcut(x, 4 * self.features, self.strides, train))
 
 
@@ -103,20 +110,24 @@ def conv(x: jax.Array, features: int, size: int, strides: int, name: str) -> jax
     )
 
 
-def resnet18(stem: str = "cifar", *, num_classes: int, dtype: jnp.dtype) -> nn.Module:
+def resnet18(
+    stem: str = "cifar", zero_scale: bool = False, *, num_classes: int, dtype: jnp.dtype
+) -> nn.Module:
     """Builds ResNet-18.
 
     11,173,962 parameters (CIFAR stem, 10 classes) or 11,689,512 (ImageNet stem, 1,000).
     """
-    return ResNet((2, 2, 2, 2), False, _known_stem(stem), num_classes, dtype)
+    return ResNet((2, 2, 2, 2), False, _known_stem(stem), num_classes, dtype, zero_scale=zero_scale)
 
 
-def resnet50(stem: str = "cifar", *, num_classes: int, dtype: jnp.dtype) -> nn.Module:
+def resnet50(
+    stem: str = "cifar", zero_scale: bool = False, *, num_classes: int, dtype: jnp.dtype
+) -> nn.Module:
     """Builds ResNet-50.
 
     23,520,842 parameters (CIFAR stem, 10 classes) or 25,557,032 (ImageNet stem, 1,000).
     """
-    return ResNet((3, 4, 6, 3), True, _known_stem(stem), num_classes, dtype)
+    return ResNet((3, 4, 6, 3), True, _known_stem(stem), num_classes, dtype, zero_scale=zero_scale)
 
 
 def _known_stem(stem: str) -> str:

@@ -110,6 +110,7 @@ class Panel(NamedTuple):
 # Config keys that only some tasks read. For any other task a value without effect is an error.
 OPTIONAL = (
     "data.keep_unlabelled",
+    "data.normalize_by",
     "label_smoothing",
     "method",
     "progressive_resizing",

@@ -109,8 +109,8 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     backbone = build_model(config.model, 0, compute_dtype(config.dtype))
     model = Autoencoder(backbone, method.latent, method.widths)
     view = make_view(config.augment)
-    normalize = make_normalize(spec, config.data.normalize)
-    denormalize = make_denormalize(spec, config.data.normalize)
+    normalize = make_normalize(spec, config.data.normalize, config.data.normalize_by)
+    denormalize = make_denormalize(spec, config.data.normalize, config.data.normalize_by)
     initial = make_initial(config, model, normalize, spec)
 
     def loss(params, model_state, batch, key, size):
@@ -164,7 +164,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         preview=lambda batch, key: {"image": view(batch, key)},
         notes=[f"method  {config.method}", NOTE, *training.notes, *initial.notes],
         needs=("image", "label"),
-        reads=("method", "data.keep_unlabelled"),
+        reads=("method", "data.keep_unlabelled", "data.normalize_by"),
         features=features,
         read=make_read(spec),
         draw=draw_image,

@@ -142,7 +142,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         Mlp(method.predictor) if method.predictor else None,
     )
     view = make_view(config.augment)
-    normalize = make_normalize(spec, config.data.normalize)
+    normalize = make_normalize(spec, config.data.normalize, config.data.normalize_by)
     initial = make_initial(config, model, normalize, spec)
     total_steps = durations.total_steps(config, spec.num_train)
 
@@ -209,7 +209,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         preview=lambda batch, key: {"image": view(batch, key)},
         notes=[f"method  {config.method}", NOTE, *training.notes, *initial.notes],
         needs=("image", "label"),
-        reads=("method", "progressive_resizing", "data.keep_unlabelled"),
+        reads=("method", "progressive_resizing", "data.keep_unlabelled", "data.normalize_by"),
         features=features,
         read=make_read(spec),
         draw=draw_image,

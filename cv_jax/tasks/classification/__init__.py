@@ -30,7 +30,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     """Builds the task."""
     model = build_model(config.model, spec.num_classes, compute_dtype(config.dtype))
     augmented = make_augmented(config.augment, spec.fields)
-    normalize = make_normalize(spec, config.data.normalize)
+    normalize = make_normalize(spec, config.data.normalize, config.data.normalize_by)
     initial = make_initial(config, model, normalize, spec)
     views = find_tta(config.tta)
     select = make_select(config.select)
@@ -99,7 +99,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         preview=augmented,
         notes=notes,
         needs=("image", "label"),
-        reads=("label_smoothing", "progressive_resizing", "select", "tta"),
+        reads=("data.normalize_by", "label_smoothing", "progressive_resizing", "select", "tta"),
         stages=training.stages,
         features=lambda state, batch: apply(state, batch["image"])[1],
         predict=lambda state, batch: {"logits": logits_of(state, batch["image"], views)},
