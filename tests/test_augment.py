@@ -18,7 +18,9 @@ from cv_jax.augment.chain import AUGMENTATIONS, make_augment
 from cv_jax.augment.warp import _bilinear
 from cv_jax.config.calls import parse
 from cv_jax.config.errors import UserError
+from cv_jax.data.fields import Field, image_field, labels_field
 from cv_jax.learn.inputs import check_augmented, make_view
+from cv_jax.learn.losses import cross_entropy
 from tests.conftest import ROOT, random_dataset
 
 KEY = jax.random.key(0)
@@ -33,15 +35,18 @@ ONE_OF_EACH = {
     "rot90": "rot90",
     "random_resized_crop": "random_resized_crop",
     "cutout": "cutout(4)",
+    "random_erasing": "random_erasing(0.9)",
     "color_jitter": "color_jitter(0.4, 0.4, 0.4, 0.1, p=0.9)",
     "grayscale": "grayscale(0.5)",
+    "randaugment": "randaugment",
     "mixup": "mixup",
     "cutmix": "cutmix",
+    "mixup_or_cutmix": "mixup_or_cutmix",
 }
 TEXTS = list(ONE_OF_EACH.values())
 # Compiling is most of what these tests do, and level 1 takes half the time of the default.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
-MIXING = ("mixup", "cutmix")
+MIXING = ("mixup", "cutmix", "mixup_or_cutmix")
 
 
 def make_batch(*shape, seed=0, image=None):
@@ -275,6 +280,15 @@ def test_ops_run_in_order_each_with_its_own_key():
         ("grayscale(-0.1)", "p=-0.1 must lie in [0, 1]"),
         ("mixup(0)", "alpha=0 must lie in [0.001, 1e6]"),
         ("cutmix(-1)", "alpha=-1 must lie in [0.001, 1e6]"),
+        ("mixup_or_cutmix(p=2)", "p=2 must lie in [0, 1]"),
+        ("random_erasing(2)", "p=2 must lie in [0, 1]"),
+        ("random_erasing(area=(0, 0.3))", "area=(0, 0.3) must be 0 < low <= high <= 1"),
+        ("random_erasing(ratio=(2, 1))", "ratio=(2, 1) must be 0.01 <= low <= high <= 100"),
+        ("random_erasing(fill='grey')", "fill='grey' must be 'noise' or lie in [0, 1]"),
+        ("randaugment(0)", "num_ops=0 must be a whole number, 1 to 14"),
+        ("randaugment(2, 11)", "magnitude=11 must lie in [0, 10]"),
+        ("randaugment(std=-1)", "std=-1 must lie in [0, 10]"),
+        ("randaugment(p=-1)", "p=-1 must lie in [0, 1]"),
     ],
 )
 def test_bad_arguments_are_named(text, message):
@@ -560,6 +574,38 @@ def test_cutout_keeps_the_rest_and_may_hide_nothing_or_all():
     assert np.all(images("cutout(40)", batch) == 0.5)
 
 
+def test_random_erasing_hides_whole_boxes_of_the_drawn_areas_and_shapes():
+    h, w = 30, 40
+    batch = make_batch(image=np.ones((4000, h, w, 1)))
+    hidden = images("random_erasing(0.5, (0.1, 0.2), (0.5, 2), 0.25)", batch)[..., 0] == 0.25
+    erased = hidden.any((1, 2))
+    assert abs(erased.mean() - 0.5) < 0.032  # four standard deviations
+    rows, cols = hidden[erased].any(2), hidden[erased].any(1)
+    height, width = rows.sum(1), cols.sum(1)
+    np.testing.assert_array_equal(hidden[erased].sum((1, 2)), height * width)  # whole boxes
+    area, log_ratio = height * width / (h * w), np.log2(width / height)
+    np.testing.assert_allclose([area.min(), area.max()], [0.1, 0.2], atol=0.012)  # whole pixels
+    np.testing.assert_allclose([log_ratio.min(), log_ratio.max()], [-1, 1], atol=0.15)
+    np.testing.assert_allclose([area.mean(), log_ratio.mean()], [0.15, 0], atol=0.05)
+    for side, extent, first in ((h, height, rows.argmax(1)), (w, width, cols.argmax(1))):
+        place = first / (side - extent)
+        assert place.min() == 0
+        assert place.max() == 1
+        np.testing.assert_allclose(place.mean(), 0.5, atol=0.03)
+
+
+def test_random_erasing_fills_with_noise_or_nothing_where_no_box_fits():
+    batch = make_batch(50, 20, 20, 3)
+    before, out = np.asarray(batch["image"]), images("random_erasing(1, (0.3, 0.4))", batch)
+    share = (out != before).mean((1, 2, 3))
+    assert 0.25 < share.min() < share.max() < 0.45
+    noise = out[out != before]
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0.5, 12**-0.5], atol=0.01)
+    wide = make_batch(9, 4, 80, 1)
+    out = images("random_erasing(1, (0.9, 0.9), (1, 1))", wide)
+    np.testing.assert_array_equal(out, wide["image"])
+
+
 def slow_grey(image):
     """The grey image of one with 1 or 3 channels."""
     return image if image.shape[-1] == 1 else image @ np.array([[0.299], [0.587], [0.114]])
@@ -739,3 +785,50 @@ def test_cutmix_pastes_a_box_of_the_drawn_area():
 def test_an_example_alone_mixes_with_itself(text):
     batch = make_batch(1, 5, 4, 3)
     chex.assert_trees_all_equal(jitted(text)(KEY, batch), batch)
+
+
+def test_mixup_or_cutmix_is_one_of_both_for_each_example():
+    batch = make_batch(400, 7, 10, 3)
+    out = jitted("mixup_or_cutmix(0.8, 1.0, p=0.3)")(KEY, batch)
+    before, image = np.asarray(batch["image"]), np.asarray(out["image"])
+    after = np.roll(before, -1, axis=0)
+    own, other = image == before, image == after
+    cut = (own | other).all((1, 2, 3))
+    assert abs(cut.mean() - 0.3) < 0.1  # four standard deviations
+    label = np.asarray(out["label"])
+    np.testing.assert_allclose(label.sum(1), 1, rtol=1e-6)
+    share = label[np.arange(400), np.arange(400) % 5]
+    np.testing.assert_allclose(share[cut], own[cut].mean((1, 2, 3)), atol=1e-6)
+    mixed = share[:, None, None, None] * before + (1 - share)[:, None, None, None] * after
+    np.testing.assert_allclose(image[~cut], mixed[~cut], atol=1e-6)
+
+
+def test_labels_are_smoothed_after_they_are_mixed():
+    label = np.array([[0.25, 0.75, 0, 0, 0]], np.float32)  # of mixup
+    loss = cross_entropy(jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.2, 0.2]])), label, 0.1)
+    smooth = np.array([0.245, 0.695, 0.02, 0.02, 0.02])  # 0.9 label + 0.1 / 5
+    np.testing.assert_allclose(loss, -(smooth * np.log([0.1, 0.2, 0.3, 0.2, 0.2])).sum(), rtol=1e-5)
+
+
+def test_labels_of_several_classes_and_values_mix_as_the_image_does():
+    fields = {
+        "image": image_field((7, 10, 3)),
+        "labels": labels_field(("a", "b", "c")),
+        "group": Field((), "int32", "group"),
+    }
+    labels = jnp.asarray(np.eye(3)[np.arange(5) % 3] + np.eye(3)[0], jnp.float32)
+    batch = {**make_batch(5, 7, 10, 3), "labels": labels, "group": jnp.arange(5)}
+    del batch["label"]
+    batch["image"] = batch["image"].at[..., 0].set(labels[:, None, None, 0])  # as the first class
+    out = jit(make_augment("mixup_or_cutmix", fields))(KEY, batch)
+    mean = out["image"][..., 0].mean((1, 2))
+    assert len(np.unique(mean)) == 5
+    np.testing.assert_allclose(out["labels"][:, 0], mean, atol=1e-5)
+    np.testing.assert_array_equal(out["group"], batch["group"])
+    fields = {"image": fields["image"], "target": Field((2,), "float32", "values")}
+    batch["target"] = batch.pop("labels")[:, :2]
+    out = jit(make_augment("mixup", fields))(KEY, batch)
+    np.testing.assert_allclose(out["target"][:, 0], out["image"][:, 0, 0, 0], atol=1e-6)
+    for text in ("cutmix", "mixup_or_cutmix"):
+        with pytest.raises(UserError, match=f"'{text}': .* cannot mix target: remove it"):
+            make_augment(text, fields)

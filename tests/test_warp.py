@@ -40,6 +40,7 @@ GEOMETRY = (
     "translate(3)",
     "random_resized_crop(12)",
     "rot90|rotate(10)|translate(2)",
+    "randaugment(3)",
 )
 MOVES_WHOLE_PIXELS = ("flip(1)", "alternating_flip", "crop(3)", "rot90")
 
@@ -246,7 +247,8 @@ def test_points_and_tracks_move_with_a_spot_of_light():
         np.testing.assert_array_equal(out["points"], out["tracks"][:, 0])
 
 
-@pytest.mark.parametrize("text", [*GEOMETRY, "cutout(5)", "color_jitter(0.4, 0.4, 0.4, 0.1)"])
+# Not RandAugment, which counts the pixels of all frames of a clip.
+@pytest.mark.parametrize("text", [*GEOMETRY[:-1], "cutout(5)", "color_jitter(0.4, 0.4, 0.4, 0.1)"])
 def test_all_frames_of_a_clip_change_as_the_image_does(text):
     image = make_batch()["image"]
     batch = make_batch(clip=jnp.stack([image, image], axis=1))
@@ -262,7 +264,7 @@ def test_clips_mix_as_images_do():
     names = ("image", "clip", "label")
     image = make_batch()["image"]
     batch = make_batch(clip=jnp.stack([image, image], axis=1))
-    for text in ("mixup", "cutmix", "grayscale(0.5)"):
+    for text in ("mixup", "cutmix", "random_erasing(1)", "grayscale(0.5)"):
         out = jitted(text, names=names)(KEY, batch)
         assert np.any(out["image"] != image)
         np.testing.assert_allclose(out["clip"][:, 1], out["image"], atol=1e-6)

@@ -28,7 +28,8 @@ from cv_jax.augment.geometry import (
     scale,
     translate,
 )
-from cv_jax.augment.mixing import cutmix, cutout, mixup
+from cv_jax.augment.mixing import cutmix, cutout, mixup, mixup_or_cutmix, random_erasing
+from cv_jax.augment.randaugment import randaugment
 from cv_jax.augment.warp import MIN_AREA
 from cv_jax.config import calls as spec
 from cv_jax.config.errors import UserError, describe
@@ -152,9 +153,12 @@ AUGMENTATIONS: dict[str, Callable[..., Augment]] = {
         rot90,
         random_resized_crop,
         cutout,
+        random_erasing,
         color_jitter,
         grayscale,
+        randaugment,
         mixup,
         cutmix,
+        mixup_or_cutmix,
     )
 }

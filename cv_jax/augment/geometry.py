@@ -411,17 +411,33 @@ def random_resized_crop(
 
 def _box_shapes(key, b, h, w, scale, ratio):
     """Draws the heights and widths, (b, 2), of the boxes of `random_resized_crop`."""
+    taken, fits = draw_boxes(key, b, h, w, scale, ratio)
+    nearest = min(max(w / h, ratio[0]), ratio[1])
+    largest = jnp.array([min(h, w / nearest), min(w, h * nearest)], jnp.float32)
+    return jnp.where(fits[:, None], taken, largest[None])
+
+
+def draw_boxes(
+    key: jax.Array,
+    b: int,
+    h: int,
+    w: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[jax.Array, jax.Array]:
+    """Draws a box for each example: its height and width (b, 2), and whether it fits (b,).
+
+    It is the first of ten boxes that fits into h x w pixels. The share of the area is uniform
+    between the two numbers of `scale`, and so is the logarithm of width / height in `ratio`.
+    """
     area_key, ratio_key = jax.random.split(key)
     area = h * w * jax.random.uniform(area_key, (b, 10), minval=scale[0], maxval=scale[1])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = jnp.exp(jax.random.uniform(ratio_key, (b, 10), minval=low, maxval=high))
     drawn = jnp.sqrt(jnp.stack([area / aspect, area * aspect], axis=-1))  # (b, 10, 2)
-    nearest = min(max(w / h, ratio[0]), ratio[1])
-    largest = jnp.array([min(h, w / nearest), min(w, h * nearest)], jnp.float32)
     fits = jnp.all(drawn <= jnp.array([[[h, w]]], jnp.float32), axis=-1)
     first = jnp.argmax(fits, axis=1)[:, None, None]
-    taken = jnp.take_along_axis(drawn, first, axis=1)[:, 0]
-    return jnp.where(jnp.any(fits, axis=1)[:, None], taken, largest[None])
+    return jnp.take_along_axis(drawn, first, axis=1)[:, 0], jnp.any(fits, axis=1)
 
 
 def _resize_boxes(image, corner, extent, size):

@@ -15,6 +15,7 @@ KINDS = {
     "image": "(h, w, c) uint8",
     "clip": "(t, h, w, c) uint8",
     "label": "() int32, a class",
+    "labels": "(n,) bool, which of n classes are true",
     "flag": "() bool",
     "boxes": "(o, 4) float32, corners x0 y0 x1 y1, half-open",
     "box_label": "(o,) int32, the class of a box; -1 is padding",
@@ -63,6 +64,16 @@ def image_field(shape: Sequence[int]) -> Field:
 def label_field(names: Sequence[str]) -> Field:
     """Describes labels: a class for each example, counted from 0 in the order of `names`."""
     return Field((), "int32", "label", fill=-1, names=tuple(names))
+
+
+def labels_field(names: Sequence[str]) -> Field:
+    """Describes labels of several classes at once: which of `names` are true of an example."""
+    return Field((len(names),), "bool", "labels", names=tuple(names))
+
+
+def values_field(names: Sequence[str], unit: str = "") -> Field:
+    """Describes a number for each of `names`, in `unit`, such as the target of a regression."""
+    return Field((len(names),), "float32", "values", names=tuple(names), unit=unit)
 
 
 def points_field(count: int) -> Field:
