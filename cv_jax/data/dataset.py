@@ -26,6 +26,7 @@ class DataSpec(NamedTuple):
         sample: the first min(5000, num_train) examples of train.
         num_unlabelled: number of training examples whose field `labelled` is False.
         typical: statistics of the training images; None: not measured.
+        label_counts: number of training examples of each class of the field `label`; (): not known.
     """
 
     name: str
@@ -36,6 +37,7 @@ class DataSpec(NamedTuple):
     sample: Examples
     num_unlabelled: int = 0
     typical: Typical | None = None
+    label_counts: tuple[int, ...] = ()
 
     @property
     def num_labelled(self) -> int:
@@ -111,7 +113,16 @@ def spec_from_json(values: Mapping[str, Any]) -> DataSpec:
         name: np.broadcast_to(np.asarray(field.fill, field.dtype), (1, *field.shape))
         for name, field in fields.items()
     }
-    return DataSpec(**{**values, "fields": fields, "sample": sample, "typical": typical})
+    label_counts = tuple(values.get("label_counts", ()))  # older code did not count
+    return DataSpec(
+        **{
+            **values,
+            "fields": fields,
+            "sample": sample,
+            "typical": typical,
+            "label_counts": label_counts,
+        }
+    )
 
 
 def _from_image_and_label(values: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +200,17 @@ def data_fingerprint(data: Dataset) -> dict[str, int]:
         for split in SPLITS
         for name, array in getattr(data, split).items()
     }
+
+
+def count_labels(train: Examples, fields: Mapping[str, Field]) -> tuple[int, ...]:
+    """Returns the number of examples of each class of the field `label`; () without this field.
+
+    Examples without a label, of value -1, do not count.
+    """
+    if "label" not in fields:
+        return ()
+    label = np.asarray(train["label"])
+    return tuple(np.bincount(label[label >= 0], minlength=len(fields["label"].names)).tolist())
 
 
 def counts(train: Examples, val: Examples, test: Examples) -> dict[str, int]:
