@@ -132,6 +132,8 @@ _RIGHT = {
     "steps": ("1", "2", "3", "0"),
     "epochs": ("0.1", "0.3", "1e-9"),
     "batch_size": ("1", "2", "16", "17", "96", "128", "129", "100000"),
+    "accumulate": ("1", "2", "3", "4", "16", "0"),
+    "class_weights": ("", "balanced", "balance"),
     "eval_batch_size": ("1", "7", "64", "1000000"),
     "keep_checkpoints": ("1", "2", "1000000"),
     "label_smoothing": ("0.1", "0.999", "1"),

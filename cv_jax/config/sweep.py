@@ -30,6 +30,7 @@ _SHARED = (
     "epochs",
     "steps",
     "batch_size",
+    "accumulate",
     "eval_batch_size",
     "log_every",
     "eval_every",
