@@ -120,6 +120,7 @@ _RIGHT = {
     "data.label_fraction": ("0", "0.5", "1", "1e-9", "1.5"),
     "data.label_seed": ("0", "1", "-1"),
     "data.keep_unlabelled": ("true", "false"),
+    "data.sampling": ("uniform", "balanced", "balance"),
     "data.stream": ("true", "false"),
     "data.normalize": ("true", "false"),
     "seeds.mode": ("auto", "in_turn", "batched", "at_once"),

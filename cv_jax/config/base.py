@@ -28,6 +28,9 @@ def base_config() -> ml_collections.ConfigDict:
     data.label_seed = 0  # seed that chooses the labelled examples
     data.keep_unlabelled = False  # also train on the unlabelled examples: for tasks without labels
     data.normalize = True  # scale to mean 0 and std 1 per channel of train; False: [0, 1]
+    # Order of the training examples in an epoch; "uniform": each at most once. "balanced": as many
+    # examples of each class, so that those of rare classes come again and again.
+    data.sampling = "uniform"
     data.stream = False  # feed batches from the host instead of keeping train on the device
 
     optim = ml_collections.ConfigDict()

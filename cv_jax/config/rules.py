@@ -140,6 +140,7 @@ RULES: dict[str, _Rule] = {
     "data.labels_per_class": _NOT_NEGATIVE,
     "data.label_fraction": (lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     "data.label_seed": _NOT_NEGATIVE,
+    "data.sampling": (lambda v: v in ("uniform", "balanced"), "must be 'uniform' or 'balanced'"),
     "mesh.seed": _NOT_NEGATIVE,
     "mesh.data": _NOT_NEGATIVE,
     "mesh.fsdp": _ABOVE_0,
