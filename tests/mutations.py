@@ -185,7 +185,7 @@ _RIGHT = {
 }
 _RIGHT |= dict.fromkeys(("mesh.seed", "mesh.data", "mesh.fsdp"), ("0", "1", "2", "-1"))
 _EVERY = ("log_every", "eval_every", "checkpoint_every", "histograms_every")
-_RIGHT |= dict.fromkeys((*_EVERY, "optim.warmup"), _DURATIONS)
+_RIGHT |= dict.fromkeys((*_EVERY, "patience", "optim.warmup"), _DURATIONS)
 _KEYS = sorted(flatten(base_config()))
 
 # Other arguments that may stand on the command line.

@@ -88,6 +88,9 @@ def base_config() -> ml_collections.ConfigDict:
     config.tta = "none"  # views in the final evaluation: none, mirror, mirror_translate
     config.log_every = "1 epoch"
     config.eval_every = "1 epoch"  # evaluations on val
+    # The training ends early once no run has improved its headline on val for this long. Schedules
+    # stay those of the whole length.
+    config.patience = "never"
     config.checkpoint_every = "1 epoch"
     config.histograms_every = "never"  # histograms of the parameters in TensorBoard
     config.keep_checkpoints = 2  # newest checkpoints kept, beside the best on val

@@ -130,6 +130,7 @@ RULES: dict[str, _Rule] = {
     "eval_batch_size": _ABOVE_0,
     "log_every": _DURATION,
     "eval_every": _DURATION,
+    "patience": _DURATION,
     "checkpoint_every": _DURATION,
     "histograms_every": _DURATION,
     "keep_checkpoints": _ABOVE_0,

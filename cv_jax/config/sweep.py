@@ -34,6 +34,7 @@ _SHARED = (
     "eval_batch_size",
     "log_every",
     "eval_every",
+    "patience",
     "checkpoint_every",
     "histograms_every",
     "keep_checkpoints",

@@ -211,6 +211,7 @@ def write_result(
     metrics: Mapping[str, Metric],
     headline: str,
     baseline: dict[str, dict[str, float]] | None = None,
+    stopped_early: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Writes result.json, and sweep.png for a sweep. Returns the content of result.json.
 
@@ -229,6 +230,8 @@ def write_result(
         seconds: of all runs, see `clock.CLOCKS`.
         metrics, headline: what the task measures and which metric ranks, see `tasks.Task`.
         baseline: split -> {metric: number} of a trivial predictor; None where there is none.
+        stopped_early: the planned steps and the step of the last improvement on val; None where
+            the training had its whole length.
     """
     commit, dirty = git_commit()
     examples = steps * config.batch_size
@@ -270,6 +273,8 @@ def write_result(
         "dirty": dirty,
         "device": device_name(),
     }
+    if stopped_early:
+        result["stopped_early"] = stopped_early
     if config.sweep:
         result["best"] = settings[best]
         result["sweep"] = [
