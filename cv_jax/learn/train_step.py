@@ -15,6 +15,7 @@ from cv_jax.config import durations
 from cv_jax.data import DataSpec
 from cv_jax.learn.accumulation import make_gradient
 from cv_jax.learn.losses import Loss
+from cv_jax.models import compute_dtype
 from cv_jax.models.layers import frozen_statistics
 from cv_jax.optim.optimizers import Optimizer, make_optimizer
 from cv_jax.optim.selection import Select
@@ -102,7 +103,11 @@ def make_training(
         rates = {name: (rate, jnp.float32(1)) for name, rate in optimizer.lr(state.step).items()}
         return new, {**metrics, **rates}
 
-    notes = [f"model   {config.model}: {_num_values(params):,} parameters", optimizer.report]
+    notes = [
+        f"model   {config.model}: {_num_values(params):,} parameters",
+        _dtype_note(compute_dtype(config.dtype)),
+        optimizer.report,
+    ]
     if len(sizes) > 1:
         shown = [f"{s.size or 'all'} from step {s.start}" for s in sizes]
         notes.append(f"pixels  a side: {', '.join(shown)}")
@@ -196,6 +201,16 @@ def keep_if_finite(state: TrainState, new: TrainState, metrics: dict) -> tuple[T
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics)
     skipped = jnp.where(finite, jnp.float32(0), jnp.float32(1))
     return kept, {**metrics, "skipped": (skipped, jnp.float32(1))}
+
+
+def _dtype_note(dtype: jnp.dtype) -> str:
+    """Returns the note that says where the compute dtype is used, and where float32."""
+    if dtype == jnp.float32:
+        return "dtype   float32"
+    return (
+        f"dtype   {dtype.name} in the layers of the model; float32 for parameters, gradients, "
+        "optimizer, statistics of normalisation, logits and losses"
+    )
 
 
 def _num_values(params: Any) -> int:
