@@ -94,23 +94,26 @@ def run(config: ml_collections.ConfigDict, directory: Path, profile_steps: int =
                 workdir.catch_up(evaluate.watch(state))
                 stop.raise_if_asked(start)
             with clock("train"):
-                for chunk in plan_chunks(start, intervals, trainer.limit, profiler.pace):
+                for chunk in plan_chunks(
+                    start, intervals, trainer.limit, profiler.pace, workdir.is_over
+                ):
                     with profiler(chunk):
                         state, metrics = trainer(state, chunk)  # many steps in one dispatch
                         log.train(chunk, metrics)  # fetched late: the device never waits
                     log.histograms(chunk, state.params, runs.mesh)
                     val = evaluate.watch(state) if chunk.evals else {}
-                    log.evals(chunk.end, "val", val)
+                    workdir.evals(chunk.end, val)
                     signum = stop()  # looked at once: what stops the run has been saved
-                    if chunk.saves or signum:
+                    if chunk.saves or signum or workdir.is_over():
                         workdir.save(state, val)
                     log.row()
                     if signum:
                         raise Stopped(signum, chunk.end)
+            steps = workdir.end(int(state.step))  # fewer where val has ceased to improve
             sums = evaluate.final(state)
-            stop.raise_if_asked(intervals.total)
-        log.finals(intervals.total, sums, data.spec.class_names)
-    return workdir.write_result(sums, trainer.flops(intervals.total))
+            stop.raise_if_asked(steps)
+        log.finals(steps, sums, data.spec.class_names)
+    return workdir.write_result(sums, trainer.flops(steps))
 
 
 def main(argv: list[str]) -> None:

@@ -120,6 +120,7 @@ _RIGHT = {
     "data.label_fraction": ("0", "0.5", "1", "1e-9", "1.5"),
     "data.label_seed": ("0", "1", "-1"),
     "data.keep_unlabelled": ("true", "false"),
+    "data.sampling": ("uniform", "balanced", "balance"),
     "data.stream": ("true", "false"),
     "data.normalize": ("true", "false"),
     "seeds.mode": ("auto", "in_turn", "batched", "at_once"),
@@ -132,6 +133,8 @@ _RIGHT = {
     "steps": ("1", "2", "3", "0"),
     "epochs": ("0.1", "0.3", "1e-9"),
     "batch_size": ("1", "2", "16", "17", "96", "128", "129", "100000"),
+    "accumulate": ("1", "2", "3", "4", "16", "0"),
+    "class_weights": ("", "balanced", "balance"),
     "eval_batch_size": ("1", "7", "64", "1000000"),
     "keep_checkpoints": ("1", "2", "1000000"),
     "label_smoothing": ("0.1", "0.999", "1"),
@@ -182,7 +185,7 @@ _RIGHT = {
 }
 _RIGHT |= dict.fromkeys(("mesh.seed", "mesh.data", "mesh.fsdp"), ("0", "1", "2", "-1"))
 _EVERY = ("log_every", "eval_every", "checkpoint_every", "histograms_every")
-_RIGHT |= dict.fromkeys((*_EVERY, "optim.warmup"), _DURATIONS)
+_RIGHT |= dict.fromkeys((*_EVERY, "patience", "optim.warmup"), _DURATIONS)
 _KEYS = sorted(flatten(base_config()))
 
 # Other arguments that may stand on the command line.

@@ -1,5 +1,7 @@
 """The training step: a loss as sum and count, and tasks with an update of their own."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,3 +101,18 @@ def test_a_task_may_update_its_networks_as_it_likes(two_networks):
     assert metrics["skipped"] == (1, 1)
     assert after.params == state.params
     assert after.step == 5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "note"),
+    [
+        ("float32", "dtype   float32"),
+        ("bfloat16", "dtype   bfloat16 in the layers of the model; float32 for parameters, .*"),
+    ],
+)
+def test_the_log_says_what_is_computed_in_which_dtype(dtype, note):
+    config = base_config()
+    config.dtype, config.steps = dtype, 1
+    shapes = {"w": jax.ShapeDtypeStruct((), jnp.float32)}
+    training = make_training(config, random_dataset().spec, shapes, lambda *arguments: None)
+    assert len([line for line in training.notes if re.fullmatch(note, line)]) == 1

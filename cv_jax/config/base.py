@@ -40,6 +40,9 @@ def base_config() -> ml_collections.ConfigDict:
     # The mean and std of data.normalize: those of train; imagenet, which networks of torchvision
     # expect; half, 0.5 and 0.5, which ViTs of timm expect.
     data.normalize_by = "train"
+    # Order of the training examples in an epoch; "uniform": each at most once. "balanced": as many
+    # examples of each class, so that those of rare classes come again and again.
+    data.sampling = "uniform"
     data.stream = False  # feed batches from the host instead of keeping train on the device
 
     optim = ml_collections.ConfigDict()
@@ -81,6 +84,9 @@ def base_config() -> ml_collections.ConfigDict:
     config.epochs = 10.0  # length of the training; an epoch is num_train // batch_size steps
     config.steps = 0  # length in steps, when above 0; else epochs
     config.batch_size = 128  # examples a step, over all devices
+    # Microbatches that a step's batch is cut into, to save memory. Their gradients are added up to
+    # that of the batch. Batch normalisation sees one microbatch at a time.
+    config.accumulate = 1
     config.eval_batch_size = 1000  # examples
     config.augment = ""  # a chain of cv_jax.augment.chain.AUGMENTATIONS
     # Which examples of a batch to train on; "": all. "hardest(10, of=16)" keeps the 10 of every
@@ -90,9 +96,15 @@ def base_config() -> ml_collections.ConfigDict:
     config.model = "lenet"  # one of cv_jax.models.MODELS
     config.dtype = "auto"  # compute dtype: float32, bfloat16; auto: bfloat16 on TPU and GPU
     config.label_smoothing = 0.0  # in [0, 1)
+    # Weights of the classes in the training loss; "": all 1. "balanced": class i of n has weight
+    # m / (n m_i), where m_i of the m training examples are of this class.
+    config.class_weights = ""
     config.tta = "none"  # views in the final evaluation: none, mirror, mirror_translate
     config.log_every = "1 epoch"
     config.eval_every = "1 epoch"  # evaluations on val
+    # The training ends early once no run has improved its headline on val for this long. Schedules
+    # stay those of the whole length.
+    config.patience = "never"
     config.checkpoint_every = "1 epoch"
     config.histograms_every = "never"  # histograms of the parameters in TensorBoard
     config.keep_checkpoints = 2  # newest checkpoints kept, beside the best on val
@@ -103,6 +115,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shortens an experiment to seconds: the same code on a few examples, for a first try."""
     config.steps = 4
     config.batch_size = 16
+    config.accumulate = min(config.accumulate, 2)
     config.eval_batch_size = 64
     config.data.limit = 128
     config.data.num_val = min(config.data.num_val, 32)

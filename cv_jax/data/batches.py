@@ -71,12 +71,45 @@ def make_batches(
         key: PRNG key of the data order; (r,) keys for r runs.
         mesh: devices that share each batch, and the runs.
         positions: (r, m) int32, the training examples of each run; None: all examples.
+
+    Raises:
+        UserError: the batch size or `config.data.sampling` does not fit the examples.
     """
+    label = _label_to_balance(config, split)
     if streams(config, split):
         count = num_examples(split) if positions is None else positions.shape[-1]
         end = durations.total_steps(config, count)
-        return stream_batches(split, config.batch_size, key, mesh, positions, end)
-    return resident_batches(split, config.batch_size, key, mesh, positions)
+        return stream_batches(split, config.batch_size, key, mesh, positions, label, end)
+    return resident_batches(split, config.batch_size, key, mesh, positions, label)
+
+
+def _label_to_balance(config: ml_collections.ConfigDict, split: Examples) -> np.ndarray | None:
+    """Returns the labels (m,) by which `balanced_order` draws; None where all examples are drawn.
+
+    Raises:
+        UserError: an example has no label, or `config.select` is set.
+    """
+    if config.data.sampling == "uniform":
+        return None
+    key = f"config.data.sampling={config.data.sampling!r}"
+    if "label" not in split:
+        raise UserError(
+            f"{key} needs the field 'label', and the data set has {', '.join(split)}: set "
+            "config.data.sampling='uniform'."
+        )
+    if config.select:
+        raise UserError(
+            f"{key} can draw an example twice for a batch, and config.select={config.select!r} "
+            "remembers one loss for each example: set config.data.sampling='uniform' or "
+            "config.select=''."
+        )
+    label = np.asarray(split["label"])
+    if label.min() < 0:
+        raise UserError(
+            f"{key} needs a label for every training example: set config.data.sampling='uniform' "
+            "or config.data.keep_unlabelled=False."
+        )
+    return label
 
 
 def streams(config: ml_collections.ConfigDict, split: Examples) -> bool:
@@ -89,6 +122,35 @@ def epoch_order(key: jax.Array, epoch: jax.Array, num_train: int, batch_size: in
     order = jax.random.permutation(jax.random.fold_in(key, epoch), num_train).astype(jnp.int32)
     num_steps = num_train // batch_size
     return order[: num_steps * batch_size].reshape(num_steps, batch_size)
+
+
+def balanced_order(
+    key: jax.Array, epoch: jax.Array, label: jax.Array, num_classes: int, batch_size: int
+) -> jax.Array:
+    """Returns an order of an epoch with all classes equally often: (steps, b) int32.
+
+    An epoch is as long as without balance, m // b steps. Of its m // b * b draws, each class that
+    has examples gets the same number; those that get one more are chosen at random. The draws of a
+    class go through its examples again and again in a random order, so that each is drawn equally
+    often, too, up to one. The draws of all classes are then shuffled.
+
+    Args:
+        key, epoch, batch_size: see `epoch_order`.
+        label: (m,) int32 in [0, num_classes).
+        num_classes: the number of classes.
+    """
+    shuffle, of_classes, of_draws = jax.random.split(jax.random.fold_in(key, epoch), 3)
+    sizes = jnp.zeros(num_classes, jnp.int32).at[label].add(1)
+    shuffled = jax.random.permutation(shuffle, len(label)).astype(jnp.int32)
+    by_class = shuffled[jnp.argsort(label[shuffled])]  # one class after the other, each shuffled
+    first = jnp.cumsum(sizes) - sizes
+    classes = jax.random.permutation(of_classes, num_classes)
+    classes = classes[jnp.argsort(sizes[classes] == 0)]  # those without examples come last
+    num_steps = len(label) // batch_size
+    draw = jax.random.permutation(of_draws, num_steps * batch_size).astype(jnp.int32)
+    num_present = (sizes > 0).sum(dtype=jnp.int32)
+    drawn, number = classes[draw % num_present], draw // num_present
+    return by_class[first[drawn] + number % sizes[drawn]].reshape(num_steps, batch_size)
 
 
 def _shapes(examples: Examples, batch_size: int) -> dict:
@@ -118,6 +180,7 @@ def resident_batches(
     key: jax.Array,
     mesh: Mesh,
     positions: np.ndarray | None = None,
+    label: np.ndarray | None = None,
 ) -> Batches:
     """Builds batches that are gathered on the device, which holds the whole split.
 
@@ -125,8 +188,10 @@ def resident_batches(
         split: {field: (m, ...)}, copied to every device.
         batch_size: examples in a batch.
         key, mesh, positions: see `make_batches`.
+        label: (m,) int32, the labels that `balanced_order` balances; None: see `epoch_order`.
     """
-    orders = _Orders(key, num_examples(split), batch_size, positions, _own_sharding(key, mesh))
+    sharding = _own_sharding(key, mesh)
+    orders = _Orders(key, num_examples(split), batch_size, positions, sharding, label)
     examples = put({name: np.asarray(x) for name, x in split.items()}, replicated(mesh))
 
     def feed(step, num_steps):
@@ -156,6 +221,7 @@ def stream_batches(
     key: jax.Array,
     mesh: Mesh,
     positions: np.ndarray | None = None,
+    label: np.ndarray | None = None,
     end: int = sys.maxsize,
 ) -> Batches:
     """Builds batches that are read on the host, a few at a time, for data too large for a device.
@@ -167,9 +233,10 @@ def stream_batches(
         mesh: devices that share each batch, and the runs. A process reads only the examples of
             its own devices.
         positions: see `make_batches`.
+        label: see `resident_batches`.
         end: the number of steps of the training; no later feed is read ahead.
     """
-    orders = _Orders(key, num_examples(split), batch_size, positions, replicated(mesh))
+    orders = _Orders(key, num_examples(split), batch_size, positions, replicated(mesh), label)
     sharding = stream_sharding(mesh, of_runs=key.ndim > 0)
     shapes = _shapes(split, batch_size)
     held_steps = steps_of_feed(shapes)
@@ -292,18 +359,26 @@ class _Orders:
         batch_size: int,
         positions: np.ndarray | None,
         sharding: NamedSharding,
+        label: np.ndarray | None = None,
     ):
         count = num_train if positions is None else positions.shape[-1]
         self.steps = _steps_per_epoch(count, batch_size)
 
-        def order(key, positions, epoch):
-            chosen = epoch_order(key, epoch, count, batch_size)
+        def order(key, positions, label, epoch):
+            if label is None:
+                chosen = epoch_order(key, epoch, count, batch_size)
+            else:
+                own = label if positions is None else label[positions]
+                chosen = balanced_order(key, epoch, own, num_classes, batch_size)
             return chosen if positions is None else positions[chosen]
 
         if key.ndim:
-            order = jax.vmap(order, (0, None if positions is None else 0, None))
+            order = jax.vmap(order, (0, None if positions is None else 0, None, None))
         positions = None if positions is None else put(positions, sharding)
-        self._order = partial(jax.jit(order, out_shardings=sharding), key, positions)
+        if label is not None:
+            num_classes = int(label.max()) + 1
+            label = put(label, replicated(sharding.mesh))
+        self._order = partial(jax.jit(order, out_shardings=sharding), key, positions, label)
         self._orders: dict[int, jax.Array] = {}
 
     def __call__(self, epoch: int) -> jax.Array:

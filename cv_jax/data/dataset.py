@@ -30,6 +30,7 @@ class DataSpec(NamedTuple):
         typical: statistics of the training images; None: not measured.
         eval_crop: share of an image's sides that the centre crop keeps, see
             `read_image.fit_image`.
+        label_counts: number of training examples of each class of the field `label`; (): not known.
     """
 
     name: str
@@ -41,6 +42,7 @@ class DataSpec(NamedTuple):
     num_unlabelled: int = 0
     typical: Typical | None = None
     eval_crop: float = 1.0
+    label_counts: tuple[int, ...] = ()
 
     @property
     def num_labelled(self) -> int:
@@ -116,7 +118,16 @@ def spec_from_json(values: Mapping[str, Any]) -> DataSpec:
         name: np.broadcast_to(np.asarray(field.fill, field.dtype), (1, *field.shape))
         for name, field in fields.items()
     }
-    return DataSpec(**{**values, "fields": fields, "sample": sample, "typical": typical})
+    label_counts = tuple(values.get("label_counts", ()))  # older code did not count
+    return DataSpec(
+        **{
+            **values,
+            "fields": fields,
+            "sample": sample,
+            "typical": typical,
+            "label_counts": label_counts,
+        }
+    )
 
 
 def _from_image_and_label(values: dict[str, Any]) -> dict[str, Any]:
@@ -216,6 +227,17 @@ def sample_of(examples: Examples) -> Examples:
     if size < count and label[0] < label[-1] and (np.diff(label) >= 0).all():
         return take(examples, np.arange(size) * count // size)
     return take(examples, slice(size))
+
+
+def count_labels(train: Examples, fields: Mapping[str, Field]) -> tuple[int, ...]:
+    """Returns the number of examples of each class of the field `label`; () without this field.
+
+    Examples without a label, of value -1, do not count.
+    """
+    if "label" not in fields:
+        return ()
+    label = np.asarray(train["label"])
+    return tuple(np.bincount(label[label >= 0], minlength=len(fields["label"].names)).tolist())
 
 
 def counts(train: Examples, val: Examples, test: Examples) -> dict[str, int]:

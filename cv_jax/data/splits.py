@@ -3,7 +3,15 @@
 import numpy as np
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.dataset import SPLITS, Dataset, DataSpec, Stored, counts, sample_of
+from cv_jax.data.dataset import (
+    SPLITS,
+    Dataset,
+    DataSpec,
+    Stored,
+    count_labels,
+    counts,
+    sample_of,
+)
 from cv_jax.data.encoded import Encoded
 from cv_jax.data.fields import Examples, Field, num_examples, take
 from cv_jax.data.statistics import histogram, mean_and_std
@@ -42,6 +50,7 @@ def hold_out(name: str, stored: Stored, num_val: int) -> Dataset:
         fields=fields,
         **counts(train, val, stored.test),
         sample=sample_of(train),
+        label_counts=count_labels(train, fields),
     )
     return Dataset(spec, train, val, stored.test, stored.notes)
 
@@ -109,7 +118,8 @@ def limit_examples(data: Dataset, count: int) -> Dataset:
 
     train, val, test = (cut(split) for split in (data.train, data.val, data.test))
     sample = sample_of(train)
-    spec = data.spec._replace(**counts(train, val, test), sample=sample)
+    labels = count_labels(train, data.spec.fields)
+    spec = data.spec._replace(**counts(train, val, test), sample=sample, label_counts=labels)
     return data._replace(spec=spec, train=train, val=val, test=test)
 
 
@@ -141,7 +151,11 @@ def limit_labels(
     if keep_unlabelled:
         return _with_labelled(data, chosen)
     train = take(data.train, chosen)
-    spec = data.spec._replace(num_train=len(chosen), sample=sample_of(train))
+    spec = data.spec._replace(
+        num_train=len(chosen),
+        sample=sample_of(train),
+        label_counts=count_labels(train, data.spec.fields),
+    )
     return data._replace(spec=spec, train=train)
 
 
@@ -177,6 +191,7 @@ def _with_labelled(data: Dataset, chosen: np.ndarray) -> Dataset:
         fields={**data.spec.fields, "labelled": Field((), "bool", "flag")},
         sample=sample_of(train),
         num_unlabelled=len(label) - len(chosen),
+        label_counts=count_labels(train, data.spec.fields),
     )
     return data._replace(spec=spec, train=train, val=val, test=test)
 

@@ -13,7 +13,8 @@ class Loss(NamedTuple):
 
     Attributes:
         total: () float32, the sum over the counted units: examples, objects or pixels.
-        count: () float32, the number of units in the whole batch; may be 0.
+        count: () float32, the number of units in the whole batch, or the sum of their weights; may
+            be 0.
         each: (b,) float32, the loss of each example, for `config.select`; None: not known.
     """
 
@@ -22,13 +23,23 @@ class Loss(NamedTuple):
     each: jax.Array | None = None
 
     def mean(self) -> jax.Array:
-        """Returns total / max(count, 1), the value whose gradient a step follows."""
-        return self.total / jnp.maximum(self.count, 1)
+        """Returns total / count, or total where the count is 0: a step follows its gradient."""
+        return self.total / jnp.where(self.count > 0, self.count, 1)
 
 
-def of_examples(each: jax.Array) -> Loss:
-    """Returns the loss of a batch from the losses (b,) of its examples, all of weight 1."""
-    return Loss(each.sum(), jnp.float32(len(each)), each)
+def of_examples(each: jax.Array, weight: jax.Array | None = None) -> Loss:
+    """Returns the loss of a batch from the losses (b,) of its examples.
+
+    With weights w the loss is sum w l / sum w, as torch's CrossEntropyLoss(weight=w) computes it.
+
+    Args:
+        each: (b,) float32.
+        weight: (b,) float32; None: all of weight 1.
+    """
+    if weight is None:
+        return Loss(each.sum(), jnp.float32(len(each)), each)
+    each = weight * each
+    return Loss(each.sum(), weight.sum(), each)
 
 
 def cross_entropy(

@@ -13,7 +13,9 @@ import optax
 from cv_jax.augment.resizing import make_stages, size_at
 from cv_jax.config import durations
 from cv_jax.data import DataSpec
+from cv_jax.learn.accumulation import make_gradient
 from cv_jax.learn.losses import Loss
+from cv_jax.models import compute_dtype
 from cv_jax.models.layers import frozen_statistics
 from cv_jax.optim.optimizers import Optimizer, make_optimizer
 from cv_jax.optim.selection import Select
@@ -59,6 +61,7 @@ def make_training(
     select: Select | None = None,
     finish: Callable[[TrainState], TrainState] = lambda state: state,
     update: Callable[[Optimizer, Stage], Step] | None = None,
+    prepare: Callable[[dict, jax.Array], dict] | None = None,
 ) -> Training:
     """Builds the step that `config.optim` and `config.progressive_resizing` describe.
 
@@ -72,6 +75,8 @@ def make_training(
         finish: changes the new state at the end of each step.
         update: (optimizer, stage) -> step, instead of `loss`, for a task with an update of its
             own, for example of two networks. `apply_gradients` is the building block.
+        prepare: (batch, key) -> the batch for `loss`, see `gradient_step`. A task without it must
+            not read `config.accumulate`.
     """
     total_steps = durations.total_steps(config, spec.num_train)
     sizes = make_stages(config.progressive_resizing, total_steps)
@@ -86,7 +91,7 @@ def make_training(
             with frozen_statistics(optimizer.frozen):
                 return loss(params, model_state, batch, key, stage.size)
 
-        return gradient_step(loss_of_stage, optimizer.tx, select)
+        return gradient_step(loss_of_stage, optimizer.tx, select, prepare, config.accumulate)
 
     update = update or follow_gradient
     steps = [_then(finish, update(optimizer, stage)) for stage in stages]
@@ -98,10 +103,19 @@ def make_training(
         rates = {name: (rate, jnp.float32(1)) for name, rate in optimizer.lr(state.step).items()}
         return new, {**metrics, **rates}
 
-    notes = [f"model   {config.model}: {_num_values(params):,} parameters", optimizer.report]
+    notes = [
+        f"model   {config.model}: {_num_values(params):,} parameters",
+        _dtype_note(compute_dtype(config.dtype)),
+        optimizer.report,
+    ]
     if len(sizes) > 1:
         shown = [f"{s.size or 'all'} from step {s.start}" for s in sizes]
         notes.append(f"pixels  a side: {', '.join(shown)}")
+    if config.accumulate > 1:
+        notes.append(
+            f"batch   accumulates {config.accumulate} microbatches a step; batch normalisation, "
+            "where there is some, sees one at a time"
+        )
     notes += _long_warmups(config.optim, to_steps, total_steps)
     return Training(optimizer.tx, train_step, starts, notes)
 
@@ -110,6 +124,8 @@ def gradient_step(
     loss: Callable[..., tuple[Loss, tuple[Any, dict]]],
     tx: optax.GradientTransformation,
     select: Select | None = None,
+    prepare: Callable[[dict, jax.Array], dict] | None = None,
+    accumulate: int = 1,
 ) -> Step:
     """Builds the step that follows the gradient of the loss over the whole batch, sum / count.
 
@@ -117,17 +133,17 @@ def gradient_step(
         loss: (params, model_state, batch, key) -> (Loss, (model_state, {metric: (sum, count)})).
         tx: the optimizer.
         select: chooses the examples of a batch to train on; None: all.
+        prepare: (batch, key) -> the batch for `loss`, once for the whole batch: what augmentation
+            draws then does not depend on `accumulate`. None: unchanged.
+        accumulate: the number of microbatches that the batch is cut into, see `make_gradient`.
     """
+    gradient = make_gradient(loss, accumulate)
 
     def step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
         if select:
             batch = select(batch, state.last_loss)
-
-        def mean_loss(params):
-            found, aux = loss(params, state.model_state, batch, key)
-            return found.mean(), (found, aux)
-
-        grads, (found, aux) = jax.grad(mean_loss, has_aux=True)(state.params)
+        prepared = prepare(batch, key) if prepare else batch
+        grads, found, aux = gradient(state.params, state.model_state, prepared, key)
         model_state, metrics = aux
         params, opt_state = apply_gradients(tx, grads, state)
         last_loss = None
@@ -185,6 +201,16 @@ def keep_if_finite(state: TrainState, new: TrainState, metrics: dict) -> tuple[T
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics)
     skipped = jnp.where(finite, jnp.float32(0), jnp.float32(1))
     return kept, {**metrics, "skipped": (skipped, jnp.float32(1))}
+
+
+def _dtype_note(dtype: jnp.dtype) -> str:
+    """Returns the note that says where the compute dtype is used, and where float32."""
+    if dtype == jnp.float32:
+        return "dtype   float32"
+    return (
+        f"dtype   {dtype.name} in the layers of the model; float32 for parameters, gradients, "
+        "optimizer, statistics of normalisation, logits and losses"
+    )
 
 
 def _num_values(params: Any) -> int:

@@ -123,13 +123,23 @@ def num_sharing(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in _BATCH)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError where a batch does not divide evenly over the devices that share it."""
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises UserError unless each microbatch divides evenly over the devices that share it.
+
+    Args:
+        batch_size: the number of examples in a step.
+        mesh: the devices.
+        accumulate: the number of microbatches in a step.
+    """
     sharing = num_sharing(mesh)
-    if batch_size % sharing:
-        lower = batch_size - batch_size % sharing
-        nearest = [str(size) for size in (lower, lower + sharing) if size]
+    parts = sharing * accumulate
+    if batch_size % parts:
+        lower = batch_size - batch_size % parts
+        nearest = [str(size) for size in (lower, lower + parts) if size]
+        over = f"{sharing} device{'s' * (sharing > 1)}"
+        if accumulate > 1:
+            over = f"config.accumulate={accumulate} microbatches on {over}"
         raise UserError(
-            f"config.batch_size={batch_size} does not divide over {sharing} devices; "
+            f"config.batch_size={batch_size} does not divide over {over}; "
             f"set a size that does: {', '.join(nearest)}."
         )

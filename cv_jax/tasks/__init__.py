@@ -109,6 +109,8 @@ class Panel(NamedTuple):
 
 # Config keys that only some tasks read. For any other task a value without effect is an error.
 OPTIONAL = (
+    "accumulate",
+    "class_weights",
     "data.keep_unlabelled",
     "data.normalize_by",
     "label_smoothing",

@@ -243,7 +243,7 @@ def examine(
         DoesNotFit: a program with its data is too large for the chip.
     """
     chip, devices = find_devices(topology)
-    check_batch_size(config.batch_size, make_mesh(devices=devices))
+    check_batch_size(config.batch_size, make_mesh(devices=devices), config.accumulate)
     report = {
         "config": config.to_dict(),
         "topology": topology,

@@ -46,10 +46,11 @@ def step_flops(task: Task, batch: dict, step: int) -> int:
 
 def training_flops(task: Task, batch: dict, steps: int) -> int:
     """FLOPs of a training of so many steps: those of each stage's step, times its length."""
-    ends = [*task.stages[1:], steps]
+    stages = [start for start in task.stages if start < steps]
+    ends = [*stages[1:], steps]
     return sum(
         (end - start) * step_flops(task, batch, start)
-        for start, end in zip(task.stages, ends, strict=True)
+        for start, end in zip(stages, ends, strict=True)
     )
 
 

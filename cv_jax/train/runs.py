@@ -119,7 +119,7 @@ def make_runs(config: ml_collections.ConfigDict) -> Runs:
     seeds = range(config.seed, config.seed + config.num_seeds)
     names = run_names(config, sweep)
     mesh = make_mesh(len(names), config.mesh)
-    check_batch_size(config.batch_size, mesh)
+    check_batch_size(config.batch_size, mesh, config.accumulate)
     keys = jax.tree.map(lambda *keys: jnp.stack(keys), *map(derive_keys, seeds))
     keys = jax.tree.map(lambda keys: jnp.tile(keys, len(sweep.settings)), keys)
     values = jax.tree.map(lambda x: np.repeat(x, len(seeds)), sweep.values)

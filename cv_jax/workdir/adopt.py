@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "steps",
     "log_every",
     "eval_every",
+    "patience",
     "checkpoint_every",
     "histograms_every",
     "keep_checkpoints",

@@ -20,6 +20,7 @@ from cv_jax.workdir.adopt import adopt_workdir
 from cv_jax.workdir.checkpoints import Checkpoints
 from cv_jax.workdir.log import Log
 from cv_jax.workdir.metric import Metric
+from cv_jax.workdir.patience import Patience
 from cv_jax.workdir.result import finished_result, write_data, write_environment, write_result
 from cv_jax.workdir.storage import storage_errors
 
@@ -43,7 +44,7 @@ class Workdir:
         config: the config of the runs.
         data: the splits.
         task: what is measured, and which metric ranks.
-        intervals: the length of the training, in steps.
+        intervals: the length of the training and its patience, in steps.
         clock: of the program; counts "save".
 
     Attributes:
@@ -67,17 +68,18 @@ class Workdir:
         self._path, self._config, self._data, self._task = path, config, data, task
         self._intervals, self._clock = intervals, clock
         self._sweep = make_sweep(config)
+        self._metric = task.metrics.get(task.headline, Metric())
+        self._patience = Patience(intervals.patience, self._metric)
         self._window: dict[str, Any] = {}
         self._start_step = 0
         self.changes: list[str] = []
         self.val_is_due = False
 
     def __enter__(self) -> "Workdir":
-        metric = self._task.metrics.get(self._task.headline, Metric())
         with contextlib.ExitStack() as stack:
             stack.enter_context(storage_errors(self._path))
             self._checkpoints = stack.enter_context(
-                Checkpoints(self._path, self._config.keep_checkpoints, metric)
+                Checkpoints(self._path, self._config.keep_checkpoints, self._metric)
             )
             # Ends before the checkpoints wait for the lost process.
             stack.enter_context(lost_process_ends_this())
@@ -104,13 +106,21 @@ class Workdir:
         state, progress = restored
         self._clock.add(progress["seconds"])
         self._window = progress["window"]
+        if "patience" in progress:  # which older code did not save
+            self._patience.restore(progress["patience"])
         self.val_is_due = progress.get("val_is_due", False)
         self._start_step = int(state.step)
         return state
 
     def finished(self) -> dict[str, Any] | None:
         """Returns the result of a complete training; None where steps are left."""
-        return finished_result(self._path, self._start_step, self._intervals.total)
+        return finished_result(self._path, self._start_step, self._resumed_intervals().total)
+
+    def _resumed_intervals(self) -> Intervals:
+        """Returns the intervals; of a run that has ended early, the total is the steps it made."""
+        if not self.is_over():
+            return self._intervals
+        return self._intervals._replace(total=min(self._start_step, self._intervals.total))
 
     def write_environment(self) -> None:
         """Writes env.json, or checks that a resumed run finds the environment of its start."""
@@ -126,7 +136,7 @@ class Workdir:
                 self._data.spec,
                 run_names(self._config, self._sweep),
                 self._start_step,
-                self._intervals,
+                self._resumed_intervals(),
                 self._task.metrics,
                 self._task.headline,
                 self._window,
@@ -135,6 +145,25 @@ class Workdir:
             )
         )
         return self._log
+
+    def evals(self, step: int, val: Mapping[str, np.ndarray] | None) -> None:
+        """Logs the evaluation on val at a step, see `save`; `is_over` takes it into account."""
+        self._log.evals(step, "val", val)
+        self._patience.add(step, (val or {}).get(self._task.headline))
+
+    def is_over(self) -> bool:
+        """Returns whether the training ends early, as `config.patience` says."""
+        return self._patience.is_over()
+
+    def end(self, step: int) -> int:
+        """Takes the number of steps made, and returns it. Prints a line if the run ended early."""
+        self._steps = step
+        if self._steps < self._intervals.total:
+            self._log.line(
+                f"stopped early at step {step:,}: no improvement on val since step "
+                f"{self._patience.improved:,}; the result is of step {step:,}"
+            )
+        return step
 
     def save(self, state: Any, val: Mapping[str, np.ndarray] | None) -> None:
         """Saves a checkpoint.
@@ -145,7 +174,11 @@ class Workdir:
                 it short, so that it is due when the run resumes.
         """
         self._log.save()
-        progress = {"seconds": self._clock.read(), "window": self._log.window()}
+        progress = {
+            "seconds": self._clock.read(),
+            "window": self._log.window(),
+            "patience": self._patience.to_json(),
+        }
         if val is None:
             progress["val_is_due"] = True
         with self._clock("save"):
@@ -154,7 +187,7 @@ class Workdir:
     def catch_up(self, val: Mapping[str, np.ndarray] | None) -> None:
         """Takes the evaluation on val that was due; None where it was cut short once more."""
         if val is not None:
-            self._log.evals(self._start_step, "val", val)
+            self.evals(self._start_step, val)
             self._log.row()
             self._checkpoints.rank(self._start_step, val.get(self._task.headline))
 
@@ -175,15 +208,21 @@ class Workdir:
                 self._config,
                 self._data.spec,
                 self._sweep.settings,
-                self._intervals.total,
+                self._steps,
                 sums,
                 flops,
                 self._clock.read(),
                 self._task.metrics,
                 self._task.headline,
                 self._baseline(sums),
+                self._stopped_early(),
                 broken,
             )
+
+    def _stopped_early(self) -> dict[str, int] | None:
+        if self._steps == self._intervals.total:
+            return None
+        return {"planned_steps": self._intervals.total, "last_improved": self._patience.improved}
 
     def _baseline(self, sums: dict[str, dict]) -> dict[str, dict[str, float]] | None:
         """Returns split -> {metric: number} of the task's trivial predictor, where it has one."""

@@ -212,6 +212,7 @@ def write_result(
     metrics: Mapping[str, Metric],
     headline: str,
     baseline: dict[str, dict[str, float]] | None = None,
+    stopped_early: dict[str, int] | None = None,
     broken_images: int = 0,
 ) -> dict[str, Any]:
     """Writes result.json, and sweep.png for a sweep. Returns the content of result.json.
@@ -231,6 +232,8 @@ def write_result(
         seconds: of all runs, see `clock.CLOCKS`.
         metrics, headline: what the task measures and which metric ranks, see `tasks.Task`.
         baseline: split -> {metric: number} of a trivial predictor; None where there is none.
+        stopped_early: the planned steps and the step of the last improvement on val; None where
+            the training had its whole length.
         broken_images: that this process could not decode during the run.
     """
     commit, dirty = git_commit()
@@ -274,6 +277,8 @@ def write_result(
         "dirty": dirty,
         "device": device_name(),
     }
+    if stopped_early:
+        result["stopped_early"] = stopped_early
     if config.sweep:
         result["best"] = settings[best]
         result["sweep"] = [

@@ -9,6 +9,7 @@ import numpy as np
 
 from cv_jax.augment.resizing import resize_images
 from cv_jax.data import DataSpec
+from cv_jax.learn.class_weights import example_weights, make_class_weights
 from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.initial import make_initial
 from cv_jax.learn.inputs import make_augmented, make_normalize, to_unit
@@ -34,10 +35,15 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     initial = make_initial(config, model, normalize, spec)
     views = find_tta(config.tta)
     select = make_select(config.select)
+    class_weights = make_class_weights(config.class_weights, spec)
+    weight_of = partial(example_weights, class_weights)
 
-    def loss(params, model_state, batch, key, size):
-        augment_key, dropout_key = jax.random.split(key)
-        mixed = augmented(batch, augment_key)
+    def augment(batch, key):
+        augment_key, _ = jax.random.split(key)
+        return augmented(batch, augment_key)
+
+    def loss(params, model_state, mixed, key, size):
+        _, dropout_key = jax.random.split(key)
         (logits, _), model_state = model.apply(
             {"params": params, **model_state},
             normalize(resize_images(mixed["image"], size)),
@@ -45,17 +51,18 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             mutable=list(model_state),
             rngs={"dropout": dropout_key},
         )
-        found = of_examples(cross_entropy(logits, mixed["label"], config.label_smoothing))
+        each = cross_entropy(logits, mixed["label"], config.label_smoothing)
+        found = of_examples(each, weight_of(mixed["label"]))
         correct = logits.argmax(-1) == mixed["label"].argmax(-1)
         return found, (
             model_state,
             {
                 "loss": (found.total, found.count),
-                "accuracy": (correct.sum(dtype=jnp.float32), found.count),
+                "accuracy": (correct.sum(dtype=jnp.float32), jnp.float32(len(each))),
             },
         )
 
-    training = make_training(config, spec, initial.shapes["params"], loss, select)
+    training = make_training(config, spec, initial.shapes["params"], loss, select, prepare=augment)
 
     def init(key: jax.Array) -> TrainState:
         variables = initial.draw(key)
@@ -83,6 +90,9 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     notes = [*training.notes, *initial.notes]
     if select:
         notes.append(f"select  {config.select}; training metrics are of the selected examples")
+    if class_weights is not None:
+        low, high = class_weights.min(), class_weights.max()
+        notes.append(f"weights {low:.3g} to {high:.3g} of the classes in the training loss")
     return Task(
         init=init,
         train_step=training.train_step,
@@ -99,7 +109,15 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         preview=augmented,
         notes=notes,
         needs=("image", "label"),
-        reads=("data.normalize_by", "label_smoothing", "progressive_resizing", "select", "tta"),
+        reads=(
+            "accumulate",
+            "class_weights",
+            "data.normalize_by",
+            "label_smoothing",
+            "progressive_resizing",
+            "select",
+            "tta",
+        ),
         stages=training.stages,
         features=lambda state, batch: apply(state, batch["image"])[1],
         predict=lambda state, batch: {"logits": logits_of(state, batch["image"], views)},

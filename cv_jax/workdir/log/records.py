@@ -16,7 +16,8 @@ def open_jsonl(path: Path, start_step: int, total: int, val_is_due: bool = False
         path: of the file.
         start_step: steps already made.
         total: steps of the whole training; its final evaluation comes again.
-        val_is_due: whether the evaluation on val at `start_step` comes again.
+        val_is_due: whether the evaluation on val at `start_step` comes again, and with it a final
+            evaluation there.
     """
     if path.exists():
         kept = []
@@ -24,7 +25,7 @@ def open_jsonl(path: Path, start_step: int, total: int, val_is_due: bool = False
             try:
                 record = json.loads(line)
                 final = record["step"] == total and record["split"].startswith("final_")
-                again = val_is_due and (record["step"], record["split"]) == (start_step, "val")
+                again = val_is_due and record["step"] == start_step and record["split"] != "train"
                 if record["step"] <= start_step and not final and not again:
                     kept.append(line.decode())
             except (ValueError, KeyError, TypeError, AttributeError):
