@@ -182,7 +182,8 @@ def says(write, change, allow=never, metadata=None):
 def test_what_does_not_fit_is_named(write):
     missing = says(write, lambda arrays: arrays.pop("blocks.1.mlp.fc1.bias"))
     assert "1 parameter does not fit: block2/dense1/bias is missing in RUN. Choose" in missing
-    assert "config.model=\"vit_s16(pool='token', positions='learned')\", or allow" in missing
+    fits = "the config.model of a ViT of timm, vit_s16(pool='token', positions='learned')"
+    assert f"{fits}, or allow the differences" in missing
     extra = says(write, lambda arrays: arrays.update({"fc_norm.weight": np.ones(8)}))
     assert "1 parameter does not fit: fc_norm.weight is only in RUN. Choose" in extra
     wide = says(write, lambda arrays: arrays.update({"head.bias": np.ones(7, np.float32)}))
@@ -193,7 +194,9 @@ def test_what_does_not_fit_is_named(write):
 
 def test_an_unknown_network_is_refused_by_some_of_its_names(write):
     message = says(write, lambda arrays: arrays.pop("patch_embed.proj.weight"))
-    assert "its arrays, such as blocks.0.attn.proj.bias, blocks.0.attn.proj.weight, " in message
+    assert (
+        "the file's arrays, such as blocks.0.attn.proj.bias, blocks.0.attn.proj.weight, " in message
+    )
     assert "are not those of cv_jax.tools.export, a ResNet of torchvision or timm or a V" in message
     # A card says that the file is of cv_jax.tools.export.
     card = json.dumps({"run": "seed=0", "steps": 3})
@@ -203,7 +206,7 @@ def test_an_unknown_network_is_refused_by_some_of_its_names(write):
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
 def test_a_pickle_file_is_not_opened(tmp_path, suffix):
-    message = r"net\.\w+: a pickle file may execute code, and is not read\. .*torch\.save_file\("
+    message = r"net\.\w+ is a pickle file, which may execute code; .*torch\.save_file\("
     with pytest.raises(UserError, match=message):
         take_over(f"{tmp_path}/net.{suffix}", {"params": {}}, never, never)
 

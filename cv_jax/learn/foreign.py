@@ -24,7 +24,7 @@ class Family(NamedTuple):
         known_by: names of arrays that every network of the family has.
         rows: (regex of a layer there, the layer here, kind of the layer). The layer here may refer
             to groups of the regex: "\\2+1" is the number in group 2, plus 1.
-        model: a value of config.model that such a network fits.
+        model: the values of config.model that such networks fit, in words.
         inputs: the value of config.data.normalize_by that most such networks were trained with.
         prepare: arrays there -> arrays there, where single arrays have no counterpart here.
     """
@@ -91,7 +91,7 @@ FAMILIES = {
             (rf"{_BLOCK}\.downsample\.1", r"group\1_block\2+1/shortcut_norm", NORM),
             (r"fc", r"head", DENSE),
         ),
-        model="resnet50(stem='imagenet')",
+        model="resnet18(stem='imagenet') or resnet50(stem='imagenet')",
         inputs="imagenet",
     ),
     "a ViT of timm": Family(
@@ -140,7 +140,7 @@ def translate(arrays: Arrays) -> tuple[str, Arrays]:
     if not names:
         first = ", ".join(sorted(arrays)[:4])
         raise UserError(
-            f"its arrays, such as {first}, are not those of cv_jax.tools.export, "
+            f"the file's arrays, such as {first}, are not those of cv_jax.tools.export, "
             f"{' or '.join(FAMILIES)}. Rename the arrays as cv_jax/learn/foreign.py lists them."
         )
     family = FAMILIES[names[0]]

@@ -169,7 +169,7 @@ def take_over(
         do = "parameter does" if len(problems) == 1 else "parameters do"
         instead = "a subtree, for example RUN:backbone"
         if family:
-            instead = f'the network of the file, for example config.model="{family.model}"'
+            instead = f"the config.model of {name}, {family.model}"
         raise UserError(
             f"config.init_from={init_from!r}: {len(problems)} {do} not fit: "
             f"{shown}. Choose {instead}, or allow the differences by a "

@@ -93,8 +93,8 @@ def read_variables(source: epath.Path) -> Variables:
     """
     if source.suffix in PICKLED:
         raise UserError(
-            f"{source}: a pickle file may execute code, and is not read. Write a safetensors file "
-            "once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            f"{source.name} is a pickle file, which may execute code; such files are not read. "
+            "Convert it once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
             "'NAME.safetensors')."
         )
     if source.suffix != ".safetensors":
@@ -104,10 +104,7 @@ def read_variables(source: epath.Path) -> Variables:
         card = _card(source, metadata)
         variables = Variables(card["run"], card["steps"], arrays)
     else:
-        try:
-            name, arrays = translate(arrays)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
+        name, arrays = translate(arrays)
         variables = Variables(name, None, arrays)
     check_finite(arrays, variables.name, source)
     return variables
