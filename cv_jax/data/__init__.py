@@ -5,7 +5,15 @@ that returns `Stored`, found by `load.py`.
 """
 
 from cv_jax.data.dataset import Dataset, DataSpec, Stored
-from cv_jax.data.fields import Examples, Field, image_field, label_field, points_field
+from cv_jax.data.fields import (
+    Examples,
+    Field,
+    image_field,
+    label_field,
+    labels_field,
+    points_field,
+    values_field,
+)
 from cv_jax.data.load import load_dataset
 
 __all__ = [
@@ -16,6 +24,8 @@ __all__ = [
     "Stored",
     "image_field",
     "label_field",
+    "labels_field",
     "load_dataset",
     "points_field",
+    "values_field",
 ]

@@ -79,7 +79,7 @@ def _field_problem(name: Any, field: Any) -> str | None:
         return f"fields[{name!r}] must be a cv_jax.data.fields.Field, not {type(field).__name__}"
     if field.kind not in KINDS:
         return f"fields[{name!r}] has the unknown kind {field.kind!r}; there are {', '.join(KINDS)}"
-    if (name == "image" and field.kind != "image") or (name == "label" and field.kind != "label"):
+    if name in ("image", "label", "labels") and field.kind != name:
         return f"fields[{name!r}] must be of the kind {name!r}, not {field.kind!r}"
     is_image = len(field.shape) == 3 and 0 not in field.shape and field.shape[-1] <= 4
     if field.kind == "image" and not is_image:
@@ -87,9 +87,17 @@ def _field_problem(name: Any, field: Any) -> str | None:
             f"the images {name!r} have the shape {tuple(field.shape)} and not (h, w, c) with 1 to "
             "4 channels; add a channel to grey images with [..., None]"
         )
-    if field.kind == "label" and not field.names:
+    if field.kind in ("label", "labels") and not field.names:
         return f"fields[{name!r}] needs names of its classes, such as ('cat', 'dog')"
-    return _names_problem(name, field.names)
+    if problem := _names_problem(name, field.names):
+        return problem
+    wanted = (len(field.names),), "bool"
+    if field.kind == "labels" and (tuple(field.shape), field.dtype) != wanted:
+        return (
+            f"fields[{name!r}] has the shape {tuple(field.shape)} and the dtype {field.dtype}, but "
+            f"its {len(field.names)} classes need {wanted[0]} and bool; use labels_field(names)"
+        )
+    return None
 
 
 def _names_problem(name: str, names: Any) -> str | None:

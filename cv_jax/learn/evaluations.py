@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Probe(NamedTuple):
     """An evaluation of features by a predictor that is fitted on labelled training images.
@@ -38,3 +40,27 @@ class Collected(NamedTuple):
     start: Callable[[], Any]
     add: Callable[[Any, dict, dict], Any]
     finish: Callable[[Any], dict[str, float]]
+
+
+def gather(
+    predict: Callable[[Any, dict], dict],
+    prediction: str,
+    field: str,
+    finish: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+) -> Collected:
+    """Returns the evaluation of one prediction of all examples beside one of their fields.
+
+    Args:
+        predict: see `Collected`.
+        prediction: the name of a prediction (b, ...).
+        field: the name of a field.
+        finish: (predictions (m, ...), values of the field (m, ...)) -> {metric: number}.
+    """
+
+    def add(fold, predictions, examples):
+        return [*fold, (predictions[prediction], examples[field])]
+
+    def finish_all(fold):
+        return finish(*(np.concatenate(parts) for parts in zip(*fold, strict=True)))
+
+    return Collected(predict, list, add, finish_all)

@@ -38,7 +38,11 @@ class Initial(NamedTuple):
 
 
 def make_initial(
-    config: ml_collections.ConfigDict, model: nn.Module, normalize: Callable, spec: DataSpec
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    normalize: Callable,
+    spec: DataSpec,
+    num_outputs: int | None = None,
 ) -> Initial:
     """Returns the initial variables: random, from training images, or from `config.init_from`.
 
@@ -48,6 +52,7 @@ def make_initial(
             or of its `backbone` returns parameters that replace random ones.
         normalize: see `inputs.make_normalize`.
         spec: describes the data set.
+        num_outputs: the width of the model's head; None: the number of classes.
 
     Raises:
         UserError: `config.init_from` does not fit, see `take_over`.
@@ -61,7 +66,8 @@ def make_initial(
         return {**drawn, "params": unflatten_dict(params)}
 
     whole = not hasattr(model, "backbone")  # the model itself, with its head
-    path, num_classes = ((), spec.num_classes) if whole else (("backbone",), 0)
+    num_outputs = spec.num_classes if num_outputs is None else num_outputs
+    path, num_classes = ((), num_outputs) if whole else (("backbone",), 0)
     with checked_outputs(config.model, path, num_classes):
         shapes = jax.eval_shape(draw, jax.random.key(0))
     allow, anew = (_matcher(config, key) for key in ("init_allow", "init_anew"))

@@ -22,7 +22,8 @@ def to_unit(image: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 def make_augmented(text: str, fields: Mapping[str, Field]) -> Callable[[dict, jax.Array], dict]:
     """Returns (batch, key) -> augmented batch.
 
-    Images and clips become float32 in [0, 1], labels one-hot probabilities (b, n).
+    Images and clips become float32 in [0, 1], a label one-hot probabilities (b, n), and labels of
+    several classes 0 or 1 in float32.
 
     Args:
         text: the value of `config.augment`, see `augment.make_augment`.
@@ -41,6 +42,8 @@ def make_augmented(text: str, fields: Mapping[str, Field]) -> Callable[[dict, ja
 def _prepared(x: jax.Array, field: Field) -> jax.Array:
     if field.kind in ("image", "clip"):
         return to_unit(x)
+    if field.kind == "labels":
+        return x.astype(np.float32)
     return jax.nn.one_hot(x, len(field.names)) if field.kind == "label" else x
 
 

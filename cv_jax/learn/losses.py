@@ -65,6 +65,46 @@ def cross_entropy(
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), smooth)
 
 
+def binary_cross_entropy(
+    logits: jax.Array, labels: jax.Array, label_smoothing: ArrayLike = 0.0
+) -> jax.Array:
+    """Computes the sum over classes of the binary cross-entropies, in nats.
+
+        y' = (1 - label_smoothing) * y + label_smoothing / 2
+        loss = -sum_n [ y'_n log sigmoid(l_n) + (1 - y'_n) log sigmoid(-l_n) ]
+
+    The arithmetic is float32. Each class has its own yes or no, with even odds as the target of
+    the smoothing. Source: L. Beyer et al., "Are we done with ImageNet?",
+    https://arxiv.org/abs/2006.07159, section 5, summed over classes as in big_vision's
+    `sigmoid_xent`; libraries that average over classes have a loss n times as small.
+
+    Args:
+        logits: (b, n), of any float type.
+        labels: (b, n) float32 in [0, 1], for example mixed by mixup.
+        label_smoothing: 0 to 1; may be traced.
+
+    Returns:
+        (b,) float32.
+    """
+    smooth = (1 - label_smoothing) * labels + label_smoothing / 2
+    return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), smooth).sum(-1)
+
+
+def huber(error: jax.Array, delta: ArrayLike = 1.0) -> jax.Array:
+    """Computes the Huber loss of errors (b, k), the mean over k.
+
+        error^2                     where |error| <= delta
+        delta (2 |error| - delta)   elsewhere
+
+    It is twice that of P. J. Huber, "Robust Estimation of a Location Parameter", 1964, so that it
+    is the squared error for small errors.
+
+    Returns:
+        (b,) float32.
+    """
+    return 2 * optax.huber_loss(error.astype(jnp.float32), delta=delta).mean(-1)
+
+
 def squared_error(drawn: jax.Array, image: jax.Array, weight: jax.Array) -> jax.Array:
     """Computes the mean of weight * (drawn - image)^2 over each image's pixels and channels.
 

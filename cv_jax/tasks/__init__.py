@@ -17,7 +17,7 @@ from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError, describe
 from cv_jax.config.names import find
 from cv_jax.data import DataSpec
-from cv_jax.data.fields import num_examples, take
+from cv_jax.data.fields import Field, num_examples, take
 from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.workdir.metric import Metric
 
@@ -146,10 +146,7 @@ def build_task(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
 def _problem(config: ml_collections.ConfigDict, spec: DataSpec, task: Task) -> str | None:
     for name in task.needs:
         if name not in spec.fields:
-            return (
-                f"config.task={config.task!r} needs the field {name!r}, and the data set "
-                f"{spec.name!r} has {', '.join(spec.fields)}: choose another config.data.name."
-            )
+            return _missing(config, spec, name)
     default = base_config()
     for key in OPTIONAL:
         value, unused = (_leaf(c, key) for c in (config, default))
@@ -164,6 +161,30 @@ def _problem(config: ml_collections.ConfigDict, spec: DataSpec, task: Task) -> s
             f"metrics. Choose one of: {', '.join(task.metrics)}."
         )
     return None
+
+
+def _missing(config: ml_collections.ConfigDict, spec: DataSpec, name: str) -> str:
+    return (
+        f"config.task={config.task!r} needs the field {name!r}, and the data set "
+        f"{spec.name!r} has {', '.join(spec.fields)}: choose another config.data.name."
+    )
+
+
+def find_field(config: ml_collections.ConfigDict, spec: DataSpec, name: str, kind: str) -> Field:
+    """Returns the field of this name, for a task that needs it to be built.
+
+    Raises:
+        UserError: the data set has no such field, or the field is of another kind.
+    """
+    if name not in spec.fields:
+        raise UserError(_missing(config, spec, name))
+    field = spec.fields[name]
+    if field.kind != kind:
+        raise UserError(
+            f"config.task={config.task!r} needs the field {name!r} of the kind {kind!r}, and that "
+            f"of the data set {spec.name!r} is of the kind {field.kind!r}: rename the field."
+        )
+    return field
 
 
 def _leaf(config: ml_collections.ConfigDict, key: str) -> Any:
