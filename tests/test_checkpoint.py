@@ -1,6 +1,8 @@
 """What is saved comes back to the bit; a damaged checkpoint costs one interval, not the run."""
 
 import errno
+import json
+import zlib
 
 import chex
 import jax
@@ -88,6 +90,20 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     assert _steps(tmp_path) == ["3"]
 
 
+def test_one_finite_run_is_enough_to_save(tmp_path):
+    def state(step, kernel, bias):
+        params = {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}
+        return _state(step).replace(params=params)
+
+    nan = jnp.nan
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(state(3, [[1, 2], [nan, 4]], [1, 2]), {}, None)
+        checkpoints.save(state(4, [[1, 2], [3, 4]], [nan, 2]), {}, None)
+        with pytest.raises(UserError, match="not finite after step 5"):  # another array each
+            checkpoints.save(state(5, [[1, 2], [nan, 4]], [nan, 2]), {}, None)
+    assert _steps(tmp_path) == ["3", "4"]
+
+
 def _in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -111,6 +127,17 @@ def test_a_damaged_checkpoint_is_named_and_kept_aside(damage, pattern, tmp_path,
     assert "Checkpoint 5" in said
     assert "Traceback" not in said
     assert _steps(tmp_path) == ["3", "broken-5"]
+
+
+def test_checksums_are_the_crc_32_of_every_file(tmp_path):
+    """As in every checkpoint until now: another start value would call all of these damaged."""
+    _save(tmp_path, {3: None})
+    folder = tmp_path / "checkpoints" / "3"
+    checksums = json.loads((folder / "checksums.json").read_text())
+    files = {p for item in ("state", "progress") for p in (folder / item).rglob("*") if p.is_file()}
+    assert {folder / name for name in checksums} == files
+    for name, checksum in checksums.items():
+        assert checksum == zlib.crc32((folder / name).read_bytes()), name
 
 
 def test_a_step_can_be_damaged_again(tmp_path):

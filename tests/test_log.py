@@ -18,6 +18,7 @@ from cv_jax.runtime.mesh import make_mesh
 from cv_jax.workdir import figures as plot
 from cv_jax.workdir.log import Log
 from cv_jax.workdir.log.tensorboard import image_grid
+from cv_jax.workdir.log.window import Window
 from cv_jax.workdir.metric import Metric
 from tests.conftest import ROOT, random_dataset
 
@@ -107,6 +108,14 @@ def test_steps_that_count_nothing_are_no_skipped_and_no_diverged_ones(make_log, 
     (record,) = _records(tmp_path)
     assert list(record["values"]) == ["images_per_second"]
     assert "skipped" not in capsys.readouterr().out
+
+
+def test_the_speed_is_all_examples_over_all_seconds():
+    window = Window()
+    assert np.isnan(window.means("images")["images_per_second"]).all()  # before the first step
+    window.add(_metrics([4.0]), num_examples=30, seconds=2.0)
+    window.add(_metrics([2.0]), num_examples=20, seconds=0.5)
+    np.testing.assert_array_equal(window.means("images")["images_per_second"], [20.0])
 
 
 def test_a_resumed_log_forgets_the_steps_after_the_checkpoint(make_log, tmp_path):

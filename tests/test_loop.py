@@ -10,7 +10,7 @@ import pytest
 from cv_jax.config.base import base_config
 from cv_jax.config.plan import Intervals, make_intervals, plan_chunks
 from cv_jax.data.batches import make_batches
-from cv_jax.runtime.clock import Clock, Pace
+from cv_jax.runtime.clock import SLOW_SECONDS, Clock, Pace
 from cv_jax.runtime.keys import derive_keys
 from cv_jax.runtime.mesh import make_mesh, replicated
 from cv_jax.tasks import build_task
@@ -152,3 +152,11 @@ def test_pace_fills_half_a_second(monkeypatch):
     assert pace() == 1
     assert pace.finished(10) == pytest.approx(0.1)
     assert pace() in (49, 50)
+
+
+def test_a_step_is_slow_above_the_limit_or_before_it_is_measured():
+    pace = Pace()
+    assert pace.is_slow
+    for seconds, is_slow in ((0.001, False), (SLOW_SECONDS, False), (1.01 * SLOW_SECONDS, True)):
+        pace.seconds_per_step = seconds
+        assert pace.is_slow is is_slow, seconds

@@ -83,6 +83,7 @@ def test_the_largest_divisible_axis_of_large_parameters_is_divided():
         (1, 3, 3, 64, 128): spec("seed", None, None, None, "fsdp"),
         (1, 3, 3, 128, 64): spec("seed", None, None, "fsdp", None),
         (1, 128, 128): spec("seed", None, "fsdp"),  # of equal ones the last
+        (1, 1024, 63): spec("seed", "fsdp", None),  # the first of a parameter counts too
         (1, 128, 127): spec("seed"),  # smaller than what is divided
         (1, 1023, 1001): spec("seed"),  # not divisible
         (8, 1000): spec("seed"),  # the runs' axis does not count

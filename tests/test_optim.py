@@ -13,8 +13,9 @@ import pytest
 
 from cv_jax.config import durations
 from cv_jax.config.errors import UserError
-from cv_jax.optim.optimizers import ema_params, make_optimizer
+from cv_jax.optim.optimizers import ema_params, evaluated_params, make_optimizer
 from cv_jax.optim.schedules import make_schedule
+from cv_jax.optim.state import init_state
 
 TOTAL = 10
 SHAPES = {
@@ -493,6 +494,14 @@ def test_ema_of_averages_only_the_parameters_that_it_matches():
         assert not np.array_equal(whole[name], history[-1][name])
     with pytest.raises(UserError, match=r"config.optim.ema_of: '\(' is not a regular expression"):
         make(ema=0.5, ema_of="(")
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_average_is_evaluated_only_where_there_is_one(ema):
+    state = init_state(to_jax(START), {}, make(ema=ema).tx)
+    state = state.replace(params=jax.tree.map(lambda p: p + 1, state.params))  # the average lags
+    expected = START if ema else {name: p + 1 for name, p in START.items()}
+    assert_same(flatten(evaluated_params(make_config(ema=ema), state)), expected)
 
 
 def test_ema_changes_no_update():

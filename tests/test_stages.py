@@ -33,6 +33,7 @@ def test_stages_begin_at_their_share_of_the_steps():
             "size(24, until=1)",
             r"until=1 is not between 0 and 1.*size\(pixels: int",
         ),
+        ("size(24, until=0)", "until=0 is not between 0 and 1"),
         ("size(0, until=0.5)", "0 is not a number of pixels"),
         ("sise(24, until=0.5)", r"Unknown config\.progressive_resizing 'sise'.*'size'"),
     ],
