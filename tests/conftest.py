@@ -13,6 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 
 import train
 from configs import digits
@@ -20,6 +21,7 @@ from cv_jax.config.base import base_config
 from cv_jax.config.paths import expand
 from cv_jax.data import Dataset, DataSpec, Examples, image_field, label_field
 from cv_jax.data.batches import resident_batches
+from cv_jax.data.sources.digits import load_digits
 from cv_jax.models.ops import plain_lax
 from cv_jax.runtime.mesh import make_mesh
 from cv_jax.runtime.startup import cache_dir
@@ -86,6 +88,23 @@ def random_dataset(image_shape: tuple[int, int, int] = (8, 8, 1), num_classes: i
         sample=train,
     )
     return Dataset(spec, train, val, test)
+
+
+def write_class_folders(splits: dict[str, Examples], directory: Path) -> Path:
+    """Writes images as DIR/SPLIT/LABEL/NUMBER.png, whose order is theirs. Returns DIR."""
+    for split, examples in splits.items():
+        for i, (image, label) in enumerate(zip(examples["image"], examples["label"], strict=True)):
+            folder = directory / split / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = image if image.shape[-1] == 3 else image[..., 0]
+            Image.fromarray(pixels).save(folder / f"{i:05d}.png")
+    return directory
+
+
+def digits_folder(directory: Path) -> Path:
+    """Writes the digits as class folders."""
+    digits = load_digits()
+    return write_class_folders({"train": digits.train, "test": digits.test}, directory)
 
 
 def batch_shapes(batch_size: int) -> dict:

@@ -26,7 +26,7 @@ from cv_jax.runtime.processes import (
 )
 from cv_jax.train.agreement import of_program
 from cv_jax.trained.load import load_trained
-from tests.conftest import random_dataset
+from tests.conftest import digits_folder, random_dataset
 from tests.test_initial import flat, leave_run, ssl_config
 
 SMALL = ("--config.model=n94(widths=(8,))",)
@@ -82,10 +82,11 @@ def test_one_of_several_leaves_without_the_others(index, waits, monkeypatch):
 def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
     constant = ("--config.optim.schedule=constant", "--config.optim.warmup=0 steps")
     sgd = ("--config.optim.name=sgd", "--config.optim.lr=0.005", "--config.log_every=1 steps")
-    # A seed for each process, whose devices share its batches.
-    stopped = two.signalled(
-        tmp_path, 1, *SMALL, *constant, *sgd, "--config.num_seeds=2", rows=20, devices=2
-    )
+    # A seed for each process, whose devices share its batches and decode the files of their rows.
+    digits = digits_folder(tmp_path / "digits")
+    files = ("--config.data.name=folder", f"--config.data.dir={digits}")
+    arguments = [*SMALL, *constant, *sgd, *files, "--config.data.decode=always"]
+    stopped = two.signalled(tmp_path, 1, *arguments, "--config.num_seeds=2", rows=20, devices=2)
     workdir = tmp_path / "signalled-1"
     assert len(two.losses(workdir)) == stopped["step"]
     assert "Stopped by SIGTERM" in two.printed(workdir, 1)
@@ -98,6 +99,7 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
     config.log_every, config.checkpoint_every = "1 steps", "never"
     config.steps = stopped["step"] + 5
     train.run(config, tmp_path / "alone")
+    config.data.name, config.data.dir, config.data.decode = "folder", str(digits), "always"
     train.run(config, workdir)
     losses, alone = two.losses(workdir), two.losses(tmp_path / "alone")
     assert two.largest_difference(losses[:20], alone[:20]) < 1e-5

@@ -16,11 +16,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
+from cv_jax.data.sources import photos
 from cv_jax.runtime.signals import Stopped, StopRequest
 from cv_jax.train import evaluator
 from cv_jax.workdir import directory
 from cv_jax.workdir.log import Log
-from tests.conftest import ROOT
+from tests.conftest import ROOT, digits_folder
 
 pytestmark = pytest.mark.slow
 
@@ -84,18 +85,22 @@ def run_until(step, config, workdir):
     assert stopped.value.exit_code == 143
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one run", "four runs from a stream"])
+@pytest.mark.parametrize("several", [False, True], ids=["one run", "four runs from files"])
 def test_stop_in_the_middle_of_an_epoch_and_go_on(several, tiny_config, tmp_path, monkeypatch):
     if several:
         tiny_config.num_seeds = 2
         tiny_config.sweep = (("optim.lr", (0.01, 0.02)),)
-        tiny_config.data.stream = True
+        # Each image is decoded and cropped in every epoch, later by other numbers of threads.
+        tiny_config.data.name, tiny_config.data.crop = "folder", "random_resized(0.5)"
+        tiny_config.data.dir = str(digits_folder(tmp_path / "digits"))
+        tiny_config.data.size = 8
     whole, stopping = tmp_path / "whole", tmp_path / "stopping"
     train.run(tiny_config, whole)
     # Meanwhile, the system's clock runs backwards.
     now = itertools.count(2_000_000_000, -100)
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
     monkeypatch.setattr(time, "time_ns", lambda: next(now) * 10**9)
+    monkeypatch.setattr(photos, "num_cores", lambda: 3)
     for step in (6,) if several else (1, 6, 13):  # 5 steps an epoch; checkpoints are due every 4
         run_until(step, tiny_config, stopping)
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -185,10 +185,9 @@ class Encoded:
         images = self._in_threads(decode)
         return images if dtype is None else images.astype(dtype, copy=False)
 
-    def parts(self, size: int) -> Iterator[np.ndarray]:
-        """Yields the decoded images, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield np.asarray(self[start : start + size])
+    def astype(self, dtype: Any) -> np.ndarray:
+        """Returns the decoded images, converted."""
+        return np.asarray(self).astype(dtype)
 
     def read_training(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """Decodes an image for each row, cropped at random if the data set's images are.
