@@ -51,8 +51,17 @@ def read_photos(folder: Path, n: int) -> np.ndarray:
 
 
 @torch.no_grad()
+def logits_there(network: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    """Returns the logits of PyTorch, (b, 1000)."""
+    return network(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+
+
+@torch.no_grad()
 def randomize(network: torch.nn.Module, images: np.ndarray) -> None:
-    """Draws all arrays, and takes running averages from images, so that the logits differ."""
+    """Draws all arrays, and takes running averages from images.
+
+    The head's bias makes the mean logits 0, so that the top-1 is not always the same class.
+    """
     torch.manual_seed(0)
     for name, x in network.named_parameters():
         if x.ndim == 1 and name.endswith(("weight", "gamma")):
@@ -65,14 +74,10 @@ def randomize(network: torch.nn.Module, images: np.ndarray) -> None:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the plain mean over batches
     network.train()
-    network(torch.tensor(images.transpose(0, 3, 1, 2)))
+    logits_there(network, images)
     network.eval()
-
-
-@torch.no_grad()
-def logits_there(network: torch.nn.Module, images: np.ndarray) -> np.ndarray:
-    """Returns the logits of PyTorch, (b, 1000)."""
-    return network(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    head = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
+    head.bias -= torch.tensor(logits_there(network, images).mean(0))
 
 
 def load_here(network: torch.nn.Module, model_text: str, scratch: Path) -> Callable:
