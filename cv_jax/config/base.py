@@ -57,7 +57,7 @@ def base_config() -> ml_collections.ConfigDict:
     parts = {"data": data, "optim": optim, "seeds": seeds, "mesh": mesh}
     config = ml_collections.ConfigDict(parts)
     config.task = "classification"  # a file in cv_jax/tasks
-    config.method = ""  # how a task without labels learns: "simclr", ..., see the task
+    config.method = ""  # how a task learns: "simclr", "huber(1.0)", ...; see the task
     config.init_from = ""  # RUN or RUN:SUBTREE: work directory with the initial parameters
     config.init_allow = ""  # regex of parameters that RUN may lack or have in another shape
     config.init_anew = ""  # regex of parameters that are always initialised, not taken from RUN
