@@ -23,6 +23,7 @@ from cv_jax.data.dataset import spec_from_json, spec_to_json
 from cv_jax.data.fields import take
 from cv_jax.data.load import OWN
 from cv_jax.data.sources.location import find_prepared, tfds_data_dir
+from cv_jax.data.encoded import Encoded
 from cv_jax.data.sources.tfrecord import crc32c, read_records
 from cv_jax.data.splits import count_equal, hold_out, limit_examples, limit_labels, stratified
 from cv_jax.data.statistics import histogram, mean_and_std
@@ -581,18 +582,19 @@ def test_tfrecord_damage_is_found_where_it_is(tmp_path, damage, num_good, messag
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_prepared_data_is_read_exactly(tmp_path, file_format, channels):
+@pytest.mark.parametrize(("channels", "decode"), [(1, "auto"), (3, "auto"), (3, "always")])
+def test_prepared_data_is_read_exactly(tmp_path, file_format, channels, decode):
     shape = (6, 5, channels)
     directory = prepare_tiny(tmp_path, features_of(shape), tiny_splits(shape), ("image", "label"))
     if file_format == "tfrecord":
         to_tfrecord(directory)
-    data = load_dataset(config_of("tiny", tmp_path))
+    data = load_dataset(config_of("tiny", tmp_path, decode=decode))
+    assert isinstance(data.train["image"], Encoded) == (decode == "always")
     np.testing.assert_array_equal(data.train["image"], random_images(7, shape))
     np.testing.assert_array_equal(data.test["image"], random_images(3, shape))
     np.testing.assert_array_equal(data.train["label"], [0, 1, 2, 0, 1, 2, 0])
     np.testing.assert_array_equal(data.test["label"], [2, 1, 0])
-    chex.assert_type([data.train["image"], data.train["label"]], [np.uint8, np.int32])
+    assert (data.train["image"].dtype, data.train["label"].dtype) == (np.uint8, np.int32)
     assert data.spec.class_names == ("ant", "bee", "cat")
     assert data.spec.image_shape == shape
     assert data.spec.name == "tiny"

@@ -72,7 +72,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = nn.Dense(32)(x.reshape(len(x), -1))
+        x = nn.Dense(32)(x.reshape(x.shape[0], -1))
         pooled = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.8)(x))
         return nn.Dense(self.outputs)(pooled), {"pooled": pooled}
 

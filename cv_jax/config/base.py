@@ -72,7 +72,7 @@ def base_config() -> ml_collections.ConfigDict:
     parts = {"data": data, "optim": optim, "seeds": seeds, "mesh": mesh}
     config = ml_collections.ConfigDict(parts)
     config.task = "classification"  # a file in cv_jax/tasks
-    config.method = ""  # how a task without labels learns: "simclr", ..., see the task
+    config.method = ""  # how a task learns: "simclr", "huber(1.0)", ...; see the task
     # RUN or RUN:SUBTREE with the initial parameters. RUN is a work directory or a .safetensors file
     # of cv_jax.tools.export, torchvision or timm.
     config.init_from = ""

@@ -190,8 +190,8 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
     code = photograph(image["shape"])[1] if image else ""
     block = (
         '## From a photograph to an input\n\nReplace the zeros above by `read_photo("photo.jpg")`. '
-        "For a classifier, `softmax(logits)` gives the probabilities. Convert grey of 16 bits to 8 "
-        f"bits first.\n\n```python\n{code.strip()}\n```\n\n"
+        "For a classifier with one class an image, `softmax(logits)` gives the probabilities. "
+        f"Convert grey of 16 bits to 8 bits first.\n\n```python\n{code.strip()}\n```\n\n"
     )
     photo = block if code else ""
     return (
