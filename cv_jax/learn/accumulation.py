@@ -70,7 +70,8 @@ def accumulated_gradient(
         (grads, model_state), (found, metrics) = jax.lax.scan(add, start, numbered)
         each = None if found.each is None else join(found.each)
         found = Loss(found.total.sum(), found.count.sum(), each)
-        grads = jax.tree.map(lambda grad: Loss(grad, found.count).mean(), grads)
+        count = jnp.where(found.count > 0, found.count, 1)
+        grads = jax.tree.map(lambda grad: grad / count, grads)
         return grads, found, (model_state, jax.tree.map(lambda x: x.sum(0), metrics))
 
     return gradient
