@@ -7,8 +7,8 @@ part of 8 to 100 % of the area, resizes it to 224 x 224 and makes batches of 128
 DataLoader decodes by Pillow and torchvision (RandomResizedCrop and PILToTensor, antialiased); ours
 and grain by `cv_jax.data.decode`. Each has as many threads or processes as cores. Every loader is a
 process; in each round each of them in turn loads `batches` batches, while the others sleep. "files"
-are the files themselves, "records" one array_record file with their contents. Needs torch,
-torchvision, grain and array_record.
+are the files themselves, "records" one array_record file with their contents. Needs PyTorch and
+`pip install torchvision grain`.
 
 A row shows medians over rounds: images a second; the ratio to DataLoader's of the same round; and
 processor milliseconds per image, on which other programs of the machine have less influence. The

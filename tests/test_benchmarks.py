@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import input as input_side
-from benchmarks import lenet, machine, step
+from benchmarks import lenet, machine, photo_loaders, step
 from benchmarks.ours import build, check_loss, loop, step_config
 from benchmarks.step import Case
 from benchmarks.worker import MEAN, STD, random_images
@@ -301,3 +303,12 @@ def test_a_slow_worker_is_given_up_and_a_broken_one_named(monkeypatch):
     args.model = "unknown"
     with pytest.raises(step.WorkerEnded, match="torch-float32/100"):
         step.measure([case], args)
+
+
+def test_our_loader_yields_each_photo_in_its_place(tmp_path):
+    for i in range(3):
+        Image.fromarray(np.full((9, 8, 3), 80 * i, np.uint8)).save(tmp_path / f"{i}.jpg")
+    photos = photo_loaders.Photos(str(tmp_path), 4 * photo_loaders.BATCH_SIZE)
+    batches = photo_loaders.load_ours(photos, ThreadPoolExecutor)
+    means = np.concatenate([batch.mean((1, 2, 3)) for batch in batches])
+    np.testing.assert_allclose(means, 80 * (np.arange(len(photos)) % 3), atol=2)
