@@ -98,6 +98,20 @@ def test_several_runs_get_each_their_own_batches(stream):
         chex.assert_trees_all_equal(mine, _collect(alone, steps))
 
 
+def test_a_streamed_feed_is_divided_by_runs_and_by_examples_but_not_by_steps():
+    keys = jax.numpy.stack([jax.random.key(3), jax.random.key(7)])
+    spec = jax.sharding.PartitionSpec
+    shared = ("data", "fsdp")
+    for key, num_runs, expected in (
+        (KEY, 1, spec(None, shared)),
+        (keys, 2, spec("seed", None, shared)),
+    ):
+        batches = stream_batches(SplitStream(SPLIT), BATCH_SIZE, key, make_mesh(num_runs))
+        feed = batches.feed(0, 1)
+        for array in jax.tree.leaves((feed["examples"], feed["index"])):
+            assert array.sharding.spec == expected
+
+
 def test_a_feed_never_crosses_the_end_of_an_epoch(resident):
     assert [resident.limit(step) for step in range(5)] == [4, 3, 2, 1, 4]
     long = stream_batches(SPLIT, 2, KEY, make_mesh())

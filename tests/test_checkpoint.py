@@ -13,7 +13,7 @@ import pytest
 
 from cv_jax.config.errors import UserError
 from cv_jax.optim.state import TrainState
-from cv_jax.workdir.checkpoints import Checkpoints
+from cv_jax.workdir.checkpoints import Checkpoints, _check_shared, read_newest
 from cv_jax.workdir.metric import Metric
 from cv_jax.workdir.storage import storage_errors
 
@@ -140,6 +140,16 @@ def test_checksums_are_the_crc_32_of_every_file(tmp_path):
         assert checksum == zlib.crc32((folder / name).read_bytes()), name
 
 
+def test_the_newest_is_that_of_the_highest_number(tmp_path, capfd):
+    _save(tmp_path, {9: None, 10: None})
+    assert read_newest(tmp_path)["step"] == 10
+    (tmp_path / "checkpoints/10/state/_METADATA").unlink()
+    assert read_newest(tmp_path)["step"] == 9
+    chex.assert_trees_all_equal(_restore(tmp_path)[0], _state(9))
+    assert "Checkpoint 10" in capfd.readouterr().err
+    assert _steps(tmp_path) == ["9", "broken-10"]
+
+
 def test_a_step_can_be_damaged_again(tmp_path):
     _save(tmp_path, {3: None})
     for _ in range(2):
@@ -222,6 +232,15 @@ def test_a_directory_that_is_not_the_first_process_s(tmp_path, monkeypatch):
         Checkpoints(tmp_path, 1)
     monkeypatch.undo()
     assert _restore(tmp_path) is None  # and the lock is free
+
+
+def test_all_processes_must_see_the_lock_of_process_0(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text("process 3 on here")
+    monkeypatch.setattr("cv_jax.workdir.checkpoints.broadcast", lambda text: "process 3 on here")
+    _check_shared(tmp_path)
+    (tmp_path / "lock").unlink()
+    with pytest.raises(UserError, match="is another directory here than in process 0"):
+        _check_shared(tmp_path)
 
 
 def test_a_lower_headline_is_the_best_where_the_metric_says_so(tmp_path):

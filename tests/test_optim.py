@@ -312,6 +312,8 @@ def test_rate_may_be_traced():
         ({"name": "sdg"}, "Unknown config.optim.name 'sdg'. Did you mean 'sgd'"),
         ({"name": "sgd(nestorov=True)"}, r"Write it as sgd\(nesterov: bool = False\)"),
         ({"name": "sgd(momentum=0.5)"}, "config.optim.name 'sgd': got an unexpected keyword"),
+        ({"name": "muon(ns_steps=101)"}, "ns_steps=101 must be between 1 and 100"),
+        ({"name": "muon(ns_steps=0)"}, "ns_steps=0 must be between 1 and 100"),
         ({"warmup": "5 epoks"}, "'5 epoks' is not a duration"),
         ({"groups": {"head": {"name": "adm"}}}, "Unknown config.optim.groups.head.name 'adm'"),
         ({"groups": {"head": {"schedule": "x"}}}, "Unknown config.optim.groups.head.schedule 'x'"),
