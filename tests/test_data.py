@@ -20,10 +20,10 @@ from cv_jax.data import Field, Stored, image_field, label_field, load_dataset
 from cv_jax.data.cache import cached
 from cv_jax.data.checks import check_stored
 from cv_jax.data.dataset import spec_from_json, spec_to_json
+from cv_jax.data.encoded import Encoded
 from cv_jax.data.fields import take
 from cv_jax.data.load import OWN
 from cv_jax.data.sources.location import find_prepared, tfds_data_dir
-from cv_jax.data.encoded import Encoded
 from cv_jax.data.sources.tfrecord import crc32c, read_records
 from cv_jax.data.splits import count_equal, hold_out, limit_examples, limit_labels, stratified
 from cv_jax.data.statistics import histogram, mean_and_std
