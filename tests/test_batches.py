@@ -106,7 +106,7 @@ def test_a_streamed_feed_is_divided_by_runs_and_by_examples_but_not_by_steps():
         (KEY, 1, spec(None, shared)),
         (keys, 2, spec("seed", None, shared)),
     ):
-        batches = stream_batches(SplitStream(SPLIT), BATCH_SIZE, key, make_mesh(num_runs))
+        batches = stream_batches(SPLIT, BATCH_SIZE, key, make_mesh(num_runs))
         feed = batches.feed(0, 1)
         for array in jax.tree.leaves((feed["examples"], feed["index"])):
             assert array.sharding.spec == expected
