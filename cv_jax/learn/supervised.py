@@ -17,6 +17,9 @@ from cv_jax.optim.optimizers import evaluated_params
 from cv_jax.optim.selection import make_select
 from cv_jax.optim.state import TrainState, init_state
 
+# The keys of tasks.OPTIONAL that the training reads.
+READS = ("accumulate", "data.normalize_by", "progressive_resizing", "select")
+
 # The collection of model_state that holds the constants of a task.
 CONSTANTS = "constants"
 
@@ -58,13 +61,16 @@ def make_supervised(
     """
     model = build_model(config.model, num_outputs, compute_dtype(config.dtype))
     augmented = make_augmented(config.augment, spec.fields)
-    normalize = make_normalize(spec, config.data.normalize)
+    normalize = make_normalize(spec, config.data.normalize, config.data.normalize_by)
     initial = make_initial(config, model, normalize, spec, num_outputs)
     select = make_select(config.select)
 
-    def loss(params, model_state, batch, key, size):
-        augment_key, dropout_key = jax.random.split(key)
-        mixed = augmented(batch, augment_key)
+    def augment(batch, key):
+        augment_key, _ = jax.random.split(key)
+        return augmented(batch, augment_key)
+
+    def loss(params, model_state, mixed, key, size):
+        _, dropout_key = jax.random.split(key)
         fixed = {name: x for name, x in model_state.items() if name == CONSTANTS}
         changing = {name: x for name, x in model_state.items() if name != CONSTANTS}
         (outputs, _), changed = model.apply(
@@ -77,7 +83,7 @@ def make_supervised(
         found: Loss = of_examples(losses(outputs, mixed, fixed.get(CONSTANTS, {})))
         return found, ({**changed, **fixed}, {"loss": (found.total, found.count)})
 
-    training = make_training(config, spec, initial.shapes["params"], loss, select)
+    training = make_training(config, spec, initial.shapes["params"], loss, select, prepare=augment)
 
     def init(key):
         variables = initial.draw(key)

@@ -14,7 +14,7 @@ from cv_jax.learn.evaluations import gather
 from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.losses import binary_cross_entropy
 from cv_jax.learn.ranking import average_precisions, micro_f1
-from cv_jax.learn.supervised import make_supervised
+from cv_jax.learn.supervised import READS, make_supervised
 from cv_jax.tasks import Panel, Task, find_field
 from cv_jax.tasks.classification.saliency import explain
 from cv_jax.tasks.classification.views import find_tta
@@ -55,7 +55,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         preview=network.preview,
         notes=network.notes,
         needs=("image", "labels"),
-        reads=("label_smoothing", "progressive_resizing", "select", "tta"),
+        reads=(*READS, "label_smoothing", "tta"),
         stages=network.stages,
         features=lambda state, batch: network.apply(state, batch["image"])[1],
         predict=final,

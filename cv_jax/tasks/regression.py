@@ -15,7 +15,7 @@ from cv_jax.data import DataSpec, Examples
 from cv_jax.learn.evaluations import gather
 from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.losses import huber as huber_loss
-from cv_jax.learn.supervised import CONSTANTS, make_supervised
+from cv_jax.learn.supervised import CONSTANTS, READS, make_supervised
 from cv_jax.tasks import Panel, Task, find_field
 from cv_jax.tasks.classification.views import find_tta
 from cv_jax.workdir.metric import Metric
@@ -74,7 +74,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         preview=network.preview,
         notes=network.notes,
         needs=("image", "target"),
-        reads=("method", "progressive_resizing", "select", "tta"),
+        reads=(*READS, "method", "tta"),
         stages=network.stages,
         features=lambda state, batch: network.apply(state, batch["image"])[1],
         predict=final,
