@@ -269,6 +269,8 @@ def test_ops_run_in_order_each_with_its_own_key():
             "size=(0, 0) must be one or two whole numbers of pixels, 1 to 4096",
         ),
         ("random_resized_crop((8,))", "size=(8,) must be int | tuple[int, int] | None"),
+        ("random_resized_crop(scale=(0.5, 0.2))", "scale=(0.5, 0.2) must be 0 < low <= high <= 1"),
+        ("random_resized_crop(scale=(0, 0.2))", "scale=(0, 0.2) must be 0 < low <= high <= 1"),
         ("random_resized_crop(scale=(0.5, 1.5))", "scale=(0.5, 1.5) must be 0 < low <= high <= 1"),
         ("random_resized_crop(ratio=(2, 1))", "ratio=(2, 1) must be 0.01 <= low <= high <= 100"),
         ("cutout(-1)", "size=-1 must be a whole number of pixels, 0 to 4096"),
