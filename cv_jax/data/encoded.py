@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.fields import Examples, take
+from cv_jax.data.fields import Examples, decoded, take
 from cv_jax.data.read_image import read_bytes
 
 # Broken files that are named on the console; more are only counted.
@@ -247,7 +247,7 @@ def read_training(examples: Examples, positions: np.ndarray, key: int, epoch: in
     """
     encoded = [name for name, x in examples.items() if isinstance(x, Encoded)]
     if not encoded:
-        return {name: np.asarray(x) for name, x in take(examples, positions).items()}
+        return decoded(take(examples, positions))
     rows = [Row(key, epoch, int(position)) for position in positions]
     images, used = examples[encoded[0]].read_training(rows)
     others = {name: x for name, x in examples.items() if name != encoded[0]}

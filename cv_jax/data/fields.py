@@ -89,3 +89,8 @@ def num_examples(examples: Mapping[str, Any]) -> int:
 def take(examples: Mapping[str, np.ndarray], positions: Any) -> Examples:
     """Returns the examples at `positions`, an index array or a slice; one example of an index."""
     return {name: array[positions] for name, array in examples.items()}
+
+
+def decoded(examples: Mapping[str, Any]) -> Examples:
+    """Returns the examples as NumPy arrays; images that stay encoded are decoded."""
+    return {name: np.asarray(array) for name, array in examples.items()}

@@ -23,7 +23,7 @@ from etils import epath
 from cv_jax.config.errors import UserError, first_line
 from cv_jax.config.paths import path_argument
 from cv_jax.data import Examples, load_dataset
-from cv_jax.data.fields import num_examples, take
+from cv_jax.data.fields import decoded, num_examples, take
 from cv_jax.runtime.startup import check_platform, prepare_jax
 from cv_jax.tools.command import add_run_arguments, command, make_parser
 from cv_jax.tools.export.card import make_card, to_markdown
@@ -104,7 +104,7 @@ def compare(
     equal, right, largest = 0, 0, 0.0
     count = num_examples(examples)
     for start in range(0, count, batch_size):
-        rows = take(examples, slice(start, start + batch_size))
+        rows = decoded(take(examples, slice(start, start + batch_size)))
         batch = {name: rows[name] for name in trained.task.inputs}
         a, b = ({k: np.asarray(x) for k, x in f(batch).items()} for f in (ours, theirs))
         check_finite_predictions(a)

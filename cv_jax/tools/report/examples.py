@@ -10,7 +10,7 @@ from etils import epath
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
 from cv_jax.data import Dataset, DataSpec, Examples, load_dataset
-from cv_jax.data.fields import num_examples, take
+from cv_jax.data.fields import decoded, num_examples, take
 from cv_jax.tasks import Panel, draw_all
 from cv_jax.tools.report import network
 from cv_jax.tools.report.markup import (
@@ -51,7 +51,7 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
     except UserError as error:
         sentence = f"The data set cannot be loaded, so there are no examples: {error}"
         return "".join([*parts, paragraph(sentence), _filters(trained)])
-    test = take(data.test, slice(num_images))
+    test = decoded(take(data.test, slice(num_images)))
     if trained.task.predict:
         try:
             predictions = network.predictions(trained, test)

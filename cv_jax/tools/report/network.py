@@ -9,7 +9,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cv_jax.data import Examples
-from cv_jax.data.fields import num_examples, take
+from cv_jax.data.encoded import read_training
+from cv_jax.data.fields import num_examples
 from cv_jax.trained.load import Trained, check_finite_predictions, make_predict
 
 # The features that a report shows: the head's input, and an autoencoder's features.
@@ -59,8 +60,8 @@ def first_filters(params: Any, channels: int) -> tuple[str, np.ndarray] | None:
 
 def augmented(trained: Trained, train: Examples, count: int) -> Examples:
     """Returns the first training examples, augmented as in the first epoch, by field."""
-    examples = take(train, slice(count))
-    index = np.arange(num_examples(examples), dtype=np.int32)
+    index = np.arange(min(count, num_examples(train)), dtype=np.int32)
+    examples = read_training(train, index, key=0, epoch=0)
     coin = np.random.default_rng(0).integers(0, 2**32, len(index), dtype=np.uint32)
     rows = {"index": index, "epoch": np.zeros_like(index), "coin": coin}
     preview = jax.jit(trained.task.preview)({**examples, "rows": rows}, jax.random.key(0))
