@@ -86,16 +86,16 @@ def _save(entry: Path, identity: str, stored: Stored) -> None:
     checks = {}
     for name, array in _arrays(stored).items():
         checks[name] = {"crc32": zlib.crc32(array), "shape": array.shape}
-        with _replaced(entry / f"{name}.npy") as file:
+        with replaced(entry / f"{name}.npy") as file:
             np.save(file, array)
     fields = {name: field_to_json(field) for name, field in stored.fields.items()}
     content = {"identity": identity, "fields": fields, "arrays": checks, "notes": stored.notes}
-    with _replaced(entry / "cache.json") as file:
+    with replaced(entry / "cache.json") as file:
         file.write(json.dumps(content, indent=2).encode())
 
 
 @contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[BinaryIO]:
+def replaced(path: Path) -> Iterator[BinaryIO]:
     """Yields a temporary file, which replaces `path` once it is written completely."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.cache import cached
+from cv_jax.data.cache import cached, replaced
 from cv_jax.data.dataset import SPLITS, Stored
 from cv_jax.data.decode import find_crop
 from cv_jax.data.encoded import Decoding, Encoded, num_cores
@@ -211,7 +212,8 @@ def _decode(
             images = np.empty((len(chosen), *image.shape), np.uint8)
         if keep:
             images[good] = image
-        part, good = [*part, image], good + 1
+        part.append(image)
+        good += 1
         if len(part) == _PART:
             counts, part = counts + histogram(np.stack(part)), []
     if part:
@@ -280,11 +282,13 @@ def _read_splits(file: Path) -> dict[str, str]:
 
 
 def _write_splits(file: Path, split: dict[str, str]) -> None:
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines)
+    writer.writerow(("path", "split"))
+    writer.writerows(split.items())
     try:
-        with file.open("w", newline="", encoding="utf-8") as lines:
-            writer = csv.writer(lines)
-            writer.writerow(("path", "split"))
-            writer.writerows(split.items())
+        with replaced(file) as whole:  # several processes may write and read it at once
+            whole.write(lines.getvalue().encode())
     except OSError as error:
         reason = error.strerror or error
         print(
