@@ -127,10 +127,12 @@ def test_a_card_says_what_it_is_and_how_to_use_it(files, trained, name, monkeypa
     assert space["logits"].shape == (7, 10)
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 1), (32, 32, 3), (20, 30, 3)])
-def test_the_code_of_the_card_reads_photographs_as_predict_does(shape):
+@pytest.mark.parametrize(
+    ("shape", "share"), [((8, 8, 1), 1), ((32, 32, 3), 1), ((20, 30, 3), 1), ((32, 32, 3), 0.875)]
+)
+def test_the_code_of_the_card_reads_photographs_as_predict_does(shape, share):
     space = {}
-    exec(photograph(shape)[1], space)
+    exec(photograph(shape, share)[1], space)
     rng = np.random.default_rng(0)
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -140,7 +142,7 @@ def test_the_code_of_the_card_reads_photographs_as_predict_does(shape):
             if kind != "JPEG" or len(size) == 3 == size[-1]:
                 data = encode(image, kind, **options)
                 got = space["read_photo"](io.BytesIO(data))
-                np.testing.assert_array_equal(got, read_image(data, shape)[None])
+                np.testing.assert_array_equal(got, read_image(data, shape, share)[None])
     np.testing.assert_allclose(space["softmax"](np.log([[1.0, 3.0]])), [[0.25, 0.75]])
     assert photograph((8, 8, 5)) == ("not possible: a photograph does not have 5 channels", "")
 

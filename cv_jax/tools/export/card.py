@@ -61,7 +61,9 @@ def make_card(workdir: epath.Path, trained: Trained) -> dict[str, Any]:
             for name, x in input_shapes(trained, 1).items()
         )
         + ", b >= 1",
-        "photograph": photograph(spec.image_shape)[0] if "image" in trained.task.inputs else "",
+        "photograph": photograph(spec.image_shape, spec.eval_crop)[0]
+        if "image" in trained.task.inputs
+        else "",
         "output": "; ".join(
             f"{name}: {_shape(x)} {x.dtype}, {trained.task.outputs.get(name, '')}"
             for name, x in _outputs(trained).items()
@@ -113,22 +115,40 @@ def _on_test(trained: Trained) -> dict[str, Any] | None:
     }
 
 
-def photograph(image_shape: Sequence[int]) -> tuple[str, str]:
+def photograph(image_shape: Sequence[int], share: float = 1.0) -> tuple[str, str]:
     """Returns how to turn a photograph into an input, in words and as Python code.
 
     For 8-bit images the code gives the pixels of `read_image.read_image`.
+
+    Args:
+        image_shape: (h, w, c) of the input.
+        share: of the sides that the crop keeps, see `read_image.fit_image`.
     """
     h, w, c = image_shape
     if c not in (1, 3):
         return f"not possible: a photograph does not have {c} channels", ""
     mode = "L" if c == 1 else "RGB"
     colours = "grey (0.299 R + 0.587 G + 0.114 B)" if c == 1 else "red, green, blue, in this order"
+    if share == 1:
+        crop = f"unless it has {w}x{h} pixels, cropped at the centre to the proportions {w}:{h}"
+        fit = _FIT.format(w=w, h=h)
+    else:
+        crop = (
+            f"cropped at the centre to {100 * share:g} % of the largest part of the proportions "
+            f"{w}:{h}"
+        )
+        fit = _FIT_SHARE.format(w=w, h=h, border=(1 - share) / 2)
     words = (
-        f"rotated by its EXIF data, transparency on white, {colours}; unless it has {w}x{h} "
-        f"pixels, resized to cover {w}x{h} pixels with Pillow's BICUBIC (antialiased where it "
-        "shrinks) and cropped at the centre, in one step (ImageOps.fit)"
+        f"rotated by its EXIF data, transparency on white, {colours}; {crop}, and resized to "
+        f"{w}x{h} pixels with Pillow's BICUBIC (antialiased where it shrinks), in one step "
+        "(ImageOps.fit)"
     )
-    return words, _READ_PHOTO.format(mode=mode, h=h, w=w, c=c)
+    return words, _READ_PHOTO.format(mode=mode, fit=fit, h=h, w=w, c=c)
+
+
+_FIT = """if image.size != ({w}, {h}):  # an image of this size keeps every pixel
+        image = ImageOps.fit(image, ({w}, {h}), Image.Resampling.BICUBIC)"""
+_FIT_SHARE = "image = ImageOps.fit(image, ({w}, {h}), Image.Resampling.BICUBIC, bleed={border!r})"
 
 
 _READ_PHOTO = """
@@ -141,8 +161,7 @@ def read_photo(file):  # -> (1, {h}, {w}, {c}) uint8
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("{mode}")
-    if image.size != ({w}, {h}):  # an image of this size keeps every pixel
-        image = ImageOps.fit(image, ({w}, {h}), Image.Resampling.BICUBIC)
+    {fit}
     return np.asarray(image).reshape(1, {h}, {w}, {c})
 
 def softmax(logits):
@@ -187,7 +206,7 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
         for title, values in blocks.items()
     )
     image = data["fields"].get("image")
-    code = photograph(image["shape"])[1] if image else ""
+    code = photograph(image["shape"], data["eval_crop"])[1] if image else ""
     block = (
         '## From a photograph to an input\n\nReplace the zeros above by `read_photo("photo.jpg")`. '
         "For a classifier with one class an image, `softmax(logits)` gives the probabilities. "
