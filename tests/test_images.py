@@ -12,6 +12,7 @@ from cv_jax.config.errors import UserError
 from cv_jax.data.read_image import (
     MAX_BYTES,
     MAX_PIXELS,
+    fit_image,
     read_bytes,
     read_image,
 )
@@ -147,3 +148,15 @@ def test_only_plain_files_of_a_size_that_can_be_held_are_read(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_bytes(path)
+
+
+def test_the_centre_crop_of_evaluation_is_the_published_one():
+    """Resize to 256 and crop 224: of 500x375 pixels the 328.125 a side at the centre."""
+    x, y = np.meshgrid(np.arange(500), np.arange(375))
+    ramp = np.stack([x / 2, y / 2, x * 0], -1).astype(np.uint8)
+    image, back = fit_image(encode(ramp), (224, 224, 3), share=0.875)
+    corners = back.matrix @ [[0, 224], [0, 224], [1, 1]]
+    np.testing.assert_allclose(corners[:2], [[85.9375, 414.0625], [23.4375, 351.5625]])
+    for place in (20, 110, 200):  # the middle of an output pixel, in the file
+        at = back.matrix @ [place + 0.5, place + 0.5, 1]
+        np.testing.assert_allclose(image[place, place, :2], (at[:2] - 0.5) / 2, atol=1)
