@@ -21,6 +21,8 @@ MAY_CHANGE = {
     "keep_checkpoints",
     "eval_batch_size",
     "data.dir",
+    "data.workers",
+    "data.on_error",
     "optim.skip_nonfinite",
     "mesh.seed",
     "mesh.data",
