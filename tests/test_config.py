@@ -137,6 +137,8 @@ def test_a_damaged_config_is_named(damaged, tmp_path):
 
 def test_what_may_change_exists():
     assert flatten(base_config()).keys() >= MAY_CHANGE
+    # They change no number; a run that on_error="stop" has stopped is told to set "replace".
+    assert {"data.workers", "data.on_error"} <= MAY_CHANGE
 
 
 def test_the_way_to_go_on_is_a_command():

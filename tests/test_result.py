@@ -15,12 +15,14 @@ from cv_jax.workdir.files import write_json
 from cv_jax.workdir.metric import Metric
 from cv_jax.workdir.result import (
     best_runs,
+    check_data,
     environment,
     examples_word,
     finished_result,
     percent,
     print_result,
     summarize,
+    write_data,
     write_environment,
     write_result,
 )
@@ -224,6 +226,27 @@ def test_a_run_goes_on_with_the_variables_that_it_began_with(tmp_path, monkeypat
     monkeypatch.setenv("NPROC", "3")
     write_environment(tmp_path, goes_on=True)
     assert json.loads((tmp_path / "env.json").read_text())["variables"]["NPROC"] == "3"
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path):
+    data = random_dataset()
+    spec = data.spec._replace(label_counts=(7,) * 10)
+    check_data(tmp_path, spec)  # nothing is known
+    write_data(tmp_path, data._replace(spec=spec))
+    check_data(tmp_path, spec)
+    check_data(tmp_path, spec._replace(label_counts=()))  # of older code
+    image = spec.fields["image"]
+    bright = spec.fields | {"image": image._replace(mean=image.mean + 0.01)}
+    for other, message in (
+        (spec._replace(num_val=22), "the size of val was 23, now 22"),
+        (spec._replace(label_counts=(6, 8, *[7] * 8)), r"labels by class was \[7, .*, now \[6, 8"),
+        (spec._replace(fields=bright), "mean and std"),
+        (random_dataset((9, 8, 1)).spec, r"shape of image was \[8, 8, 1\], now \[9, 8, 1\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_data(tmp_path, other)
+    (tmp_path / "data.json").write_text("{")
+    check_data(tmp_path, spec._replace(num_val=22))
 
 
 def test_a_run_is_finished_at_its_last_step_with_a_result(tmp_path):

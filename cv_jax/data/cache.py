@@ -23,7 +23,10 @@ FORMAT = 2
 
 
 def cached(
-    directory: Path, read: Callable[[Path], Stored], settings: str = "", identity: str = ""
+    directory: Path,
+    read: Callable[[Path], Stored],
+    settings: str = "",
+    identity: Callable[[], str] | None = None,
 ) -> Stored:
     """Returns `read(directory)`; later calls map the arrays from the cache into memory.
 
@@ -35,21 +38,26 @@ def cached(
         directory: a prepared data set, .../NAME[/CONFIG]/VERSION.
         read: decodes the data set.
         settings: other settings that `read` depends on, as text; each text has its own entry.
-        identity: a text that changes when the data change; "": the names, sizes and times of all
-            files below the directory.
+        identity: returns a text that changes when the data change; None: the names, sizes and
+            times of all files below the directory. `read` may change the text, by a file that it
+            writes.
     """
     path = directory.resolve()
     key = _digest(f"{path}\0{settings}" if settings else str(path))[:12]
     entry = cache_dir() / "data" / f"{path.parent.name}-{path.name}-{key}"
-    identity = _digest(f"{FORMAT} {identity}") if identity else _identity(path)
+
+    def now():
+        return _digest(f"{FORMAT} {identity()}") if identity else _identity(path)
+
+    before = now()
     try:
-        if found := _load(entry, identity):
+        if found := _load(entry, before):
             return found
     except Exception as error:  # any damage: the entry is not trusted
         _warn(f"the cache {entry} is damaged ({error}): decoding again.")
     stored = read(directory)
     try:
-        _save(entry, identity, stored)
+        _save(entry, now() if identity else before, stored)
     except OSError as error:
         _warn(f"the cache {entry} cannot be written ({error}): the next start decodes again.")
     return stored

@@ -50,7 +50,13 @@ class Files(NamedTuple):
         return len(self.paths)
 
     def read(self, position: int) -> bytes:
-        return read_bytes(self.root / self.paths[position])
+        path = self.root / self.paths[position]
+        try:
+            return read_bytes(path)
+        except UserError as error:
+            if path.is_dir():
+                raise UserError("it is a directory") from error
+            raise
 
     def example(self, position: int) -> tuple[bytes, dict[str, Any]]:
         return self.read(position), {}

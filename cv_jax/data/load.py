@@ -60,14 +60,22 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
 def _num_val(data: ml_collections.ConfigDict, stored: Stored) -> int:
     if data.num_val or not data.val_fraction:
         return data.num_val
-    share = max(1, round(data.val_fraction * num_examples(stored.train)))
-    return share if stored.val is None else OFFICIAL
+    if stored.val is not None:
+        return OFFICIAL
+    count = num_examples(stored.train)
+    share = max(1, round(data.val_fraction * count))
+    if share >= count:
+        raise UserError(
+            f"config.data.val_fraction={data.val_fraction} leaves none of the {count} training "
+            "examples to train on: lower it, or add images."
+        )
+    return share
 
 
 def _load(data: ml_collections.ConfigDict) -> Stored:
     name = data.name
     if name == "folder":
-        where = Path(expand(data.dir))
+        where = _require_dir(data.dir)
         return load_photos(list_folder(where) if where.is_dir() else list_table(where), data)
     if name in OWN or names_code(name):
         _require_no_photo_keys(data)
@@ -78,6 +86,16 @@ def _load(data: ml_collections.ConfigDict) -> Stored:
 
         return load_photos(list_prepared(directory), data)
     return cached(directory, _read_prepared)
+
+
+def _require_dir(config_dir: str) -> Path:
+    use = "the directory of the class folders, or a CSV file"
+    if not config_dir:
+        raise UserError(f"config.data.name='folder' needs config.data.dir: {use}.")
+    where = Path(expand(config_dir))
+    if not where.exists():
+        raise UserError(f"config.data.dir={str(where)!r} does not exist: name {use}.")
+    return where
 
 
 def _require_no_photo_keys(data: ml_collections.ConfigDict) -> None:

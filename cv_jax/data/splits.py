@@ -32,7 +32,7 @@ def hold_out(name: str, stored: Stored, num_val: int) -> Dataset:
     if num_val == OFFICIAL and stored.val is None:
         raise UserError(
             f"config.data.num_val={OFFICIAL} asks for the official val split, but {name} has "
-            "none: set it to the number of training examples to hold out."
+            "none besides test: set it to the number of training examples to hold out."
         )
     if num_val != OFFICIAL and not 0 <= num_val < count:
         raise UserError(
@@ -99,7 +99,7 @@ def _choose_groups(group: np.ndarray, count: int) -> np.ndarray:
     if needed >= len(names) and count:
         raise UserError(
             f"config.data.num_val={count} would hold out all {len(names)} groups of the training "
-            "examples: choose a smaller number."
+            "examples: choose a smaller number, or a smaller config.data.val_fraction."
         )
     return np.flatnonzero(np.isin(group, names[order[:needed]]))
 

@@ -126,6 +126,10 @@ class Checkpoints:
         }
         (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
 
+    def exist(self) -> bool:
+        """Returns whether there is a checkpoint."""
+        return self._manager.latest_step() is not None
+
     def restore_latest(self, like: Any) -> tuple[Any, dict] | None:
         """Returns (state, progress) of the newest checkpoint, or None where there is none.
 

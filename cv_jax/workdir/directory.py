@@ -21,7 +21,13 @@ from cv_jax.workdir.checkpoints import Checkpoints
 from cv_jax.workdir.log import Log
 from cv_jax.workdir.metric import Metric
 from cv_jax.workdir.patience import Patience
-from cv_jax.workdir.result import finished_result, write_data, write_environment, write_result
+from cv_jax.workdir.result import (
+    check_data,
+    finished_result,
+    write_data,
+    write_environment,
+    write_result,
+)
 from cv_jax.workdir.storage import storage_errors
 
 
@@ -85,6 +91,8 @@ class Workdir:
             stack.enter_context(lost_process_ends_this())
             changes = on_process_0(partial(adopt_workdir, self._path, self._config))
             self.changes = changes or []
+            if self._checkpoints.exist():
+                on_process_0(partial(check_data, self._path, self._data.spec))
             write_data(self._path, self._data)
             self._stack = stack.pop_all()
         return self

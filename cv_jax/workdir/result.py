@@ -18,11 +18,11 @@ from etils import epath
 from cv_jax.config.base import flatten
 from cv_jax.config.errors import UserError
 from cv_jax.data import Dataset, DataSpec
-from cv_jax.data.dataset import sample_of, spec_to_json
+from cv_jax.data.dataset import SPLITS, sample_of, spec_from_json, spec_to_json
 from cv_jax.data.typical import measure
 from cv_jax.runtime.clock import CLOCKS
 from cv_jax.runtime.startup import num_cores, number_variables
-from cv_jax.workdir.files import write_json
+from cv_jax.workdir.files import read_json, write_json
 from cv_jax.workdir.metric import Metric, headline_of, headline_text, metric_of, metrics_to_json
 from cv_jax.workdir.numbers import means
 
@@ -167,6 +167,59 @@ def write_data(workdir: epath.Path, data: Dataset) -> None:
             val = sample_of(data.val)["image"]
             spec = spec._replace(typical=measure(spec.sample["image"], val))
         write_json(workdir / "data.json", spec_to_json(spec))
+
+
+def check_data(workdir: epath.Path, spec: DataSpec) -> None:
+    """Raises UserError if data.json describes other data than `spec`: val would be another, too.
+
+    A missing or damaged file is no error: the caller writes the file again.
+    """
+    try:
+        before = spec_from_json(read_json(workdir / "data.json"))
+    except (UserError, KeyError, TypeError, ValueError):
+        return
+    old, new = _facts(before), _facts(spec)
+    changed = [
+        f"the {name} was {_shown(old[name])}, now {_shown(x)}"
+        for name, x in new.items()
+        if old.get(name, x) != x  # older code did not write all of them
+    ]
+    if not changed and not _same_statistics(before, spec):
+        changed = ["the mean and std of the training images are others"]
+    if changed:
+        raise UserError(
+            f"The data set has changed since {workdir} was last started: {', '.join(changed)}. "
+            "Restore the data, or choose another --workdir."
+        )
+
+
+def _facts(spec: DataSpec) -> dict[str, Any]:
+    """Returns what data of the same content have in common, by its name in a message."""
+    counts = spec.label_counts
+    return {
+        **{f"size of {name}": getattr(spec, f"num_{name}") for name in SPLITS},
+        **({"number of labels by class": list(counts)} if counts else {}),
+        "list of fields": sorted(spec.fields),
+        **{f"shape of {name}": list(field.shape) for name, field in spec.fields.items()},
+        **{f"list of names of {name}": list(field.names) for name, field in spec.fields.items()},
+    }
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _same_statistics(before: DataSpec, spec: DataSpec) -> bool:
+    return all(
+        field.mean is None
+        or before.fields[name].mean is None
+        or (
+            np.allclose(field.mean, before.fields[name].mean, rtol=1e-5)
+            and np.allclose(field.std, before.fields[name].std, rtol=1e-5)
+        )
+        for name, field in spec.fields.items()
+    )
 
 
 def finished_result(workdir: epath.Path, step: int, total: int) -> dict[str, Any] | None:

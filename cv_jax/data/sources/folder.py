@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from cv_jax.config.errors import UserError
 from cv_jax.data.encoded import Files
 from cv_jax.data.fields import label_field
-from cv_jax.data.sources.listing import Listing, classes_of, require_images, some
+from cv_jax.data.sources.listing import VAL_IS_TEST, Listing, classes_of, some
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -32,30 +33,28 @@ def list_folder(directory: Path) -> Listing:
     `photos.assign_splits` chooses test.
 
     Raises:
-        UserError: the directory does not exist, has no images, or only one class.
+        UserError: the directory cannot be read, has no images, or only one class.
     """
-    if not directory.is_dir():
-        raise UserError(
-            f"config.data.dir={str(directory)!r} is not a directory: name the directory of the "
-            "class folders, or a CSV file."
-        )
-    splits = _split_folders(directory)
-    paths, names, split, odd, empty = [], [], [], [], []
+    splits, notes = _split_folders(directory)
+    paths, names, split, odd, empty, closed = [], [], [], [], [], []
     for folder, of_split in splits.items():
-        inside = directory / folder
-        for entry in sorted(os.scandir(inside), key=lambda e: e.name):
-            if entry.name.startswith(".") or entry.name == SPLIT_FILE:
-                continue
+        for entry in _entries(directory / folder):
             if not entry.is_dir():
                 odd.append(os.path.join(folder, entry.name))
                 continue
-            images, others = _images_below(Path(entry.path), directory)
+            images, others, unread = _images_below(Path(entry.path), directory)
             paths += images
             names += [entry.name] * len(images)
             split += [of_split] * len(images)
             odd += others
-            empty += [] if images else [os.path.join(folder, entry.name)]
-    require_images(bool(paths), "config.data.name='folder'", directory)
+            closed += unread
+            empty += [] if images or unread else [os.path.join(folder, entry.name)]
+    if not paths:
+        raise UserError(
+            f"config.data.dir={str(directory)!r} has no images in class folders: put them into "
+            "DIR/{train,test}/CLASS/ or DIR/CLASS/, or name a CSV file with the columns path and "
+            f"label.{' Left out: ' + some(closed) + '.' if closed else ''}"
+        )
     # By file name, so that numbered files are in the order of their numbers, over all classes.
     order = sorted(range(len(paths)), key=lambda i: (os.path.basename(paths[i]), paths[i]))
     paths, names, split = ([x[i] for i in order] for x in (paths, names, split))
@@ -65,7 +64,9 @@ def list_folder(directory: Path) -> Listing:
             f"config.data.dir={str(directory)!r} has the images of only one class, {classes[0]!r}: "
             "a network needs two to tell apart. Is DIR the folder above the class folders?"
         )
-    notes = []
+    if closed:
+        folders = "folders" if len(closed) > 1 else "folder"
+        notes.append(f"data    {len(closed):,} {folders} left out: {some(closed)}")
     if odd:
         are = "files are not images" if len(odd) > 1 else "file is not an image"
         notes.append(f"data    {len(odd):,} {are}: {some(odd)}")
@@ -85,43 +86,82 @@ def list_folder(directory: Path) -> Listing:
     )
 
 
-def _split_folders(directory: Path) -> dict[str, str]:
-    """Returns {folder: split}; {"": ""} for class folders without splits."""
-    found = {name: SPLIT_FOLDERS[name] for name in SPLIT_FOLDERS if (directory / name).is_dir()}
-    if "train" not in found:
-        return {"": ""}
-    if len(found) == 1:
-        return {"train": ""}  # nothing to test on: a part of train is chosen
+def _entries(directory: Path) -> Iterator[os.DirEntry]:
+    """Yields what a directory holds, by name, without hidden files and the file of splits."""
+    try:
+        found = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(
+            f"config.data.dir: {directory} cannot be read ({error.strerror}): make it readable."
+        ) from error
+    for entry in found:
+        if not entry.name.startswith(".") and entry.name != SPLIT_FILE:
+            yield entry
+
+
+def _split_folders(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """Returns {folder: split}, {"": ""} for class folders without splits, and lines for the log."""
+    names = [entry.name for entry in _entries(directory) if entry.is_dir()]
+    found = {name: SPLIT_FOLDERS[name.lower()] for name in names if name.lower() in SPLIT_FOLDERS}
+    shown = " and ".join(found)
+    if "train" not in found.values():
+        if found and len(found) == len(names):
+            raise UserError(
+                f"config.data.dir={str(directory)!r} has the split folders {shown}, but no train: "
+                "add the folder of the training images, or rename one."
+            )
+        return {"": ""}, []
     if len(set(found.values())) < len(found):
         raise UserError(
-            f"config.data.dir={str(directory)!r} has {' and '.join(found)}, which mean the same: "
+            f"config.data.dir={str(directory)!r} has {shown}, of which two mean the same split: "
             "keep one of them."
         )
+    notes = []
+    if beside := [entry.name for entry in _entries(directory) if entry.name not in found]:
+        are = "are" if len(found) > 1 else "is"
+        notes.append(f"data    only {shown} {are} read; not read is: {some(beside)}")
+    if len(found) == 1:
+        return dict.fromkeys(found, ""), notes  # nothing to test on: a part of train is chosen
     if "test" not in found.values():
         found = {name: "test" if split == "val" else split for name, split in found.items()}
-    return found
+        notes.append(VAL_IS_TEST)
+    return found, notes
 
 
-def _images_below(folder: Path, directory: Path) -> tuple[list[str], list[str]]:
-    """Returns the paths of images and of other files below a folder, relative to `directory`."""
-    images, others = [], []
-    for where, folders, names in os.walk(folder, followlinks=True):
+def _images_below(folder: Path, directory: Path) -> tuple[list[str], list[str], list[str]]:
+    """Returns the images and other files below a folder, and the folders that cannot be read.
+
+    Paths are relative to `directory`. Links are followed, but no folder is read twice: a link to a
+    folder above would never end.
+    """
+    images, others, closed, seen = [], [], [], set()
+
+    def note(error):
+        closed.append(f"{os.path.relpath(error.filename, directory)} ({error.strerror})")
+
+    for where, folders, names in os.walk(folder, onerror=note, followlinks=True):
         folders.sort()
+        about = os.stat(where)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
         inside = os.path.relpath(where, directory)
         for name in sorted(names):
             if not name.startswith("."):
                 ending = os.path.splitext(name)[1].lower()
                 (images if ending in ENDINGS else others).append(os.path.join(inside, name))
-    return images, others
+    return images, others, closed
 
 
 def identity_of(root: Path, paths: list[str]) -> str:
-    """Returns a digest of the names, sizes and times of files; a missing file has none."""
+    """Returns a digest of the names, sizes, times and modes of files; a missing file has none."""
     digest = hashlib.sha256()
     for path in paths:
         try:
             about = os.stat(os.path.join(root, path))
-            facts = about.st_size, about.st_mtime_ns
+            # The mode, because a file that could not be read may be allowed later.
+            facts = about.st_size, about.st_mtime_ns, about.st_mode
         except OSError:
             facts = None
         digest.update(repr((path, facts)).encode())

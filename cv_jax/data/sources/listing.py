@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cv_jax.config.errors import UserError
 from cv_jax.data.encoded import Source
 from cv_jax.data.fields import Examples, Field
+
+VAL_IS_TEST = "data    the val images are test: the data set has no test images of its own"
 
 
 class Listing(NamedTuple):
@@ -48,15 +49,6 @@ def _by_number(name: str) -> tuple[float, str]:
 
 
 def some(names: list[str], most: int = 3) -> str:
-    """Returns the first few names in words."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
-def require_images(found: bool, name: str, where: Path) -> None:
-    """Raises UserError if a directory or table names no image."""
-    if not found:
-        raise UserError(
-            f"config.data.dir={str(where)!r} has no images for {name}: put them into "
-            "DIR/{train,test}/CLASS/ or DIR/CLASS/, or name a CSV file with the columns path and "
-            "label."
-        )
+    """Returns the first few names in words; bytes that are no UTF-8 are shown as \\udcXX."""
+    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return shown.encode(errors="backslashreplace").decode()

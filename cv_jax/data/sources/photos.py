@@ -4,8 +4,10 @@ import csv
 import hashlib
 import io
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +66,8 @@ def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
     decode = "always" if crop else data.decode
     settings = f"{data.size} {data.eval_crop} {decode}"
     read = partial(_read, listing, data.size, data.eval_crop, decode)
-    stored = cached(listing.root, lambda _: read(), settings, listing.identity)
+    identity = partial(_identity, listing)
+    stored = cached(listing.root, lambda _: read(), settings, identity if identity() else None)
     shape = stored.fields["image"].shape
     shown = "x".join(map(str, shape))
     if "position" not in stored.fields:
@@ -81,6 +84,15 @@ def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
     how = f"data    decoded to {shown} whenever a batch needs them, by {threads}"
     stored = _with_encoded(stored, listing, decoding)
     return stored._replace(notes=(*listing.notes, *stored.notes, how))
+
+
+def _identity(listing: Listing) -> str:
+    """Returns a text that changes when an image or the file of splits changes; "": not known."""
+    if not listing.identity or listing.split_file is None:
+        return listing.identity
+    with suppress(OSError):
+        return f"{listing.identity} {zlib.crc32(listing.split_file.read_bytes())}"
+    return listing.identity
 
 
 def _with_encoded(stored: Stored, listing: Listing, decoding: Decoding) -> Stored:
@@ -114,7 +126,7 @@ class _Seen(NamedTuple):
 def _read(listing: Listing, size: int, share: float, decode: str) -> Stored:
     """Returns the splits with decoded images, or with what `_INDEX` names instead of images."""
     seen = _look(listing)
-    shape = _shape(listing, size, seen.facts)
+    shape = _shape(listing, size, seen)
     few = len(seen.facts) * np.prod(shape) <= MOST_DECODED
     once = decode == "once" or (decode == "auto" and few)
     split = assign_splits(listing, seen.columns, np.array(sorted(seen.facts)))
@@ -124,7 +136,7 @@ def _read(listing: Listing, size: int, share: float, decode: str) -> Stored:
         if name == "train" and not (few or once):
             chosen = chosen[:: -(-len(chosen) // MEASURED)]
         fit = partial(read_image, image_shape=shape, share=share)
-        images, found = _decode(listing, chosen, fit, once, seen.problems)
+        images, found = _decode(listing, chosen, fit, shape if once else None, seen.problems)
         positions[name] = np.setdiff1d(positions[name], list(seen.problems))
         decoded[name] = images
         counts += found if name == "train" else 0
@@ -166,12 +178,14 @@ def _look(listing: Listing) -> _Seen:
     return _Seen(facts, digest, columns, problems)
 
 
-def _shape(listing: Listing, size: int, facts: dict[int, Facts]) -> tuple[int, int, int]:
+def _shape(listing: Listing, size: int, seen: _Seen) -> tuple[int, int, int]:
     """Returns (h, w, c) of the decoded images; grey if all images are."""
+    facts = seen.facts
     if not facts:
+        position, why = min(seen.problems.items())
         raise UserError(
-            f"None of the {len(listing.source):,} images of {listing.root} can be decoded: is it "
-            "the right config.data.dir?"
+            f"None of the {len(listing.source):,} images of {listing.root} can be decoded, such as "
+            f"{listing.source.name(position)} ({why}): is it the right config.data.dir?"
         )
     channels = 1 if all(found.grey for found in facts.values()) else 3
     if size:
@@ -191,26 +205,25 @@ def _decode(
     listing: Listing,
     chosen: np.ndarray,
     fit: Callable[[bytes], np.ndarray],
-    keep: bool,
+    shape: tuple[int, int, int] | None,
     problems: dict[int, str],
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Decodes images and adds the broken ones to `problems`.
 
     Returns:
-        the images if they are kept, without the broken ones; and their histogram.
+        the images without the broken ones, if their `shape` is given; and their histogram.
     """
 
     def decode(position):
         return fit(listing.source.read(position))
 
-    images, counts, part, good = None, 0, [], 0
+    images = None if shape is None else np.empty((len(chosen), *shape), np.uint8)
+    counts, part, good = 0, [], 0
     for position, image in _in_threads(decode, chosen, f"Decoding {listing.name}"):
         if isinstance(image, UserError):
             problems[int(position)] = str(image)
             continue
-        if keep and images is None:
-            images = np.empty((len(chosen), *image.shape), np.uint8)
-        if keep:
+        if images is not None:
             images[good] = image
         part.append(image)
         good += 1
@@ -248,7 +261,8 @@ def assign_splits(listing: Listing, columns: Examples, good: np.ndarray) -> np.n
     """Returns the split (m,) of each image; "" for an image that cannot be read.
 
     Where the source does not say, a fifth becomes test: stratified by class, or whole groups. The
-    choice is kept in `listing.split_file`, and only images that are new there are assigned.
+    choice is kept in `listing.split_file`, and only images that are new there are assigned: to the
+    split of their group, if some of its images have one.
     """
     split = np.full(len(listing.split), "", "<U5")
     split[good] = listing.split[good]
@@ -258,21 +272,43 @@ def assign_splits(listing: Listing, columns: Examples, good: np.ndarray) -> np.n
     kept = _read_splits(listing.split_file)
     for position in good:
         split[position] = split[position] or kept.get(name(position), "")
-    new = good[split[good] == ""]
-    if len(new):
-        examples = take(columns, new)
-        count = round(TEST_SHARE * len(new))
-        is_test = np.isin(np.arange(len(new)), choose_val(examples, listing.fields, count))
+    if any(split[good] == ""):
+        if "group" in columns:
+            _join_groups(split, columns["group"], good)
+        new = good[split[good] == ""]
+        is_test = _choose_test(listing, columns, new, others=len(new) < len(good))
         split[new] = np.where(is_test, "test", "train")
         _write_splits(listing.split_file, {name(i): split[i] for i in good})
     return split
+
+
+def _join_groups(split: np.ndarray, group: np.ndarray, good: np.ndarray) -> None:
+    """Gives images without a split that of another image of their group."""
+    known = {int(group[i]): split[i] for i in good if split[i]}
+    for i in good:
+        split[i] = split[i] or known.get(int(group[i]), "")
+
+
+def _choose_test(listing: Listing, columns: Examples, new: np.ndarray, others: bool) -> np.ndarray:
+    """Returns which images at `new` become test, (k,) bool; `others`: whether there are more."""
+    examples = {"position": new, **take(columns, new)}
+    try:
+        test = choose_val(examples, listing.fields, round(TEST_SHARE * len(new)))
+    except UserError as error:  # a fifth would be all groups
+        if others:
+            return np.zeros(len(new), bool)
+        raise UserError(
+            f"{listing.root} has too few groups for a part that becomes test: write train and test "
+            "into the column 'split'."
+        ) from error
+    return np.isin(np.arange(len(new)), test)
 
 
 def _read_splits(file: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
             found = {row["path"]: row["split"] for row in csv.DictReader(lines)}
     except (OSError, KeyError, ValueError, csv.Error) as error:
         raise UserError(f"{file} is damaged ({error}): correct it, or remove it.") from error
@@ -288,7 +324,7 @@ def _write_splits(file: Path, split: dict[str, str]) -> None:
     writer.writerows(split.items())
     try:
         with replaced(file) as whole:  # several processes may write and read it at once
-            whole.write(lines.getvalue().encode())
+            whole.write(lines.getvalue().encode(errors="surrogateescape"))
     except OSError as error:
         reason = error.strerror or error
         print(
@@ -305,8 +341,8 @@ def _require_examples(
         if not num_examples(splits[name]):
             broken = f", and {len(problems):,} images cannot be decoded" if problems else ""
             raise UserError(
-                f"{listing.root} has no images in the split {name!r}{broken}: add some, or remove "
-                "the splits, so that one is chosen."
+                f"{listing.root} has no images in the split {name!r}{broken}: add images, or let "
+                "cv_jax choose the splits, see docs/data.md."
             )
 
 
@@ -331,8 +367,19 @@ def _notes(
             are = "files of {} are copies of others" if len(pairs) > 1 else "file of {} is a copy"
             are = are.format(name) + ("" if len(pairs) > 1 else " of another")
             yield f"data    {len(pairs):,} {are}: {some(named)}"
+    if "group" in listing.fields and (count := _num_divided(splits)):
+        groups = "groups have" if count > 1 else "group has"
+        yield f"data    {count:,} {groups} images in two splits"
     if listing.split_file is not None:
-        yield f"data    test is chosen by class, a fifth of the images: see {listing.split_file}"
+        by = [f"by {by}" for by in ("group", "label") if by in listing.fields]
+        how = (*by, "at random")[0].replace("label", "class")
+        yield f"data    test is chosen {how}, a fifth of the images: see {listing.split_file}"
+
+
+def _num_divided(splits: dict[str, Examples]) -> int:
+    """Returns the number of groups that have images in more than one split."""
+    groups = [np.unique(split["group"]) for split in splits.values()]
+    return int((np.unique(np.concatenate(groups), return_counts=True)[1] > 1).sum())
 
 
 def _class_notes(names: tuple[str, ...], splits: dict[str, Examples]) -> Iterator[str]:
