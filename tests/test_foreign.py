@@ -251,7 +251,7 @@ def test_a_file_becomes_the_backbone_of_a_task_that_has_one(write):
     loaded, missing, skipped = task.notes[-1].splitlines()[1:]
     assert loaded.split()[1] == "30"
     assert "projector/dense1/kernel" in missing
-    assert skipped.split()[3:] == ["backbone/head/kernel,", "backbone/head/bias"]
+    assert skipped.split()[3:] == ["backbone/head/bias,", "backbone/head/kernel"]
     assert "inputs  normalised by half: mean 0.5, std 0.5" in task.notes
 
 

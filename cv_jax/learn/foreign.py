@@ -145,7 +145,7 @@ def translate(arrays: Arrays) -> tuple[str, Arrays]:
         )
     family = FAMILIES[names[0]]
     found = {}
-    for there, array in family.prepare(arrays).items():
+    for there, array in sorted(family.prepare(arrays).items()):  # a file has no order
         path, change = _translate_one(there, family.rows)
         if path:
             found[path] = np.asarray(change(array), np.float32)
