@@ -15,6 +15,7 @@ import pytest
 import train
 from cv_jax.config.base import flatten
 from cv_jax.data.batches import make_batches
+from cv_jax.data.sources.photos import PHOTO_KEYS
 from cv_jax.data.splits import limit_examples
 from cv_jax.models import build_model
 from cv_jax.models.layers import conv, dense
@@ -128,6 +129,9 @@ def test_a_config_trains_and_every_leaf_is_read(name, tmp_path, monkeypatch):
         labels = config_data.labels_per_class, config_data.label_fraction, config_data.label_seed
         assert min(config_data.num_val, config_data.limit, *labels) >= 0
         assert not config_data.keep_unlabelled
+        assert all(config_data[key] == default for key, default in PHOTO_KEYS.items())
+        assert (config_data.workers, config_data.on_error) == (0, "replace")
+        assert config_data.val_fraction == 0
         return data
 
     monkeypatch.setattr(agreement, "load_dataset", load)
