@@ -85,7 +85,8 @@ def random_crop(
 
     The result depends on the arguments alone. The colours are those of `read_image.fit_image`,
     within 2 of 255 for the grey of a colour JPEG and otherwise the same. The resized pixels of a
-    JPEG differ from Pillow's by 1 of 255 on average: see `_resize`.
+    photograph's JPEG differ from Pillow's: by 0.8 of 255 on average at 224x224 pixels, by 3.8 at
+    32x32, where the decoder shrinks most. See `_resize`.
 
     Args:
         data: the content of an image file.

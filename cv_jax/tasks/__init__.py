@@ -166,7 +166,8 @@ def _problem(config: ml_collections.ConfigDict, spec: DataSpec, task: Task) -> s
 def _missing(config: ml_collections.ConfigDict, spec: DataSpec, name: str) -> str:
     return (
         f"config.task={config.task!r} needs the field {name!r}, and the data set "
-        f"{spec.name!r} has {', '.join(spec.fields)}: choose another config.data.name."
+        f"{spec.name!r} has {', '.join(spec.fields)}: choose another config.task, or data that "
+        "have the field."
     )
 
 

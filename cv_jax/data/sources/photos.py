@@ -373,7 +373,8 @@ def _notes(
     if listing.split_file is not None:
         by = [f"by {by}" for by in ("group", "label") if by in listing.fields]
         how = (*by, "at random")[0].replace("label", "class")
-        yield f"data    test is chosen {how}, a fifth of the images: see {listing.split_file}"
+        see = f": see {listing.split_file}" if listing.split_file.exists() else ""
+        yield f"data    test is chosen {how}, a fifth of the images{see}"
 
 
 def _num_divided(splits: dict[str, Examples]) -> int:
