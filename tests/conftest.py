@@ -64,6 +64,13 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def on_plain_lax() -> Iterator[None]:
+    """Traces and compiles sooner; tests/test_ops.py holds the kernels against plain lax."""
+    with plain_lax():
+        yield
+
+
 @pytest.fixture(scope="session")
 def cifar10_dir() -> Path:
     """The directory of a prepared CIFAR-10; skips where TFDS_DATA_DIR has none."""
@@ -134,12 +141,12 @@ def on_devices(count: int, module: str, function: str) -> str:
 
 
 @pytest.fixture
-def tiny_config() -> ml_collections.ConfigDict:
+def tiny_config(on_plain_lax: None) -> ml_collections.ConfigDict:
     """Seconds on digits, with all that is random or changes in it: 3 epochs of 5 steps."""
     config = base_config()
     config.epochs = 3.0
     config.batch_size = 50
-    config.model = "n94(widths=(8, 8))"
+    config.model = "n94(widths=(4,))"
     config.augment = "alternating_flip|translate(1)|mixup(0.2)"
     config.progressive_resizing = "size(6, until=0.5)"
     config.select = "hardest(4, of=5)"

@@ -57,10 +57,10 @@ def prepare_jax(num_runs: int = 1) -> None:
 
     The cache is in JAX_COMPILATION_CACHE_DIR where that is set, else in `cache_dir()`/xla. With
     several runs, the CPU becomes several devices that divide them, unless XLA_FLAGS or
-    JAX_NUM_CPU_DEVICES is set. GPUs and TPUs are not affected.
+    JAX_NUM_CPU_DEVICES says how many. GPUs and TPUs are not affected.
     """
-    chosen = os.environ.get("XLA_FLAGS", "") + os.environ.get("JAX_NUM_CPU_DEVICES", "")
-    if num_runs > 1 and not chosen:
+    chosen = "_device_count" in os.environ.get("XLA_FLAGS", "")
+    if num_runs > 1 and not (chosen or os.environ.get("JAX_NUM_CPU_DEVICES")):
         jax.config.update("jax_num_cpu_devices", math.gcd(num_runs, num_cores()))
     fix_numbers()
     _silence_background_threads()
