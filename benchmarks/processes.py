@@ -56,7 +56,7 @@ def start(
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "train.py", f"--workdir={workdir}", *arguments]
     if processes > 1:
-        command += [f"--coordinator=localhost:{_free_port()}", f"--num_processes={processes}"]
+        command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
     workdir.parent.mkdir(parents=True, exist_ok=True)
     running = []
     for i in range(processes):
@@ -85,7 +85,8 @@ def printed(workdir: Path, process: int = 0) -> str:
     return (workdir.parent / f"{workdir.name}-{process}.log").read_text()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port on which nothing listens."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]

@@ -1,19 +1,26 @@
 """Images that are decoded when a batch needs them: the same batch whoever decodes it."""
 
 import collections
+import itertools
+import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks.processes import free_port
 from cv_jax.config.errors import UserError
 from cv_jax.data.batches import padded_batches, resident_batches, stream_batches
 from cv_jax.data.encoded import Decoding, Encoded, Row, read_training
 from cv_jax.data.fields import image_field, label_field, num_examples, take
 from cv_jax.runtime.mesh import batch_sharding, make_mesh, put
+from tests.conftest import ROOT
 
 SHAPE = (4, 4, 3)
 KEY = jax.random.key(3)
+WORKERS_AND_BATCH_SIZES = ((1, 8), (2, 36), (3, 4), (8, 12))
 
 
 class Numbers:
@@ -120,6 +127,52 @@ def test_every_example_is_read_once_an_epoch(batch_size):
         stream.feed(i, 1)
     assert set(source.reads.values()) == {1}
     assert source.reads.total() == steps * batch_size
+
+
+def print_reads() -> None:
+    """Prints which images this process decodes in two epochs and in an evaluation."""
+    fields = {"image": image_field(SHAPE), "label": label_field([str(i) for i in range(37)])}
+    for num_workers, batch_size in WORKERS_AND_BATCH_SIZES:
+        source = Numbers(37)
+        split = make_split(source, num_workers)
+        for epoch in range(2):
+            start = epoch * (37 // batch_size)
+            end = start + 37 // batch_size
+            stream = stream_batches(split, batch_size, KEY, make_mesh(), end=end)
+            for i in range(start, end):
+                stream.feed(i, 1)
+            print(json.dumps(["epoch", source.reads]))
+            source.reads.clear()
+        for batch in padded_batches(split, fields, batch_size):
+            put(batch, batch_sharding(make_mesh()))
+        print(json.dumps(["evaluation", source.reads]))
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_every_example_is_read_once_by_one_of_several_processes(num_processes):
+    port = free_port()
+    code = "from cv_jax.runtime.processes import join; join('localhost:{}', {}, {});"
+    code += "from tests.test_encoded import print_reads; print_reads()"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code.format(port, num_processes, i)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(num_processes)
+    ]
+    printed = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0] * num_processes
+    asked = itertools.product(WORKERS_AND_BATCH_SIZES, ("epoch", "epoch", "evaluation"))
+    for ((_, batch_size), what), lines in zip(asked, zip(*printed, strict=True), strict=True):
+        reads = [collections.Counter(json.loads(line)[1]) for line in lines]
+        everywhere = sum(reads, collections.Counter())
+        count = 37 if what == "evaluation" else 37 // batch_size * batch_size
+        assert set(everywhere.values()) == {1}
+        assert everywhere.total() == count
+        if what == "epoch":
+            assert {one.total() for one in reads} == {count // num_processes}
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
