@@ -3,6 +3,7 @@
 import csv
 import os
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_an_image_that_may_be_read_later_is_read_then(root, monkeypatch):
     closed = root / next(iter(written))
     monkeypatch.setattr(
         "cv_jax.data.encoded.read_bytes",
-        lambda path: _denied() if path == closed and mode == 0 else path.read_bytes(),
+        lambda path: _denied() if path == str(closed) and mode == 0 else Path(path).read_bytes(),
     )
     for mode, count in ((0, 3), (0o644, 4)):
         closed.chmod(mode)

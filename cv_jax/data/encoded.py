@@ -50,11 +50,11 @@ class Files(NamedTuple):
         return len(self.paths)
 
     def read(self, position: int) -> bytes:
-        path = self.root / self.paths[position]
+        path = os.path.join(self.root, self.paths[position])
         try:
             return read_bytes(path)
         except UserError as error:
-            if path.is_dir():
+            if os.path.isdir(path):
                 raise UserError("it is a directory") from error
             raise
 

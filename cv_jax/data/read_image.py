@@ -1,5 +1,6 @@
 """Reads image files of any kind into arrays that a network takes."""
 
+import os
 import stat
 import struct
 import warnings
@@ -26,25 +27,34 @@ KINDS = [kind for kind in Image.ID if kind != "EPS"]  # Ghostscript would execut
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_CHANNELS = {0: 1, 2: 3}  # by PNG's type of colour: grey, RGB
 _NOT_PLAIN = {b"tRNS", b"eXIf", b"iTXt", b"zTXt", b"tEXt"}  # transparency, or perhaps a rotation
 # Where Pillow keeps the EXIF or XMP data of a PNG or JPEG file, which may rotate the image.
 _EXIF = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path | str) -> bytes:
     """Reads a file that a user names.
 
     Raises:
         UserError: the path is not a plain, readable file of at most 500 MB.
     """
     try:
-        about = path.stat()
+        about = os.stat(path)
         if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
             raise UserError("it is a pipe, a socket or a device, not a file")  # may never end
         if about.st_size > MAX_BYTES:
             raise UserError(f"it has more than {MAX_BYTES // 10**6} MB")
-        return path.read_bytes()
+        # Of a small file, Path.read_bytes takes twice the time, and four times in two threads.
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            data = os.read(file, about.st_size)
+            while len(data) < about.st_size and (more := os.read(file, about.st_size - len(data))):
+                data += more
+        finally:
+            os.close(file)
+        return data
     except IsADirectoryError as error:
         raise UserError("it is a directory: use --dir to predict the images in it") from error
     except OSError as error:
@@ -142,6 +152,8 @@ def read_facts(data: bytes) -> Facts:
     Raises:
         UserError: as `fit_image`, but damage behind the header is not found.
     """
+    if (shape := _plain_png_shape(data)) and shape[0] * shape[1] <= MAX_PIXELS:
+        return Facts(shape[:2], shape[2] == 1)
     try:
         image = _open(data, decode=False)
         turned = False
@@ -171,21 +183,27 @@ def _way_back(size: tuple[int, int], fitted: tuple[int, int], share: float) -> B
 
 
 def _read_plain_png(data: bytes, channels: int) -> np.ndarray | None:
-    """Decodes a PNG file of 8-bit RGB or grey in a third of Pillow's time; None of another file.
-
-    None also of a damaged file: Pillow then says what is wrong, where OpenCV would print.
-    """
-    colour = {1: 0, 3: 2}.get(channels)
-    plain = data[:8] == _PNG and data[24:26] == bytes((8, colour or 0)) and colour is not None
-    chunks = _png_chunks(data) if plain else None
-    if chunks is None or chunks & _NOT_PLAIN:
-        return None
-    w, h = struct.unpack(">II", data[16:24])
-    if w * h > MAX_PIXELS:
+    """Decodes a PNG file of 8-bit RGB or grey in a third of Pillow's time; None of another file."""
+    shape = _plain_png_shape(data)
+    if shape is None or shape[-1] != channels or shape[0] * shape[1] > MAX_PIXELS:
         return None
     how = cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_GRAYSCALE
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), how | cv2.IMREAD_IGNORE_ORIENTATION)
-    return None if pixels is None else pixels.reshape(h, w, channels)
+    return None if pixels is None else pixels.reshape(shape)
+
+
+def _plain_png_shape(data: bytes) -> tuple[int, int, int] | None:
+    """Returns (h, w, c) of a PNG file of 8-bit RGB or grey; None of another file.
+
+    None also of a damaged file: Pillow then says what is wrong, where OpenCV would print.
+    """
+    if data[:8] != _PNG or len(data) < 26 or data[24] != 8 or data[25] not in _CHANNELS:
+        return None
+    chunks = _png_chunks(data)
+    if chunks is None or chunks & _NOT_PLAIN:
+        return None
+    w, h = struct.unpack_from(">II", data, 16)
+    return h, w, _CHANNELS[data[25]]
 
 
 def _png_chunks(data: bytes) -> set[bytes] | None:
