@@ -146,7 +146,7 @@ def _refused(config, what):
     spec = random_dataset().spec
     shapes = batch_shapes(50)
     with pytest.raises(UserError, match=what) as refused, plain_lax():
-        try_step(build_task(config, spec), shapes)
+        try_step(build_task(config, spec), shapes, make_mesh())
     assert "\n" not in str(refused.value)
 
 

@@ -83,7 +83,7 @@ def test_every_config_makes_a_task(path):
     with plain_lax():  # traced in half of the time; to compile all of them would take minutes
         task = build_task(_watch(config, read), data.spec)
         batches = make_batches(config, data.train, derive_keys(0).order, make_mesh())
-        try_step(task, batches.shapes)
+        try_step(task, batches.shapes, make_mesh())
         table = next(note for note in task.notes if note.startswith("rule "))
         # Of its own model every rule decides something: a letter wrong in one shows here.
         unused = [row.split()[0] for row in table.splitlines() if row.split()[2] == "0"]

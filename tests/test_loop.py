@@ -10,11 +10,14 @@ import pytest
 from cv_jax.config.base import base_config
 from cv_jax.config.plan import Intervals, make_intervals, plan_chunks
 from cv_jax.data.batches import make_batches
+from cv_jax.models.ops import plain_lax
 from cv_jax.runtime.clock import SLOW_SECONDS, Clock, Pace
 from cv_jax.runtime.keys import derive_keys
 from cv_jax.runtime.mesh import make_mesh, replicated
 from cv_jax.tasks import build_task
 from cv_jax.train.chunks import make_train_chunk
+from cv_jax.train.runs import make_runs
+from cv_jax.train.trainer import Trainer
 from tests.conftest import random_dataset
 
 
@@ -52,12 +55,17 @@ def test_intervals_are_steps():
     assert make_intervals(config, num_train=70, num_val=0).eval == 0
 
 
-@pytest.fixture(scope="module")
-def training():
+def small_config():
     config = base_config()
     config.epochs, config.batch_size, config.model = 3.0, 16, "n94(widths=(4,))"
     config.augment = "crop(1)|mixup(0.2)"
     config.optim.rules = (("whiten/kernel", "frozen"), (".*", "base"))
+    return config
+
+
+@pytest.fixture(scope="module")
+def training():
+    config = small_config()
     data = random_dataset()
     task = build_task(config, data.spec)
     keys = derive_keys(0)
@@ -114,15 +122,14 @@ def test_all_but_the_frozen_parameters_move(training, reference):
 
 
 @pytest.mark.slow
-def test_train_step_is_traced_once(training):
-    task, keys, batches = training
-    step = chex.assert_max_traces(task.train_step, n=1)
-    step = jax.jit(step)
-    state = _init(task, keys)
-    for i in range(3):
-        batch = batches["resident"].pick(batches["resident"].feed(i, 1), np.int32(i))
-        state, _ = step(state, batch, jax.random.fold_in(keys.step, i))
-    assert int(state.step) == 3
+def test_a_run_traces_its_step_once():
+    config = small_config()
+    data = random_dataset()
+    task = build_task(config, data.spec)
+    task = task._replace(train_step=chex.assert_max_traces(task.train_step, n=1))
+    with plain_lax():
+        trainer = Trainer(config, data, task, make_runs(config), Clock())  # tries it
+        trainer.compile(trainer.init())
 
 
 def test_streams_of_randomness_are_apart():

@@ -668,7 +668,7 @@ def test_a_model_of_one_size_names_the_flag_that_keeps_it():
     task = build_task(config, data.spec)
     batches = make_batches(config, data.train, derive_keys(0).order, make_mesh())
     with pytest.raises(UserError, match=r"one size only .*write --config.progressive_resizing=''"):
-        try_step(task, batches.shapes)
+        try_step(task, batches.shapes, make_mesh())
 
 
 @pytest.mark.parametrize(

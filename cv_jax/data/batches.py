@@ -171,7 +171,7 @@ def _rows(key: jax.Array, index: jax.Array, epoch: jax.Array) -> dict:
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     coin = jax.vmap(partial(jax.random.bits, dtype=jnp.uint32))(keys)
-    return {"index": index, "epoch": jnp.full(index.shape, epoch), "coin": coin}
+    return {"index": index, "epoch": jnp.full_like(index, epoch), "coin": coin}
 
 
 def resident_batches(

@@ -22,6 +22,7 @@ MAX_PIXELS = 50_000_000
 MAX_BYTES = 500_000_000  # MAX_PIXELS of 8 bytes, and the file's other contents
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
 warnings.filterwarnings("ignore", module=r"PIL\.")  # damage that leaves the pixels whole
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damage is said by errors
 Image.init()
 KINDS = [kind for kind in Image.ID if kind != "EPS"]  # Ghostscript would execute an EPS file
 

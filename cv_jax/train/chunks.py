@@ -27,13 +27,16 @@ def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
     train_step = jax.jit(train_step)  # so that it is traced once, for its shapes and for the loop
 
     def train_chunk(state, feed, key, num_steps):
+        def next_step(state):
+            batch = batches.pick(feed, state.step)
+            return train_step(state, batch, jax.random.fold_in(key, state.step))
+
         def one_step(i, carry):
             state, rows = carry
-            batch = batches.pick(feed, state.step)
-            state, metrics = train_step(state, batch, jax.random.fold_in(key, state.step))
+            state, metrics = next_step(state)
             return state, jax.tree.map(lambda row, value: row.at[i].set(value), rows, metrics)
 
-        _, shapes = jax.eval_shape(train_step, state, batches.shapes, key)
+        _, shapes = jax.eval_shape(next_step, state)
         rows = jax.tree.map(lambda x: jnp.zeros((MAX_STEPS, *x.shape), x.dtype), shapes)
         return jax.lax.fori_loop(0, num_steps, one_step, (state, rows))
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import ml_collections
 from flax.errors import ScopeParamShapeError
+from jax.sharding import Mesh
 
 from cv_jax.config.errors import UserError, first_line
 from cv_jax.data import DataSpec
@@ -37,17 +38,27 @@ class Programs(NamedTuple):
     preview: Callable
 
 
-def try_step(task: Task, batch: dict) -> None:
+def try_step(task: Task, batch: dict, mesh: Mesh) -> None:
     """Traces the start and a step of a run: what is wrong with them shows before there is a run.
 
-    The step that is compiled later takes this trace. `batch`: of training, as ShapeDtypeStructs.
+    The step that is compiled later takes this trace, so everything is of the mesh here too.
+
+    Args:
+        task: what is trained.
+        batch: of training, as ShapeDtypeStructs.
+        mesh: the devices of the run.
 
     Raises:
         UserError: something that the task refuses there.
     """
+
+    def on_mesh(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
+
     key = jax.random.key(0)
     try:
-        jax.eval_shape(jax.jit(task.train_step), jax.eval_shape(task.init, key), batch, key)
+        arguments = jax.tree.map(on_mesh, (jax.eval_shape(task.init, key), batch, key))
+        jax.eval_shape(jax.jit(task.train_step), *arguments)
     except ScopeParamShapeError as error:
         raise UserError(
             f"config.model takes images of one size only ({first_line(error)[:160]}): write "
