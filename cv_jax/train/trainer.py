@@ -55,7 +55,8 @@ class Trainer:
     ):
         self._task, self._spec, self._runs, self._clock = task, data.spec, runs, clock
         self._batches = make_batches(config, data.train, runs.own.keys.order, runs.mesh)
-        try_step(task, self._batches.shapes, runs.mesh)
+        with clock("compile"):
+            try_step(task, self._batches.shapes, runs.mesh)
         check_sweep(runs.sweep, config, data.spec, self._batches.shapes)
         self._programs = make_programs(config, data.spec, task, self._batches, runs)
         self.evals, self.limit = self._programs.evals, self._batches.limit
