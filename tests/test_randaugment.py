@@ -202,9 +202,9 @@ def test_points_and_masks_move_with_the_image():
 @pytest.mark.parametrize("c", [1, 3])
 def test_both_ways_to_count_give_the_same(c):
     levels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 2, 5, 7, c)), jnp.int32)
-    ways = (randaugment._by_scatter, randaugment._by_comparing)
-    scattered, compared = (np.asarray(jax.jit(way)(levels)) for way in ways)
-    np.testing.assert_array_equal(scattered, compared)
+    ways = (randaugment._by_scatter, randaugment._by_products)
+    scattered, multiplied = (np.asarray(jax.jit(way)(levels)) for way in ways)
+    np.testing.assert_array_equal(scattered, multiplied)
     for i in range(3):
         for channel in range(c):
             expected = np.bincount(np.asarray(levels[i, ..., channel]).ravel(), minlength=256)

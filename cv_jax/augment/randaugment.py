@@ -209,8 +209,8 @@ def _smooth(clip):
 
 def histograms(levels: jax.Array) -> jax.Array:
     """Counts the values 0..255 of each channel: (b, t, h, w, c) int32 -> (b, c, 256) int32."""
-    # A scatter on a TPU goes value by value; on the CPU comparing takes 200 times as long.
-    return jax.lax.platform_dependent(levels, tpu=_by_comparing, default=_by_scatter)
+    # A scatter on a TPU goes value by value; on the CPU products take many times as long.
+    return jax.lax.platform_dependent(levels, tpu=_by_products, default=_by_scatter)
 
 
 def _by_scatter(levels):
@@ -224,9 +224,16 @@ def _by_scatter(levels):
     return jax.vmap(count)(places).reshape(-1, c, 256)
 
 
-def _by_comparing(levels):
-    equal = levels[..., None] == jnp.arange(256).reshape(1, 1, 1, 1, 1, 256)
-    return equal.sum((1, 2, 3), dtype=jnp.int32)
+def _by_products(levels):
+    """Counts pairs of the upper and the lower four bits: a matrix product of one-hot rows.
+
+    Exact up to 2^24 pixels: zeros and ones are exact in bfloat16, and the sums in float32.
+    """
+    b, c = levels.shape[0], levels.shape[-1]
+    levels = jnp.moveaxis(levels, -1, 1).reshape(b, c, -1)
+    upper, lower = (jax.nn.one_hot(x, 16, dtype=jnp.bfloat16) for x in (levels >> 4, levels & 15))
+    pairs = jnp.einsum("bcni,bcnj->bcij", upper, lower, preferred_element_type=jnp.float32)
+    return pairs.reshape(b, c, 256).astype(jnp.int32)
 
 
 def _look_up(table, levels):
