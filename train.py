@@ -84,11 +84,12 @@ def run(config: ml_collections.ConfigDict, directory: Path, profile_steps: int =
             return result
         workdir.write_environment()
         start = int(state.step)
-        trainer.compile(state)
+        trainer.compile(start)
         log = workdir.open_log()
         profiler = Profiler(profile_steps, intervals.total - start, directory, trainer, log, clock)
         log.begin(workdir.changes, notes)
         log.preview(trainer.preview(start))
+        evaluate.compile(trainer.shapes)
         with profiler, stop:
             if workdir.val_is_due:  # it was cut short when the run was stopped
                 workdir.catch_up(evaluate.watch(state))

@@ -25,7 +25,7 @@ from cv_jax.runtime.keys import derive_keys
 from cv_jax.runtime.mesh import make_mesh
 from cv_jax.tasks import build_task
 from cv_jax.train import agreement
-from cv_jax.train.flops import evaluation_flops, training_flops
+from cv_jax.train.flops import evaluation_flops, step_flops
 from cv_jax.train.programs import try_step
 from cv_jax.workdir import directory
 from tests.conftest import ROOT, random_dataset
@@ -88,7 +88,7 @@ def test_every_config_makes_a_task(path):
         # Of its own model every rule decides something: a letter wrong in one shows here.
         unused = [row.split()[0] for row in table.splitlines() if row.split()[2] == "0"]
         assert set(unused) <= {".*"}
-        assert training_flops(task, batches.shapes, 2) > 0
+        assert step_flops(task, batches.shapes, len(task.stages) - 1) > 0
         assert evaluation_flops(task, data.spec, 8) > 0
     groups = {key for key in flatten(config) if key.startswith("optim.groups.")}
     assert groups - read == set()

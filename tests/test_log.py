@@ -15,8 +15,9 @@ from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
 from cv_jax.config.plan import Chunk, Intervals
 from cv_jax.runtime.mesh import make_mesh
-from cv_jax.workdir import figures as plot
 from cv_jax.workdir.log import Log
+from cv_jax.workdir.log import log as log_module
+from cv_jax.workdir.log.confusion import draw_confusion
 from cv_jax.workdir.log.tensorboard import image_grid
 from cv_jax.workdir.log.window import Window
 from cv_jax.workdir.metric import Metric
@@ -308,8 +309,9 @@ def test_the_confusion_in_tensorboard_is_of_the_runs_that_have_not_diverged(
     make_log, tmp_path, monkeypatch
 ):
     drawn = []
-    draw = plot.draw_confusion
-    monkeypatch.setattr(plot, "draw_confusion", lambda *args: drawn.append(args[0]) or draw(*args))
+    monkeypatch.setattr(
+        log_module, "draw_confusion", lambda *args: drawn.append(args[0]) or draw_confusion(*args)
+    )
     confusion = np.stack([np.diag([2.0, 3.0]), np.full((2, 2), np.nan)])
     count = np.full(2, 5.0)
     accuracy = np.array([5.0, np.nan])
@@ -319,6 +321,21 @@ def test_the_confusion_in_tensorboard_is_of_the_runs_that_have_not_diverged(
         log.finals(14, {"val": sums, "test": nothing}, ["a", "b"])
     (one,) = drawn
     np.testing.assert_array_equal(one, np.diag([2.0, 3.0]))
+
+
+def test_a_cell_of_the_confusion_matrix_has_the_colour_of_its_share():
+    confusion = np.array([[6.0, 0.0, 0.0], [1.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+    names = ["$x$", "<b>", "a name that is far longer than the matrix has room for"]
+    picture = draw_confusion(confusion, names)
+    side = 640 // 3
+    top, left = 30, picture.shape[1] - 6 - 3 * side
+    corners = picture[top + 5 :: side, left + 5 :: side][:3, :3]
+    full, white = np.array([0, 114, 178]), np.full(3, 255)
+    expected = [[full, white, white], [(255 * 3 + full) / 4, (255 + 3 * full) / 4, white]]
+    np.testing.assert_allclose(corners[:2], expected, atol=0.5)
+    assert (corners[2] == 255).all()  # a class without examples
+    many = draw_confusion(np.eye(100), [])
+    assert (many[30 + 1, 6 + 1] == full).all()
 
 
 def test_a_grid_lays_images_out_in_rows():

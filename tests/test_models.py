@@ -659,15 +659,17 @@ def test_compute_dtype(monkeypatch):
         compute_dtype("float16")
 
 
-@pytest.mark.slow
 def test_a_model_of_one_size_names_the_flag_that_keeps_it():
     config = base_config()
-    config.model, config.progressive_resizing = "lenet", "size(20, until=0.5)"
-    config.batch_size = 4
+    config.model, config.batch_size = "lenet", 4
     data = random_dataset((32, 32, 3))
+    config.progressive_resizing = "size(20, until=0.5)"
+    with pytest.raises(UserError, match=r"one size only: write --config.progressive_resizing=''"):
+        build_task(config, data.spec)
+    config.progressive_resizing, config.augment = "", "random_resized_crop(24)"
     task = build_task(config, data.spec)
     batches = make_batches(config, data.train, derive_keys(0).order, make_mesh())
-    with pytest.raises(UserError, match=r"one size only .*write --config.progressive_resizing=''"):
+    with pytest.raises(UserError, match=r"one size only .*write no augmentation that changes the"):
         try_step(task, batches.shapes, make_mesh())
 
 

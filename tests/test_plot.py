@@ -1,16 +1,25 @@
 """Pictures show what they were given, whatever is in a name."""
 
 import numpy as np
+from matplotlib import rc_context
 
 from cv_jax.workdir.figures import (
+    STYLE,
     draw_bars,
     draw_confusion,
     draw_map,
     draw_reliability,
     draw_sweep,
-    rasterize,
 )
 from cv_jax.workdir.metric import Metric
+
+
+def rasterize(figure):
+    """Returns a figure on white as (h, w, 3) uint8."""
+    figure.set_facecolor("white")
+    with rc_context(STYLE):
+        figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
 
 
 def test_a_confusion_matrix_is_dark_on_a_perfect_diagonal():

@@ -257,7 +257,7 @@ def test_skipping_costs_no_flops(poisoned):
         task = build_task(poisoned, random_dataset().spec)
         batch = example_shapes(random_dataset().spec.fields, 8)
         batch["rows"] = {"index": jax.ShapeDtypeStruct((8,), jnp.int32)}
-        flops.append(step_flops(task, batch, step=3))
+        flops.append(step_flops(task, batch, 0))
     assert flops[0] == flops[1] > 0
 
 

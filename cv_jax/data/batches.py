@@ -30,6 +30,7 @@ from cv_jax.runtime.mesh import (
     run_sharding,
     stream_sharding,
 )
+from cv_jax.runtime.startup import jit_once
 
 # Batches in one feed of a stream, and their bytes: enough to hide the dispatch, few enough for the
 # memory, which holds two feeds.
@@ -378,7 +379,7 @@ class _Orders:
         if label is not None:
             num_classes = int(label.max()) + 1
             label = put(label, replicated(sharding.mesh))
-        self._order = partial(jax.jit(order, out_shardings=sharding), key, positions, label)
+        self._order = partial(jit_once(order, out_shardings=sharding), key, positions, label)
         self._orders: dict[int, jax.Array] = {}
 
     def __call__(self, epoch: int) -> jax.Array:

@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 from contextlib import suppress
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +24,6 @@ MAX_BYTES = 500_000_000  # MAX_PIXELS of 8 bytes, and the file's other contents
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
 warnings.filterwarnings("ignore", module=r"PIL\.")  # damage that leaves the pixels whole
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damage is said by errors
-Image.init()
-KINDS = [kind for kind in Image.ID if kind != "EPS"]  # Ghostscript would execute an EPS file
-
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3}  # by PNG's type of colour: grey, RGB
@@ -33,6 +31,13 @@ _NOT_PLAIN = {b"tRNS", b"eXIf", b"iTXt", b"zTXt", b"tEXt"}  # transparency, or p
 # Where Pillow keeps the EXIF or XMP data of a PNG or JPEG file, which may rotate the image.
 _EXIF = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
+
+
+@cache
+def _kinds() -> list[str]:
+    """Returns Pillow's kinds of files, which it is slow to import."""
+    Image.init()
+    return [kind for kind in Image.ID if kind != "EPS"]  # Ghostscript would execute an EPS file
 
 
 def read_bytes(path: Path | str) -> bytes:
@@ -225,7 +230,7 @@ def _png_chunks(data: bytes) -> set[bytes] | None:
 
 def _open(data: bytes, decode: bool = True) -> Image.Image:
     try:
-        image = Image.open(BytesIO(data), formats=KINDS)
+        image = Image.open(BytesIO(data), formats=_kinds())
     except Image.DecompressionBombError as error:
         raise UserError(f"it has more than {MAX_PIXELS:,} pixels") from error
     except Image.UnidentifiedImageError as error:

@@ -12,6 +12,8 @@ import ml_collections
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cv_jax.augment.resizing import make_stages
+from cv_jax.config import durations
 from cv_jax.config.errors import UserError, nearest
 from cv_jax.config.tables import align
 from cv_jax.data import DataSpec
@@ -70,6 +72,7 @@ def make_initial(
     path, num_classes = ((), num_outputs) if whole else (("backbone",), 0)
     with checked_outputs(config.model, path, num_classes):
         shapes = jax.eval_shape(draw, jax.random.key(0))
+    _check_sizes(config, model, spec, shapes["params"])
     allow, anew = (_matcher(config, key) for key in ("init_allow", "init_anew"))
     notes = _input_notes(config)
     if not config.init_from:
@@ -81,6 +84,25 @@ def make_initial(
         return unflatten_dict({**flat, **jax.tree.map(jnp.asarray, taken)}, sep="/")
 
     return Initial(draw_the_rest, shapes, [*notes, *table])
+
+
+def _check_sizes(
+    config: ml_collections.ConfigDict, model: nn.Module, spec: DataSpec, params: Any
+) -> None:
+    """Raises UserError where the parameters depend on the size of the images, which changes."""
+    if not config.progressive_resizing:
+        return
+    total_steps = durations.total_steps(config, spec.num_train)
+    *smaller, _ = make_stages(config.progressive_resizing, total_steps)
+    for stage in smaller:
+        shape = (1, stage.size, stage.size, spec.image_shape[-1])
+        init = functools.partial(model.init, train=False)
+        found = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+        if jax.tree.map(jnp.shape, found["params"]) != jax.tree.map(jnp.shape, params):
+            raise UserError(
+                f"config.model={config.model!r} takes images of one size only: write "
+                "--config.progressive_resizing='', or choose another config.model."
+            )
 
 
 def _input_notes(config: ml_collections.ConfigDict) -> list[str]:

@@ -1,6 +1,5 @@
 """The training step: how a batch becomes a change of the parameters."""
 
-from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,8 +95,14 @@ def make_training(
     update = update or follow_gradient
     steps = [_then(finish, update(optimizer, stage)) for stage in stages]
 
-    def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
-        new, metrics = step_of_stage(starts, steps, state, batch, key)
+    def train_step(
+        state: TrainState, batch: dict, key: jax.Array, stage: int | None = None
+    ) -> tuple[TrainState, dict]:
+        if stage is None:
+            number = jnp.searchsorted(jnp.array(starts), state.step, side="right") - 1
+            new, metrics = jax.lax.switch(number, steps, state, batch, key)
+        else:
+            new, metrics = steps[stage](state, batch, key)
         if config.optim.skip_nonfinite:
             new, metrics = keep_if_finite(state, new, metrics)
         rates = {name: (rate, jnp.float32(1)) for name, rate in optimizer.lr(state.step).items()}
@@ -161,20 +166,6 @@ def apply_gradients(
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, state.opt_state, state.params, step=state.step)
     return optax.apply_updates(state.params, updates), opt_state
-
-
-def step_of_stage(
-    starts: tuple[int, ...], steps: list[Step], state: TrainState, batch: dict, key: jax.Array
-) -> tuple[TrainState, dict]:
-    """Runs the step of the stage that contains `state.step`.
-
-    All stages are compiled into one program. If `state.step` is a Python int, only the step of
-    its stage is traced.
-    """
-    if isinstance(state.step, int):
-        return steps[bisect_right(starts, state.step) - 1](state, batch, key)
-    stage = jnp.searchsorted(jnp.array(starts), state.step, side="right") - 1
-    return jax.lax.switch(stage, steps, state, batch, key)
 
 
 def _then(finish: Callable[[TrainState], TrainState], step: Step) -> Step:

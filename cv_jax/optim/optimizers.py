@@ -330,7 +330,7 @@ def _end(rate: Rate, total_steps: int) -> int:
         start = max(0, stop - _STEPS_AT_ONCE)
         try:
             with jax.ensure_compile_time_eval():  # works where a traced function builds the task
-                rates = np.asarray(rate(np.arange(start, stop)))
+                rates = np.asarray(jax.jit(rate)(np.arange(start, stop)))
         except jax.errors.TracerArrayConversionError:  # a swept schedule: runs end at other steps
             return total_steps
         (above,) = np.nonzero(rates)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cv_jax.runtime.processes import Largest
 
@@ -57,6 +57,11 @@ class Clock:
         for name, value in seconds.items():
             self.seconds[name] += value
 
+    def now(self, name: str) -> float:
+        """Returns the seconds of one activity up to now."""
+        self._switch()
+        return self.seconds[name]
+
     def read(self) -> dict[str, float]:
         """Returns the seconds up to now, by clock."""
         self._switch()
@@ -64,12 +69,17 @@ class Clock:
 
 
 class Pace:
-    """Measures the seconds of a step; a call returns the number of steps that fill a dispatch."""
+    """Measures the seconds of a step; a call returns the number of steps that fill a dispatch.
 
-    def __init__(self) -> None:
+    Args:
+        now: the seconds that training has taken up to now, without what comes between the steps.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.seconds_per_step = 0.0
         self._slowest = Largest()
-        self._mark = time.perf_counter()
+        self._now = now
+        self._mark = now()
 
     def __call__(self) -> int:
         seconds = self._slowest(self.seconds_per_step)
@@ -80,13 +90,9 @@ class Pace:
         """Tells whether a step takes more than SLOW_SECONDS, or is not measured yet."""
         return not 0 < self.seconds_per_step <= SLOW_SECONDS
 
-    def resume(self) -> None:
-        """Starts counting again after a pause."""
-        self._mark = time.perf_counter()
-
     def finished(self, num_steps: int) -> float:
         """Records that `num_steps` steps are done since the last mark; returns their seconds."""
-        seconds = time.perf_counter() - self._mark
+        seconds = self._now() - self._mark
         self._mark += seconds
         self.seconds_per_step = seconds / num_steps
         return seconds

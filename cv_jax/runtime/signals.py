@@ -1,11 +1,13 @@
 """Ctrl-C and SIGTERM: a run saves a checkpoint and prints the command that resumes it."""
 
 import concurrent.futures
+import contextvars
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -98,15 +100,31 @@ def never() -> int:
     return 0
 
 
-# Threads that go on although the call that started them has ended.
-_abandoned: list[threading.Thread] = []
+_threads: list[threading.Thread] = []
+
+
+def call_in_thread(function: Callable[[], Any]) -> Future:
+    """Begins to call function() in a thread with the context variables of this one."""
+    outcome = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # raised again by result()
+            outcome.set_exception(error)
+
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(call,), daemon=True)
+    _threads[:] = [*(other for other in _threads if other.is_alive()), thread]
+    thread.start()
+    return outcome
 
 
 def answer_signals_during(function: Callable[[], Any], stop: Callable[[], int] = never) -> Any:
     """Returns function(), called in another thread, so that this one answers signals meanwhile.
 
     Python calls signal handlers between two of its own instructions, and XLA compiles for tens of
-    seconds in one. Where a handler raises, or `stop` asks to stop, the thread is abandoned.
+    seconds in one. Where a handler raises, or `stop` asks to stop, the thread is left alone.
 
     Args:
         function: compiles a program, or waits for its result.
@@ -116,26 +134,13 @@ def answer_signals_during(function: Callable[[], Any], stop: Callable[[], int] =
     Raises:
         CutShort: `stop` asks to stop.
     """
-    outcome = concurrent.futures.Future()
-
-    def call() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:  # raised again by result()
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    try:
-        thread.start()
-        while not concurrent.futures.wait([outcome], timeout=0.1).done:
-            if jax.process_count() == 1 and stop():
-                raise CutShort
-        return outcome.result()
-    finally:
-        if not outcome.done():
-            _abandoned.append(thread)
+    outcome = call_in_thread(function)
+    while not concurrent.futures.wait([outcome], timeout=0.1).done:
+        if jax.process_count() == 1 and stop():
+            raise CutShort
+    return outcome.result()
 
 
 def is_busy() -> bool:
-    """Returns whether an abandoned thread is at work; Python's own end would wait for XLA."""
-    return any(thread.is_alive() for thread in _abandoned)
+    """Returns whether a thread of these functions is at work: Python's own end waits for XLA."""
+    return any(thread.is_alive() for thread in _threads)

@@ -7,9 +7,11 @@ Imports every room but train, trained and tools. A new task is a new file here w
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -43,7 +45,9 @@ class Task(NamedTuple):
         needs: fields that the data set must have.
         reads: the keys of OPTIONAL that have an effect on the task.
         stages: the first step of each stage, ascending from 0. The FLOPs of a train_step are
-            constant within a stage.
+            constant within a stage, and each stage is a program of its own. With several stages,
+            train_step takes `stage` as a fourth argument: the number of the stage that the step
+            is in. None: any step, with all stages in one program.
         features: (state, batch) -> features by name; "pooled" are (b, d). None: no features.
         predict: (state, batch) -> predictions by name, arrays (b, ...), as in evaluation.
             None for a task that predicts nothing, such as self-supervision.
@@ -82,6 +86,13 @@ class Task(NamedTuple):
     panels: Callable | None = None
     baseline: Callable | None = None
     warn: Callable | None = None
+
+
+def step_of_stage(task: Task, stage: int) -> Callable:
+    """Returns the task's train_step for the steps of one stage, jitted: it is traced once."""
+    if len(task.stages) == 1:
+        return jax.jit(task.train_step)
+    return partial(jax.jit(task.train_step, static_argnames="stage"), stage=stage)
 
 
 def draw_all(task: Task, examples: dict[str, Any]) -> np.ndarray:

@@ -62,7 +62,7 @@ from cv_jax.runtime.mesh import (
     make_mesh,
     replicated,
 )
-from cv_jax.tasks import build_task
+from cv_jax.tasks import build_task, step_of_stage
 from cv_jax.tools import hlo
 from cv_jax.tools.command import command, make_parser
 from cv_jax.train.flops import count_flops, learned_from, step_flops
@@ -293,11 +293,9 @@ def training_cost(
     if config.data.stream:
         fed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stream.shapes))
         resident = 2 * steps_of_feed(stream.shapes) * fed // mesh.size  # one is read ahead
-    dearest = max(task.stages, key=lambda start: step_flops(task, stream.shapes, start))
-
-    def train_step(state, batch, key):
-        return task.train_step(state.replace(step=dearest), batch, key)
-
+    stages = range(len(task.stages))
+    dearest = max(stages, key=lambda stage: step_flops(task, stream.shapes, stage))
+    train_step = step_of_stage(task, dearest)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=everywhere)
     state, key = _placed((jax.eval_shape(task.init, keys.init), keys.step), everywhere)
     batch = _placed(stream.shapes, batch_sharding(mesh))

@@ -1,4 +1,4 @@
-"""The loop's parts: which steps run in one dispatch, the dispatch, and the clock."""
+"""Many steps in one dispatch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from cv_jax.config.plan import MAX_STEPS
 from cv_jax.data.batches import Batches
-from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.mesh import replicated
-from cv_jax.runtime.signals import answer_signals_during
 
 
 def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
@@ -43,16 +42,14 @@ def make_train_chunk(train_step: Callable, batches: Batches) -> Callable:
     return train_chunk
 
 
-def compile_train_chunk(
-    train_chunk: Callable, own: Any, state: Any, batches: Batches, mesh: Mesh, clock: "Clock"
-) -> Callable:
-    """`programs.Programs.train_chunk` compiled: another shape is an error, not a retrace.
+def lower_train_chunk(
+    train_chunk: Callable, own: Any, state: Any, feed: Any, mesh: Mesh
+) -> Lowered:
+    """Lowers one of `programs.Programs.train_chunks`, for arguments of these shapes alone.
 
-    The state stays laid out as it is; every device knows the metrics.
+    The state, of which the shapes are enough, stays laid out as it is; every device knows the
+    metrics.
     """
-    with clock("compile"):
-        feed = batches.feed(int(state.step), 1)
-        layout = jax.tree.map(lambda x: x.sharding, state)
-        jitted = jax.jit(train_chunk, donate_argnums=1, out_shardings=(layout, replicated(mesh)))
-        lowered = jitted.lower(own, state, feed, np.int32(1))
-        return answer_signals_during(lowered.compile)
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    jitted = jax.jit(train_chunk, donate_argnums=1, out_shardings=(layout, replicated(mesh)))
+    return jitted.lower(own, state, feed, np.int32(1))

@@ -1,6 +1,7 @@
 """Runs train.py's command line: its start, its messages and its exit codes."""
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -74,14 +75,18 @@ def run_command(
             result = run(config, directory)
         if jax.process_index() == 0:
             print_result(result, directory)
+        if is_busy():  # with the steps of a stage that an early stop has left out
+            leave(0, at_once=True)
     except UserError as error:
         if directory and not workdir:
             with contextlib.suppress(OSError):
                 directory.rmdir()  # where nothing is in it yet
-        leave(fail(error))
+        leave(fail(error), at_once=is_busy())
     except Stopped as stopped:
         print(f"Stopped by {stopped}. To go on:\n  {resume_command(sys.argv, directory)}")
         leave(stopped.exit_code, at_once=is_busy())
+    finally:
+        gc.freeze()  # Python's end would look for cycles among all objects of JAX, for 0.7 s
 
 
 def choose_workdir(workdir: str | None, config_file: str) -> str:

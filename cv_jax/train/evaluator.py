@@ -4,6 +4,7 @@ import collections
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,13 @@ from jax.sharding import Mesh
 
 from cv_jax.data import Dataset, Examples
 from cv_jax.data.batches import padded_batches, streams
+from cv_jax.data.dataset import example_shapes
 from cv_jax.data.fields import num_examples, take
 from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.runtime.clock import SLOW_SECONDS, Clock
 from cv_jax.runtime.mesh import batch_sharding, num_sharing, put, replicated
 from cv_jax.runtime.processes import broadcast
-from cv_jax.runtime.signals import CutShort, answer_signals_during, never
+from cv_jax.runtime.signals import CutShort, answer_signals_during, call_in_thread, never
 from cv_jax.workdir.numbers import means
 
 
@@ -95,8 +97,32 @@ class Evaluator:
         self._clock = clock
         self._stop = stop
         self._batches: dict[str, list[dict]] = {}
-        self._programs: dict[tuple, Callable] = {}
+        self._programs: dict[tuple, Future] = {}
         self._fitted: tuple[str, int, Any] | None = None
+
+    def compile(self, state: Any) -> None:
+        """Begins to compile the evaluations, in threads, for states of these shapes.
+
+        They are ready when the training first needs them. A Probe is compiled when it is used.
+
+        Args:
+            state: a state of all runs as ShapeDtypeStructs with shardings.
+        """
+        for name, split in (("watch", "val"), ("final", "test")):
+            evaluation, examples = self._evals[name], getattr(self._data, split)
+            if num_examples(examples) and not isinstance(evaluation, Probe):
+                if isinstance(evaluation, Collected):
+                    evaluation = evaluation.predict
+                self._compiled(evaluation, state, self._batch_shapes(examples))
+
+    def _batch_shapes(self, examples: Examples) -> dict:
+        size = self._batch_size_of(examples)
+        shapes = {**example_shapes(self._data.spec.fields, size), "rows": {}}
+        shapes["rows"]["weight"] = jax.ShapeDtypeStruct((size,), jnp.float32)
+        sharding = batch_sharding(self._mesh)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        )
 
     def watch(self, state: Any) -> dict[str, np.ndarray] | None:
         """Returns the means on val that are watched during training; None where it is cut short."""
@@ -176,23 +202,33 @@ class Evaluator:
         return self._batches[split]
 
     def _lay_out(self, examples: Examples) -> Iterator[dict]:
-        sharing = num_sharing(self._mesh)
-        batch_size = min(self._batch_size, num_examples(examples))
-        batch_size = -(-batch_size // sharing) * sharing
+        batch_size = self._batch_size_of(examples)
         for batch in padded_batches(examples, self._data.spec.fields, batch_size):
             yield put(batch, batch_sharding(self._mesh))
 
+    def _batch_size_of(self, examples: Examples) -> int:
+        sharing = num_sharing(self._mesh)
+        return -(-min(self._batch_size, num_examples(examples)) // sharing) * sharing
+
     def _call(self, function: Callable, *args: Any) -> Any:
         """Returns function(own, *args), compiled when arguments of new shapes or dtypes come."""
+        coming = self._compiled(function, *args)
+        if not coming.done():
+            with self._clock("compile"):
+                answer_signals_during(coming.result, self._stop)
+        return coming.result()(self._own, *args)
+
+    def _compiled(self, function: Callable, *args: Any) -> Future:
+        """Returns the program for arguments of these shapes, which a thread begins to compile."""
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((x.shape, x.dtype) for x in leaves)
         program = (function, structure, shapes)  # splits with batches of one shape share it
         if program not in self._programs:
-            with self._clock("compile"):
-                jitted = jax.jit(function, out_shardings=replicated(self._mesh))
-                lowered = jitted.lower(self._own, *args)
-                self._programs[program] = answer_signals_during(lowered.compile, self._stop)
-        return self._programs[program](self._own, *args)
+            jitted = jax.jit(function, out_shardings=replicated(self._mesh))
+            self._programs[program] = call_in_thread(
+                lambda: jitted.lower(self._own, *args).compile()
+            )
+        return self._programs[program]
 
 
 def num_rows(predictions: dict) -> int:

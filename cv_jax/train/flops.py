@@ -1,17 +1,19 @@
 """Floating-point operations of a function, counted from its jaxpr."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters import partial_eval
 
 from cv_jax.data import DataSpec
 from cv_jax.data.dataset import example_shapes
 from cv_jax.learn.evaluations import Collected, Probe
+from cv_jax.models.ops import plain_lax
 from cv_jax.tasks import Task
 
 
@@ -29,33 +31,47 @@ def count_flops(function: Callable, *args: Any) -> int:
         function: anything that jax.make_jaxpr traces; nothing is computed.
         args: arrays or jax.ShapeDtypeStructs, or pytrees of them.
     """
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return traced_flops(jax.make_jaxpr(function)(*args))
+
+
+def traced_flops(trace: ClosedJaxpr) -> int:
+    """`count_flops` of what has been traced."""
+    used, _ = partial_eval.dce_jaxpr(trace.jaxpr, [True] * len(trace.jaxpr.outvars))
     return _jaxpr_flops(used)
 
 
-def step_flops(task: Task, batch: dict, step: int) -> int:
-    """`count_flops` of a task's training step number `step`; the batch may be of shapes."""
+def step_flops(task: Task, batch: dict, stage: int) -> int:
+    """`count_flops` of a training step in a stage of the task; the batch may be of shapes."""
     key = jax.random.key(0)
+    chosen = {"stage": stage} if len(task.stages) > 1 else {}
+    train_step = partial(task.train_step, **chosen)
+    with plain_lax():  # is traced in a third of the time
+        return count_flops(train_step, jax.eval_shape(task.init, key), batch, key)
 
-    def train_step(state, batch):
-        return task.train_step(state.replace(step=step), batch, key)
 
-    return count_flops(train_step, jax.eval_shape(task.init, key), batch)
+def training_flops(stages: Sequence[int], flops_of: Callable[[int], int], steps: int) -> int:
+    """FLOPs of a training of so many steps: those of each stage's step, times its length.
 
-
-def training_flops(task: Task, batch: dict, steps: int) -> int:
-    """FLOPs of a training of so many steps: those of each stage's step, times its length."""
-    stages = [start for start in task.stages if start < steps]
-    ends = [*stages[1:], steps]
+    Args:
+        stages: first steps, see `tasks.Task`.
+        flops_of: number of a stage -> FLOPs of its step.
+        steps: of the whole training.
+    """
+    starts = [start for start in stages if start < steps]
+    ends = [*starts[1:], steps]
     return sum(
-        (end - start) * step_flops(task, batch, start)
-        for start, end in zip(stages, ends, strict=True)
+        (end - start) * flops_of(stage)
+        for stage, (start, end) in enumerate(zip(starts, ends, strict=True))
     )
 
 
 def evaluation_flops(task: Task, spec: DataSpec, count: int) -> int:
     """FLOPs of the final evaluation of `count` examples, with what a probe takes to learn."""
+    with plain_lax():
+        return _evaluation_flops(task, spec, count)
+
+
+def _evaluation_flops(task, spec, count):
     weight = jax.ShapeDtypeStruct((1,), jnp.float32)
     batch = {**example_shapes(spec.fields, 1), "rows": {"weight": weight}}
     state = jax.eval_shape(task.init, jax.random.key(0))

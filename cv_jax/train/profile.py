@@ -79,8 +79,7 @@ class Profiler:
         self._done += chunk.num_steps
         if self._done in self._marks:
             self._log.settle()
-            self._clock.read()  # brings its seconds up to now
-            self._train_seconds.append(self._clock.seconds["train"])
+            self._train_seconds.append(self._clock.now("train"))
             if self._done == self._marks[-1]:
                 self._finish()
 
@@ -88,7 +87,6 @@ class Profiler:
         with self._clock("compile"):
             jax.profiler.start_trace(self._directory)
         self._tracing = True
-        self._log.pace.resume()
 
     def _finish(self) -> None:
         start, end, _ = self._train_seconds

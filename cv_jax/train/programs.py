@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import ml_collections
 from flax.errors import ScopeParamShapeError
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from cv_jax.config.errors import UserError, first_line
@@ -15,7 +16,8 @@ from cv_jax.data.batches import Batches
 from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.optim.state import RUN_AXES
 from cv_jax.runtime.mesh import divide, replicated
-from cv_jax.tasks import Task, build_task
+from cv_jax.runtime.startup import jit_once
+from cv_jax.tasks import Task, build_task, step_of_stage
 from cv_jax.train.chunks import make_train_chunk
 from cv_jax.train.runs import Runs, take_run
 
@@ -25,28 +27,31 @@ class Programs(NamedTuple):
 
     Attributes:
         init: own -> state; see `runs.Own`.
-        train_chunk: (own, state, feed, num_steps) -> (state, metrics); the state is replaced. See
-            `chunks.make_train_chunk`.
+        train_chunks: for each stage (own, state, feed, num_steps) -> (state, metrics); the state
+            is replaced. See `chunks.make_train_chunk`.
         evals: name -> ((own, state, batch) -> {metric: (sum, count)}), the batch without the axis;
             or name -> a Probe or Collected of functions whose first argument is own.
         preview: (own, feed, step) -> some augmented examples of the first run, by field.
     """
 
     init: Callable
-    train_chunk: Callable
+    train_chunks: list[Callable]
     evals: dict[str, Callable | Probe | Collected]
     preview: Callable
 
 
-def try_step(task: Task, batch: dict, mesh: Mesh) -> None:
+def try_step(task: Task, batch: dict, mesh: Mesh) -> ClosedJaxpr:
     """Traces the start and a step of a run: what is wrong with them shows before there is a run.
 
-    The step that is compiled later takes this trace, so everything is of the mesh here too.
+    The first stage's program takes this trace, so everything is of the mesh here too.
 
     Args:
         task: what is trained.
         batch: of training, as ShapeDtypeStructs.
         mesh: the devices of the run.
+
+    Returns:
+        The step, for its FLOPs.
 
     Raises:
         UserError: something that the task refuses there.
@@ -58,12 +63,11 @@ def try_step(task: Task, batch: dict, mesh: Mesh) -> None:
     key = jax.random.key(0)
     try:
         arguments = jax.tree.map(on_mesh, (jax.eval_shape(task.init, key), batch, key))
-        jax.eval_shape(jax.jit(task.train_step), *arguments)
+        return jax.make_jaxpr(step_of_stage(task, 0))(*arguments)
     except ScopeParamShapeError as error:
         raise UserError(
             f"config.model takes images of one size only ({first_line(error)[:160]}): write "
-            "--config.progressive_resizing='' and no augmentation that changes the size, or choose "
-            "another config.model."
+            "no augmentation that changes the size, or choose another config.model."
         ) from error
 
 
@@ -82,9 +86,12 @@ def make_programs(
     def init(own):
         return task_of(own.values).init(own.keys.init)
 
-    def train_chunk(own, state, feed, num_steps):
-        train_step = task_of(own.values).train_step
-        return make_train_chunk(train_step, batches)(state, feed, own.keys.step, num_steps)
+    def train_chunk(stage):
+        def program(own, state, feed, num_steps):
+            train_step = step_of_stage(task_of(own.values), stage)
+            return make_train_chunk(train_step, batches)(state, feed, own.keys.step, num_steps)
+
+        return runs(program, (0, RUN_AXES, batches.axes, None), (RUN_AXES, 0), 1)
 
     def of_batch(part):
         """Maps (state, batch) -> ..., the part of an evaluation that `part` takes from its task."""
@@ -95,6 +102,9 @@ def make_programs(
         return runs(program, (0, RUN_AXES, None), 0)
 
     def evaluation(name):
+        same = next(other for other in task.evals if task.evals[other] is task.evals[name])
+        if same != name:  # one program serves both
+            return evals[same]
         whole = task.evals[name]
         if isinstance(whole, Collected):
             return whole._replace(predict=of_batch(lambda task: task.evals[name].predict))
@@ -115,7 +125,11 @@ def make_programs(
             whole.limit,
         )
 
-    @partial(jax.jit, out_shardings=replicated(runs.mesh))
+    evals = {}
+    for name in task.evals:
+        evals[name] = evaluation(name)
+
+    @partial(jit_once, out_shardings=replicated(runs.mesh))
     def preview(own, feed, step):
         own, feed = take_run((own, feed), (0, batches.axes), 0)
         batch = task.preview(batches.pick(feed, step), own.keys.step)
@@ -123,7 +137,7 @@ def make_programs(
 
     return Programs(
         init=runs(init, (0,), RUN_AXES),
-        train_chunk=runs(train_chunk, (0, RUN_AXES, batches.axes, None), (RUN_AXES, 0), 1),
-        evals={name: evaluation(name) for name in task.evals},
+        train_chunks=[train_chunk(stage) for stage in range(len(task.stages))],
+        evals=evals,
         preview=preview,
     )

@@ -1,5 +1,7 @@
 """Trains all runs of a program: their first state, and many steps in one dispatch."""
 
+from bisect import bisect_right
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -11,11 +13,11 @@ from cv_jax.data import Dataset
 from cv_jax.data.batches import make_batches
 from cv_jax.learn.inputs import check_augmented
 from cv_jax.runtime.clock import Clock
-from cv_jax.runtime.signals import answer_signals_during
+from cv_jax.runtime.signals import answer_signals_during, call_in_thread
 from cv_jax.runtime.startup import jit_once
 from cv_jax.tasks import Task, draw_all
-from cv_jax.train.chunks import compile_train_chunk
-from cv_jax.train.flops import evaluation_flops, step_flops, training_flops
+from cv_jax.train.chunks import lower_train_chunk
+from cv_jax.train.flops import evaluation_flops, step_flops, traced_flops, training_flops
 from cv_jax.train.programs import make_programs, try_step
 from cv_jax.train.runs import Runs
 from cv_jax.train.sweeps import check_sweep
@@ -36,7 +38,6 @@ class Trainer:
 
     Attributes:
         evals: evaluations by name, see `programs.Programs`.
-        limit: step -> the most steps that one dispatch may make from there on.
         shapes: a state of all runs, as ShapeDtypeStructs with shardings.
         notes: lines that the log shows at the start.
         dtype: of the computation, as `config.dtype` names it.
@@ -56,37 +57,60 @@ class Trainer:
         self._task, self._spec, self._runs, self._clock = task, data.spec, runs, clock
         self._batches = make_batches(config, data.train, runs.own.keys.order, runs.mesh)
         with clock("compile"):
-            try_step(task, self._batches.shapes, runs.mesh)
+            self._first_step = try_step(task, self._batches.shapes, runs.mesh)
         check_sweep(runs.sweep, config, data.spec, self._batches.shapes)
         self._programs = make_programs(config, data.spec, task, self._batches, runs)
-        self.evals, self.limit = self._programs.evals, self._batches.limit
+        self.evals = self._programs.evals
         with clock("compile"):
-            lowered = self._programs.preview.lower(*self._first(0))
+            own, feed, step = self._first(0)
+            self._feed_shapes = jax.tree.map(_shape, feed)
+            lowered = self._programs.preview.lower(own, feed, step)
             self._augment = answer_signals_during(lowered.compile)
-            examples = self._augment(*self._first(0))
+            examples = self._augment(own, feed, step)
         self.notes = check_augmented(config.augment, examples, data.spec)
         layout = runs.state_sharding(jax.eval_shape(self._programs.init, runs.own))
         self._init = jit_once(self._programs.init, out_shardings=layout)
         self.shapes = self._init.eval_shape(runs.own)
         self.dtype = config.dtype
-        self._last_step = 0
+        self._coming: tuple[int, Future] | None = None
 
     def init(self) -> Any:
-        """Returns the first state of all runs."""
+        """Returns the first state of all runs; begins to compile the first steps meanwhile."""
+        self._begin_to_compile(0)
         with self._clock("compile"):
             lowered = self._init.lower(self._runs.own)
             return answer_signals_during(lowered.compile)(self._runs.own)
 
-    def compile(self, state: Any) -> None:
-        """Compiles the training steps; `state` is laid out as the states that will come."""
-        self._train_chunk = compile_train_chunk(
-            self._programs.train_chunk,
-            self._runs.own,
-            state,
-            self._batches,
-            self._runs.mesh,
-            self._clock,
+    def compile(self, start: int) -> None:
+        """Compiles the training steps of the stage of step `start`.
+
+        The steps of each later stage are compiled in a thread, while those before it run.
+        """
+        if not self._coming:  # it was resumed
+            self._begin_to_compile(self._stage_of(start))
+        self._take_compiled()
+
+    def _begin_to_compile(self, stage: int) -> None:
+        arguments = self._runs.own, self.shapes, self._feed_shapes, self._runs.mesh
+        train_chunk = self._programs.train_chunks[stage]
+        self._coming = (
+            stage,
+            call_in_thread(lambda: lower_train_chunk(train_chunk, *arguments).compile()),
         )
+
+    def _take_compiled(self) -> None:
+        self._stage, program = self._coming
+        with self._clock("compile"):
+            self._train_chunk = answer_signals_during(program.result)
+        self._coming = None
+
+    def _stage_of(self, step: int) -> int:
+        return bisect_right(self._task.stages, step) - 1
+
+    def limit(self, step: int) -> int:
+        """Returns the most steps that one dispatch may make from `step` on."""
+        later = [start - step for start in self._task.stages if start > step]
+        return min([self._batches.limit(step), *later])
 
     def __call__(self, state: Any, chunk: Chunk) -> tuple[Any, dict]:
         """Makes the steps of a chunk, in one dispatch. Replaces `state`.
@@ -94,9 +118,13 @@ class Trainer:
         Returns:
             state; and metrics, (sum, count) pairs (r, MAX_STEPS) with a column for each step.
         """
+        while self._stage < self._stage_of(chunk.start):
+            self._take_compiled()
         feed = self._batches.feed(chunk.start, chunk.num_steps)
-        self._last_step = chunk.end - 1
-        return self._train_chunk(self._runs.own, state, feed, np.int32(chunk.num_steps))
+        done = self._train_chunk(self._runs.own, state, feed, np.int32(chunk.num_steps))
+        if not self._coming and self._stage + 1 < len(self._task.stages):
+            self._begin_to_compile(self._stage + 1)  # while the devices are at work
+        return done
 
     def preview(self, step: int) -> np.ndarray:
         """Returns pictures (m, h, w, 3) of augmented examples of a step, of the first run."""
@@ -108,13 +136,23 @@ class Trainer:
 
     def step_flops(self) -> int:
         """Returns the FLOPs of the newest step, of all runs together."""
-        of_run = step_flops(self._task, self._batches.shapes, self._last_step)
-        return len(self._runs.names) * of_run
+        return len(self._runs.names) * self._flops_of(self._stage)
 
     def flops(self, steps: int) -> dict[str, int]:
         """Returns the FLOPs of one run: of so many training steps, and of the final evaluation."""
         num_evaluated = self._spec.num_val + self._spec.num_test
         return {
-            "training": training_flops(self._task, self._batches.shapes, steps),
+            "training": training_flops(self._task.stages, self._flops_of, steps),
             "evaluation": evaluation_flops(self._task, self._spec, num_evaluated),
         }
+
+    def _flops_of(self, stage: int) -> int:
+        """Returns the FLOPs of a step of one run."""
+        if stage == 0:
+            return traced_flops(self._first_step)
+        return step_flops(self._task, self._batches.shapes, stage)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    """Returns what a program must know of an array, on devices or of NumPy."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))

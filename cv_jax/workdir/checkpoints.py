@@ -92,7 +92,7 @@ class Checkpoints:
         if val_headline is not None:
             self._best.add(step, np.asarray(val_headline))
         # A copy, because the next chunk of steps reuses this state's memory.
-        state = jax.tree.map(jnp.copy, state)
+        state = _copy(state)
         progress = {"progress": progress, "val_headline": dict(self._best.values)}
         self._manager.save(
             step,
@@ -343,6 +343,11 @@ def _checksum(path: Path) -> int:
         while block := file.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
     return checksum
+
+
+@jax.jit
+def _copy(state: Any) -> Any:
+    return jax.tree.map(jnp.copy, state)  # one program for all arrays: each would be one more
 
 
 @jit_once

@@ -150,6 +150,7 @@ class Workdir:
                 self._window,
                 self._task.warn,
                 self.val_is_due,
+                now=partial(self._clock.now, "train"),
             )
         )
         return self._log

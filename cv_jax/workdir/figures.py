@@ -243,14 +243,6 @@ def _on_val(point: dict[str, Any], name: str) -> dict[str, Any]:
     return (point["val"] or {}).get(name) or {"mean": None, "std": None, "n": 1}
 
 
-def rasterize(figure: Figure) -> np.ndarray:
-    """Returns a figure on white as (h, w, 3) uint8."""
-    figure.set_facecolor("white")
-    with rc_context(STYLE):
-        figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
-
-
 def _axes(height: float) -> Axes:
     """Returns the axes of a new figure."""
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")

@@ -87,6 +87,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         logits = logits_of(state, batch["image"], views)
         return classification_metrics(logits, batch["label"], batch["rows"]["weight"])
 
+    watch = partial(evaluate, views=find_tta("none"))
     notes = [*training.notes, *initial.notes]
     if select:
         notes.append(f"select  {config.select}; training metrics are of the selected examples")
@@ -97,8 +98,8 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
         init=init,
         train_step=training.train_step,
         evals={
-            "watch": partial(evaluate, views=find_tta("none")),
-            "final": partial(evaluate, views=views),
+            "watch": watch,
+            "final": watch if config.tta == "none" else partial(evaluate, views=views),
         },
         metrics={
             "loss": Metric(better="lower"),

@@ -24,6 +24,7 @@ from cv_jax.data import DataSpec
 from cv_jax.runtime.clock import Pace
 from cv_jax.workdir.bucket import Growing, open_to_append
 from cv_jax.workdir.files import write_json
+from cv_jax.workdir.log.confusion import draw_confusion
 from cv_jax.workdir.log.divergence import Divergence
 from cv_jax.workdir.log.records import json_line, open_jsonl
 from cv_jax.workdir.log.table import Table
@@ -68,6 +69,7 @@ class Log:
         window: dict[str, Any] | None = None,
         warn: Callable[[dict[str, np.ndarray], Sequence[str]], list[str]] | None = None,
         val_is_due: bool = False,
+        now: Callable[[], float] = time.perf_counter,
     ):
         self._config = config
         self._names = names
@@ -75,7 +77,7 @@ class Log:
         self._headline = headline
         self._warn = warn
         self._divergence = Divergence(names, intervals.total, self._epoch)
-        self.pace = Pace()
+        self.pace = Pace(now)
         self._spec = spec
         self._start_step = start_step
         self._steps_per_epoch = spec.num_train // config.batch_size
@@ -255,8 +257,6 @@ class Log:
 
     def row(self) -> None:
         """Prints the row of the table that was gathered since the last call, if any."""
-        if not self._pending:
-            self.pace.resume()
         if not self._row:
             return
         if self._head_is_due:
@@ -300,18 +300,12 @@ class Log:
             if metrics:
                 self._write(step, f"final_{split}", scalars(means(metrics)))
             if "confusion" in metrics:
-                self._confusion(step, split, metrics["confusion"][0], class_names)
+                of_runs = metrics["confusion"][0]
+                of_runs = of_runs[np.isfinite(of_runs).all(axis=(1, 2))]
+                if len(of_runs):  # 0 where all runs have diverged
+                    image = draw_confusion(of_runs.sum(axis=0), class_names)
+                    self._board.image(f"confusion/{split}", image, step)
         self._board.end(step)
-
-    def _confusion(
-        self, step: int, split: str, of_runs: np.ndarray, class_names: Sequence[str]
-    ) -> None:
-        from cv_jax.workdir.figures import draw_confusion, rasterize  # only here: slow to import
-
-        of_runs = of_runs[np.isfinite(of_runs).all(axis=(1, 2))]
-        if len(of_runs):  # 0 where all runs have diverged
-            image = rasterize(draw_confusion(of_runs.sum(axis=0), class_names))
-            self._board.image(f"confusion/{split}", image, step)
 
 
 def scalars(values: dict[str, Any]) -> dict[str, np.ndarray]:
