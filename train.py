@@ -17,11 +17,13 @@ program was lost; 130 or 143 stopped by Ctrl-C or SIGTERM.
 import signal
 
 from cv_jax.runtime.console import guard_console
+from cv_jax.runtime.huge_pages import use_huge_pages
 
 if __name__ == "__main__":
-    guard_console()
     # While it imports there is nothing to end in order.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    use_huge_pages()
+    guard_console()
 
 from functools import partial
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from cv_jax.models.layers import (
     batch_norm,
@@ -137,9 +138,10 @@ def identity_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax
     """Draws PyTorch's default, but the first min(c, features) filters copy their channel."""
     h, w, c, features = shape
     kernel = uniform_fan_in(key, shape, dtype)
-    passed = min(c, features)
-    kernel = kernel.at[..., :passed].set(0)
-    return kernel.at[h // 2, w // 2, :, :passed].set(jnp.eye(c, passed, dtype=dtype))
+    kernel = jnp.where(np.arange(features) < c, jnp.zeros((), dtype), kernel)
+    around = [(n // 2, (n - 1) // 2, 0) for n in (h, w)]
+    identity = np.eye(c, features, dtype=dtype)[None, None]
+    return kernel + lax.pad(identity, np.zeros((), dtype), [*around, (0, 0, 0), (0, 0, 0)])
 
 
 def unit_std_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from cv_jax.runtime.processes import Largest
 
@@ -120,7 +121,9 @@ def call_in_thread(function: Callable[[], Any]) -> Future:
     return outcome
 
 
-def answer_signals_during(function: Callable[[], Any], stop: Callable[[], int] = never) -> Any:
+def answer_signals_during(
+    function: Callable[[], Any], stop: Callable[[], int] = never, doing: str = ""
+) -> Any:
     """Returns function(), called in another thread, so that this one answers signals meanwhile.
 
     Python calls signal handlers between two of its own instructions, and XLA compiles for tens of
@@ -130,14 +133,18 @@ def answer_signals_during(function: Callable[[], Any], stop: Callable[[], int] =
         function: compiles a program, or waits for its result.
         stop: a StopRequest. With several processes it is not asked, since they would stop at
             different places.
+        doing: what a person at a terminal is shown meanwhile, with the seconds, from one second on.
 
     Raises:
         CutShort: `stop` asks to stop.
     """
     outcome = call_in_thread(function)
-    while not concurrent.futures.wait([outcome], timeout=0.1).done:
-        if jax.process_count() == 1 and stop():
-            raise CutShort
+    seen = doing and jax.process_index() == 0 and sys.stderr.isatty()
+    with tqdm(bar_format=f"{doing} {{elapsed}}", leave=False, delay=1, disable=not seen) as line:
+        while not concurrent.futures.wait([outcome], timeout=0.1).done:
+            line.update()  # its time; it is drawn no earlier than after `delay`
+            if jax.process_count() == 1 and stop():
+                raise CutShort
     return outcome.result()
 
 

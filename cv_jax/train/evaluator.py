@@ -215,7 +215,7 @@ class Evaluator:
         coming = self._compiled(function, *args)
         if not coming.done():
             with self._clock("compile"):
-                answer_signals_during(coming.result, self._stop)
+                answer_signals_during(coming.result, self._stop, "compiling the evaluation")
         return coming.result()(self._own, *args)
 
     def _compiled(self, function: Callable, *args: Any) -> Future:

@@ -65,7 +65,9 @@ class Trainer:
             own, feed, step = self._first(0)
             self._feed_shapes = jax.tree.map(_shape, feed)
             lowered = self._programs.preview.lower(own, feed, step)
-            self._augment = answer_signals_during(lowered.compile)
+            self._augment = answer_signals_during(
+                lowered.compile, doing="compiling the augmentation"
+            )
             examples = self._augment(own, feed, step)
         self.notes = check_augmented(config.augment, examples, data.spec)
         layout = runs.state_sharding(jax.eval_shape(self._programs.init, runs.own))
@@ -79,7 +81,8 @@ class Trainer:
         self._begin_to_compile(0)
         with self._clock("compile"):
             lowered = self._init.lower(self._runs.own)
-            return answer_signals_during(lowered.compile)(self._runs.own)
+            init = answer_signals_during(lowered.compile, doing="compiling the first state")
+            return init(self._runs.own)
 
     def compile(self, start: int) -> None:
         """Compiles the training steps of the stage of step `start`.
@@ -101,7 +104,10 @@ class Trainer:
     def _take_compiled(self) -> None:
         self._stage, program = self._coming
         with self._clock("compile"):
-            self._train_chunk = answer_signals_during(program.result)
+            doing, count = "compiling the training step", len(self._task.stages)
+            if count > 1:
+                doing += f", stage {self._stage + 1} of {count}"
+            self._train_chunk = answer_signals_during(program.result, doing=doing)
         self._coming = None
 
     def _stage_of(self, step: int) -> int:

@@ -130,9 +130,9 @@ def _input_tiles(x: jax.Array, tiling: _Tiling, padding: Padding) -> list[jax.Ar
         for count, side, (before, _) in zip((rows, columns), x.shape[1:3], padding, strict=True)
     )
     x = pad(x.astype(jnp.float32), pads)
-    taps = [x[:, i : i + m * rows - m + 1 : m] for i in range(m + 2)]
+    taps = [lax.slice_in_dim(x, i, i + m * rows - m + 1, m, 1) for i in range(m + 2)]
     x = _combine(_matrices(m).input, taps)
-    taps = [x[:, :, :, j : j + m * columns - m + 1 : m] for j in range(m + 2)]
+    taps = [lax.slice_in_dim(x, j, j + m * columns - m + 1, m, 3) for j in range(m + 2)]
     return [tile.reshape(m + 2, -1, c) for tile in _sums(_matrices(m).input, taps)]
 
 
@@ -145,9 +145,9 @@ def _split(g: jax.Array, tiling: _Tiling) -> list[jax.Array]:
     n, h, w, o = g.shape
     g = pad(g.astype(jnp.float32), ((0, m * rows - h), (0, m * columns - w)))
     g = g.reshape(n, rows, m, m * columns, o)
-    g = _combine(_matrices(m).output.T, [g[:, :, i] for i in range(m)])
+    g = _combine(_matrices(m).output.T, [_at(g, i, 2) for i in range(m)])
     g = g.reshape(m + 2, n, rows, columns, m, o)
-    sums = _sums(_matrices(m).output.T, [g[..., j, :] for j in range(m)])
+    sums = _sums(_matrices(m).output.T, [_at(g, j, 4) for j in range(m)])
     return [tile.reshape(m + 2, -1, o) for tile in sums]
 
 
@@ -157,16 +157,35 @@ def _join(products: list[jax.Array], tiling: _Tiling) -> jax.Array:
     o = products[0].shape[2]
     y = _combine(_matrices(m).output, products, axis=2)
     y = y.reshape(m + 2, -1, rows, m * columns, o)
-    y = jnp.stack(_sums(_matrices(m).output, list(y)), axis=2)
+    y = jnp.stack(_sums(_matrices(m).output, [_at(y, j, 0) for j in range(m + 2)]), axis=2)
     return y.reshape(-1, m * rows, m * columns, o)
 
 
+def _at(x: jax.Array, i: int, axis: int) -> jax.Array:
+    return lax.index_in_dim(x, i, axis, keepdims=False)
+
+
 def _sums(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Multiplies a matrix by the column of `arrays`, skipping the matrix's zeros."""
-    return [
-        sum(np.float32(value) * array for value, array in zip(row, arrays, strict=True) if value)
-        for row in matrix
+    """Multiplies a matrix by the column of `arrays`."""
+    return [_sum(row, arrays) for row in matrix.astype(np.float32)]
+
+
+def _sum(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
+    """Adds up the arrays times their weights.
+
+    With operations of lax, and none for a weight of 0, 1 or -1: a network has thousands of them,
+    and jax.numpy would take three times as long to trace.
+    """
+    terms = [
+        (weight > 0, array if abs(weight) == 1 else lax.mul(array, abs(weight)))
+        for weight, array in zip(weights, arrays, strict=True)
+        if weight
     ]
+    (is_positive, first), *others = terms
+    total = first if is_positive else lax.neg(first)
+    for is_positive, term in others:
+        total = lax.add(total, term) if is_positive else lax.sub(total, term)
+    return total
 
 
 def _combine(matrix: np.ndarray, arrays: Sequence[jax.Array], axis: int = 0) -> jax.Array:
