@@ -1,5 +1,8 @@
 """Stages of a training: which images a step sees, which gradients it makes, and what it costs."""
 
+import signal
+from concurrent.futures import Future
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,13 +12,18 @@ import pytest
 from cv_jax.augment.resizing import Stage, make_stages, resize_images
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
+from cv_jax.config.plan import Chunk
 from cv_jax.data.batches import make_batches
+from cv_jax.runtime.clock import Clock
 from cv_jax.runtime.keys import derive_keys
 from cv_jax.runtime.mesh import make_mesh
 from cv_jax.tasks import build_task, step_of_stage
+from cv_jax.train import trainer as trainer_module
 from cv_jax.train.chunks import make_train_chunk
 from cv_jax.train.flops import count_flops, step_flops, traced_flops
 from cv_jax.train.programs import try_step
+from cv_jax.train.runs import make_runs
+from cv_jax.train.trainer import Trainer
 from tests.conftest import random_dataset
 
 
@@ -53,12 +61,16 @@ def test_resizing_is_antialiased():
     assert resize_images(image, None) is image
 
 
-@pytest.fixture(scope="module")
-def training():
+def _config():
     config = base_config()
     config.epochs, config.batch_size, config.model = 1.0, 16, "n94(widths=(4,))"
     config.optim.rules = (("whiten/kernel", "frozen"), (".*", "base"))
-    data, keys = random_dataset(), derive_keys(0)
+    return config
+
+
+@pytest.fixture(scope="module")
+def training():
+    config, data, keys = _config(), random_dataset(), derive_keys(0)
     config.progressive_resizing = "size(4, until=0.5)"
     staged = build_task(config, data.spec)
     config.progressive_resizing = ""
@@ -86,6 +98,39 @@ def test_a_step_sees_the_images_of_its_stage(training):
     early = state.replace(step=jnp.int32(last - 1))
     known = step_of_stage(staged, 0)(early, batch, keys.step)
     chex.assert_trees_all_close(known, step(early, batch, keys.step), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_steps_of_a_stage_are_compiled_while_those_before_it_run(training, monkeypatch):
+    staged, _, batches, keys = training
+    config = _config()
+    config.progressive_resizing = "size(4, until=0.5)"
+    trainer = Trainer(config, random_dataset(), staged, make_runs(config), Clock())
+    border = staged.stages[1]
+    assert (trainer.limit(0), trainer.limit(border)) == (border, batches.limit(border))
+    state = trainer.init()
+    trainer.compile(0)
+    begun = []
+    monkeypatch.setattr(trainer_module, "call_in_thread", lambda f: begun.append(f) or Future())
+    for start in range(border):
+        state, _ = trainer(state, Chunk(start, start + 1, *[False] * 4))
+        trainer.compile(start + 1, stop=lambda: signal.SIGTERM)  # ends the wait for the next stage
+    (compile_next,) = begun
+    trainer._coming.set_result(compile_next())
+    trainer.compile(border)
+    state, _ = trainer(state, Chunk(border, border + 1, *[False] * 4))
+
+    @jax.jit
+    def step(state, feed):
+        key = jax.random.fold_in(keys.step, state.step)
+        return staged.train_step(state, batches.pick(feed, state.step), key)[0]
+
+    expected = staged.init(keys.init)
+    for start in range(border + 1):
+        expected = step(expected, batches.feed(start, 1))
+    got = jax.tree.map(lambda x: x[0], state.params)
+    chex.assert_trees_all_close(got, expected.params, rtol=1e-4, atol=1e-6)
+    assert int(state.step) == border + 1
 
 
 @pytest.mark.slow

@@ -1,19 +1,20 @@
 """Trains all runs of a program: their first state, and many steps in one dispatch."""
 
 from bisect import bisect_right
-from concurrent.futures import Future
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from cv_jax.config.plan import Chunk
+from cv_jax.config.plan import MAX_STEPS, Chunk
 from cv_jax.data import Dataset
 from cv_jax.data.batches import make_batches
 from cv_jax.learn.inputs import check_augmented
 from cv_jax.runtime.clock import Clock
-from cv_jax.runtime.signals import answer_signals_during, call_in_thread
+from cv_jax.runtime.signals import CutShort, answer_signals_during, call_in_thread, never
 from cv_jax.runtime.startup import jit_once
 from cv_jax.tasks import Task, draw_all
 from cv_jax.train.chunks import lower_train_chunk
@@ -74,49 +75,49 @@ class Trainer:
         self._init = jit_once(self._programs.init, out_shardings=layout)
         self.shapes = self._init.eval_shape(runs.own)
         self.dtype = config.dtype
-        self._coming: tuple[int, Future] | None = None
+        self._stage, self._coming = -1, None  # the compiled stage, and the next one's Future
 
     def init(self) -> Any:
         """Returns the first state of all runs; begins to compile the first steps meanwhile."""
-        self._begin_to_compile(0)
+        self._begin_to_compile(self._stage_of(0))
         with self._clock("compile"):
             lowered = self._init.lower(self._runs.own)
             init = answer_signals_during(lowered.compile, doing="compiling the first state")
             return init(self._runs.own)
 
-    def compile(self, start: int) -> None:
-        """Compiles the training steps of the stage of step `start`.
+    def compile(self, step: int, stop: Callable[[], int] = never) -> None:
+        """Waits until the training steps of the stage of `step` are compiled.
 
-        The steps of each later stage are compiled in a thread, while those before it run.
+        A thread compiles them while the steps of the stage before run. The wait ends at once where
+        `stop` asks to stop.
         """
-        if not self._coming:  # it was resumed
-            self._begin_to_compile(self._stage_of(start))
-        self._take_compiled()
+        stage, count = self._stage_of(step), len(self._task.stages)
+        if stage == self._stage:
+            return
+        if not self._coming:  # the run was resumed
+            self._begin_to_compile(stage)
+        doing = "compiling the training step"
+        if count > 1:
+            doing += f", stage {stage + 1} of {count}"
+        with self._clock("compile"), suppress(CutShort):
+            self._train_chunk = answer_signals_during(self._coming.result, stop, doing)
+            self._stage, self._coming = stage, None
 
     def _begin_to_compile(self, stage: int) -> None:
         arguments = self._runs.own, self.shapes, self._feed_shapes, self._runs.mesh
         train_chunk = self._programs.train_chunks[stage]
-        self._coming = (
-            stage,
-            call_in_thread(lambda: lower_train_chunk(train_chunk, *arguments).compile()),
-        )
-
-    def _take_compiled(self) -> None:
-        self._stage, program = self._coming
-        with self._clock("compile"):
-            doing, count = "compiling the training step", len(self._task.stages)
-            if count > 1:
-                doing += f", stage {self._stage + 1} of {count}"
-            self._train_chunk = answer_signals_during(program.result, doing=doing)
-        self._coming = None
+        self._coming = call_in_thread(lambda: lower_train_chunk(train_chunk, *arguments).compile())
 
     def _stage_of(self, step: int) -> int:
         return bisect_right(self._task.stages, step) - 1
 
+    def _steps_left(self, step: int) -> int:
+        """Returns the steps from `step` to the next stage."""
+        return min([start - step for start in self._task.stages if start > step], default=MAX_STEPS)
+
     def limit(self, step: int) -> int:
         """Returns the most steps that one dispatch may make from `step` on."""
-        later = [start - step for start in self._task.stages if start > step]
-        return min([self._batches.limit(step), *later])
+        return min(self._batches.limit(step), self._steps_left(step))
 
     def __call__(self, state: Any, chunk: Chunk) -> tuple[Any, dict]:
         """Makes the steps of a chunk, in one dispatch. Replaces `state`.
@@ -124,12 +125,11 @@ class Trainer:
         Returns:
             state; and metrics, (sum, count) pairs (r, MAX_STEPS) with a column for each step.
         """
-        while self._stage < self._stage_of(chunk.start):
-            self._take_compiled()
         feed = self._batches.feed(chunk.start, chunk.num_steps)
         done = self._train_chunk(self._runs.own, state, feed, np.int32(chunk.num_steps))
-        if not self._coming and self._stage + 1 < len(self._task.stages):
-            self._begin_to_compile(self._stage + 1)  # while the devices are at work
+        following = self._stage_of(chunk.start + self._steps_left(chunk.start))
+        if following > self._stage and not self._coming:
+            self._begin_to_compile(following)  # while the devices are at work
         return done
 
     def preview(self, step: int) -> np.ndarray:
