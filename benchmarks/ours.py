@@ -7,7 +7,17 @@ import jax
 import ml_collections
 import numpy as np
 
-from benchmarks.worker import LR, MEAN, MOMENTUM, NUM_TRAIN, STD, WEIGHT_DECAY, Steps, random_images
+from benchmarks.worker import (
+    CIFAR10,
+    IMAGES,
+    LR,
+    MEAN,
+    MOMENTUM,
+    STD,
+    WEIGHT_DECAY,
+    Steps,
+    random_images,
+)
 from cv_jax.config.base import base_config
 from cv_jax.config.plan import Intervals, plan_chunks
 from cv_jax.data import DataSpec, image_field, label_field
@@ -24,7 +34,8 @@ from cv_jax.train.chunks import make_train_chunk
 def step_config(model: str, batch_size: int, dtype: str) -> ml_collections.ConfigDict:
     """Returns the config of both sides: no augmentation, SGD with Nesterov, a constant rate."""
     config = base_config()
-    config.model, config.batch_size, config.dtype = model, batch_size, dtype
+    config.model = {"resnet50": "resnet50(stem='imagenet')"}.get(model, model)
+    config.batch_size, config.dtype = batch_size, dtype
     config.optim.name = "sgd(nesterov=True)"
     config.optim.lr, config.optim.lr_batch_size = LR, 0
     config.optim.momentum, config.optim.weight_decay = MOMENTUM, WEIGHT_DECAY
@@ -34,13 +45,15 @@ def step_config(model: str, batch_size: int, dtype: str) -> ml_collections.Confi
     return config
 
 
-def build(config: ml_collections.ConfigDict, num_train: int) -> tuple[Task, Batches, Keys]:
-    """Builds the task, resident batches of random images, and the keys."""
-    image, label = random_images(num_train)
+def build(
+    config: ml_collections.ConfigDict, num_train: int, side: int = 32
+) -> tuple[Task, Batches, Keys]:
+    """Builds the task, resident batches of random images of `side` pixels, and the keys."""
+    image, label = random_images(num_train, side)
     mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
     train = {"image": image, "label": label}
     fields = {
-        "image": image_field((32, 32, 3))._replace(mean=mean, std=std),
+        "image": image_field((side, side, 3))._replace(mean=mean, std=std),
         "label": label_field([f"class {i}" for i in range(10)]),
     }
     spec = DataSpec("random", fields, num_train, 0, 0, take(train, slice(5000)))
@@ -70,7 +83,8 @@ def loop(train_step: Callable, batches: Batches, state: Any, key: jax.Array) -> 
 def jax_steps(model: str, batch_size: int, dtype: str) -> Steps:
     """Builds the steps; a call runs all its steps in one dispatch unless an epoch ends between."""
     prepare_jax()
-    task, batches, keys = build(step_config(model, batch_size, dtype), NUM_TRAIN)
+    side, num_train = IMAGES.get(model, CIFAR10)
+    task, batches, keys = build(step_config(model, batch_size, dtype), num_train, side)
     state = jax.jit(task.init)(keys.init)
     steps = loop(task.train_step, batches, state, keys.step)
     return lambda num_steps: steps(num_steps)["loss"]

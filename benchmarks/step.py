@@ -1,14 +1,17 @@
-"""Compares the training step with the same network in PyTorch, on the CPU.
+"""Compares the training step with the same network in PyTorch, on the CPU or a GPU.
 
     python -m benchmarks.step --model=n94 --batch_size=500 --rounds=10 --steps=4
     python -m benchmarks.step --model=n94 --batch_size=500,2000       # cost of an image in each
     python -m benchmarks.step --model=n94 --check_loss                # against plain lax
+    python -m benchmarks.step --model=resnet50 --batch_size=16        # needs torchvision
+    python -m benchmarks.step --model=resnet18 --batch_size=512 --device=gpu --steps=20
 
 Every variant is a process. In each round, each process in turn makes one uncounted step, then
 `steps` steps, with all cores to itself while the others sleep. Both sides take random resident
 uint8 images, normalise them in the step, and train by SGD with Nesterov momentum on the
 cross-entropy. A step's seconds are the wall time of `steps` steps in a row, divided by their
-number, without compilation.
+number, without compilation. On a GPU the clock is read when the GPU has ended its work. There, both
+sides leave float32 convolutions to TF32, which is their default.
 """
 
 import argparse
@@ -23,11 +26,22 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.machine import ROOT, make_parser, paired_ratio, save
+from benchmarks.worker import IMAGES
 
 OURS = ("cv_jax-float32", "cv_jax-bfloat16")
 TORCH_FLOAT32 = ("torch-float32", "torch-float32-channels_last")
 TORCH_BFLOAT16 = ("torch-bfloat16", "torch-bfloat16-channels_last")
-VARIANTS = (*OURS, *TORCH_FLOAT32, *TORCH_BFLOAT16)
+# Variants that are timed unless --variants names others, by device.
+VARIANTS = {
+    "cpu": (*OURS, *TORCH_FLOAT32, *TORCH_BFLOAT16),
+    "gpu": (*OURS, TORCH_BFLOAT16[1], f"{TORCH_BFLOAT16[1]}-compile"),
+}
+KNOWN = (*VARIANTS["cpu"], *(f"{variant}-compile" for variant in TORCH_FLOAT32 + TORCH_BFLOAT16))
+# Environment of a worker by device. On a GPU the workers share the memory.
+ENVIRONMENT = {
+    "cpu": {"JAX_PLATFORMS": "cpu"},
+    "gpu": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+}
 
 
 class Case(NamedTuple):
@@ -41,22 +55,34 @@ class Case(NamedTuple):
 
 
 class WorkerEnded(Exception):
-    """A worker ended without an answer."""
+    """A worker ended without an answer.
+
+    Attributes:
+        case: the case of the worker.
+    """
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(f"The worker of {case} ended; see its message above.")
+        self.case = case
 
 
 class Worker:
     """A process that makes the steps of one case; see benchmarks/worker.py."""
 
-    def __init__(self, case: Case, model: str) -> None:
+    def __init__(self, case: Case, model: str, device: str) -> None:
         self._case = case
+        arguments = [case.variant, model, str(case.batch_size), device]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", case.variant, model, str(case.batch_size)],
+            [sys.executable, "-m", "benchmarks.worker", *arguments],
             cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, **ENVIRONMENT[device]},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    def wait(self) -> None:
+        """Waits until the process is ready."""
         self._answer()
 
     def stop(self) -> None:
@@ -84,7 +110,7 @@ class Worker:
         if line := self._process.stdout.readline():
             return json.loads(line)
         self.stop()
-        raise WorkerEnded(f"The worker of {self._case} ended; see its message above.")
+        raise WorkerEnded(self._case)
 
 
 def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[Case, dict[str, Any]]:
@@ -93,10 +119,13 @@ def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[Case, dict[
     too_slow: dict[Case, dict[str, Any]] = {}
     fastest = float("inf")  # seconds per image
     with contextlib.ExitStack() as stack:
-        workers = {}
+        started, workers = {}, {}
         for case in cases:
-            worker = Worker(case, args.model)
-            stack.callback(worker.stop)
+            started[case] = Worker(case, args.model, args.device)
+            stack.callback(started[case].stop)
+        for worker in started.values():
+            worker.wait()
+        for case, worker in started.items():
             warm_up = worker.run(1, args.limit)
             seconds = warm_up["seconds"] if warm_up else args.limit
             fastest = min(fastest, seconds / case.batch_size)
@@ -154,9 +183,9 @@ def compare(results: dict[Case, dict[str, Any]]) -> dict[str, Any]:
     for size in dict.fromkeys(case.batch_size for case in ours):
         mine = [case for case in ours if case.batch_size == size]
         theirs = [case for case in timed if case.batch_size == size and case not in ours]
-        if rivals := [case for case in theirs if case.variant in TORCH_FLOAT32]:
+        if rivals := [case for case in theirs if "float32" in case.variant]:
             ratios["speed"] |= {str(case): speed(case, rivals) for case in mine}
-        if any(case.variant in TORCH_BFLOAT16 for case in theirs):
+        if any("bfloat16" in case.variant for case in theirs):
             ratios["best_speed"][str(best(mine))] = speed(best(mine), theirs)
     for case in ours:
         first = next(c for c in ours if c.variant == case.variant)
@@ -194,10 +223,11 @@ def report(results: dict[Case, dict[str, Any]], ratios: dict[str, Any]) -> str:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; `batch_size` and `variants` become lists."""
     parser = make_parser(__doc__, rounds=10)
-    parser.add_argument("--model", choices=("n94", "resnet18"), default="n94")
+    parser.add_argument("--model", choices=("n94", "resnet18", *IMAGES), default="n94")
     parser.add_argument("--batch_size", default="500", help="images a step; several: A,B")
     parser.add_argument("--steps", type=int, default=4, help="steps of a variant in a round")
-    parser.add_argument("--variants", help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument("--device", choices=tuple(VARIANTS), default="cpu")
+    parser.add_argument("--variants", help=f"some of {','.join(KNOWN)}")
     parser.add_argument(
         "--cap", type=float, default=10, help="slowest timed case, in times fastest"
     )
@@ -205,9 +235,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check_loss", action="store_true", help="compare losses with plain lax")
     args = parser.parse_args(argv)
     args.batch_size = [int(size) for size in args.batch_size.split(",")]
-    default = VARIANTS if len(args.batch_size) == 1 else OURS[:1]
+    default = VARIANTS[args.device] if len(args.batch_size) == 1 else OURS[:1]
     args.variants = args.variants.split(",") if args.variants else list(default)
-    if unknown := set(args.variants) - set(VARIANTS):
+    if unknown := set(args.variants) - set(KNOWN):
         parser.error(f"there is no variant {', '.join(sorted(unknown))}")
     return args
 

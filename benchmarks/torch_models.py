@@ -1,7 +1,8 @@
 """PyTorch's side of benchmarks.step: the same networks, as a PyTorch user would write them.
 
-The images are 32x32. Submodules have the names of the Flax modules; tests/test_benchmarks.py copies
-parameters and compares logits, gradients and training steps.
+The images of N94 and ResNet18 are 32x32. Their submodules have the names of the Flax modules;
+tests/test_benchmarks.py copies parameters and compares logits, gradients and training steps. Other
+networks are torchvision's, for images of 224x224.
 """
 
 import itertools
@@ -11,7 +12,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.worker import LR, MEAN, MOMENTUM, NUM_TRAIN, STD, WEIGHT_DECAY, Steps, random_images
+from benchmarks.worker import (
+    CIFAR10,
+    IMAGES,
+    LR,
+    MEAN,
+    MOMENTUM,
+    STD,
+    WEIGHT_DECAY,
+    Steps,
+    random_images,
+)
 
 
 class N94(nn.Module):
@@ -98,19 +109,58 @@ class BasicBlock(nn.Module):
         return functional.relu(y + self.shortcut_norm(self.shortcut(x)))
 
 
-MODELS = {"n94": N94, "resnet18": ResNet18}
+def _of_torchvision(name: str, **arguments: int) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from torchvision import models  # only here: n94 and resnet18 need no torchvision
+
+        return getattr(models, name)(num_classes=10, **arguments)
+
+    return build
 
 
-def make_step(network: nn.Module, dtype: str, layout: torch.memory_format) -> Callable:
-    """Returns (image (b, 3, 32, 32) uint8, label (b,) int64) -> loss (), which trains `network`."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+MODELS = {
+    "n94": N94,
+    "resnet18": ResNet18,
+    "resnet50": _of_torchvision("resnet50"),
+    "vit_s16": _of_torchvision(
+        "VisionTransformer",
+        **{"image_size": 224, "patch_size": 16, "num_layers": 12},
+        **{"num_heads": 6, "hidden_dim": 384, "mlp_dim": 1536},
+    ),
+    "convnext_t": _of_torchvision("convnext_tiny"),
+}
+
+
+def make_step(
+    network: nn.Module,
+    dtype: str,
+    layout: torch.memory_format,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> Callable:
+    """Returns (image (b, 3, 32, 32) uint8, label (b,) int64) -> loss (), which trains `network`.
+
+    Args:
+        network: is on `device` and has the layout `layout`.
+        dtype: float32, or bfloat16 by autocast.
+        layout: of the images.
+        device: "cpu" or "cuda".
+        compiled: whether torch.compile compiles the loss: normalisation, network, cross-entropy.
+    """
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, LR, MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
 
-    def step(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    def loss_of(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         x = ((image.float() / 255 - mean) / std).contiguous(memory_format=layout)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = functional.cross_entropy(network(x), label)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return functional.cross_entropy(network(x), label)
+
+    if compiled:
+        loss_of = torch.compile(loss_of)
+
+    def step(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        loss = loss_of(image, label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -120,20 +170,31 @@ def make_step(network: nn.Module, dtype: str, layout: torch.memory_format) -> Ca
 
 
 def torch_steps(
-    model: str, batch_size: int, dtype: str, channels_last: bool, num_threads: int
+    model: str,
+    batch_size: int,
+    dtype: str,
+    channels_last: bool,
+    num_threads: int,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> Steps:
-    """Builds eager steps on batches of resident images, with autocast for bfloat16."""
+    """Builds steps on batches of resident images; `dtype` to `compiled` are as in `make_step`."""
     torch.set_num_threads(num_threads)
+    torch.backends.cudnn.benchmark = True  # looks for the fastest convolutions on a GPU
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    image, label = map(torch.from_numpy, random_images(NUM_TRAIN))
+    side, num_train = IMAGES.get(model, CIFAR10)
+    image, label = (torch.from_numpy(x).to(device) for x in random_images(num_train, side))
     image, label = image.permute(0, 3, 1, 2).contiguous(), label.long()
-    order = torch.randperm(NUM_TRAIN).split(batch_size)[: NUM_TRAIN // batch_size]
+    order = torch.randperm(num_train, device=device).split(batch_size)[: num_train // batch_size]
     indices = itertools.cycle(order)
-    step = make_step(MODELS[model]().to(memory_format=layout), dtype, layout)
+    network = MODELS[model]().to(device, memory_format=layout)
+    step = make_step(network, dtype, layout, device, compiled)
 
     def steps(num_steps: int) -> float:
         for index in itertools.islice(indices, num_steps):
             loss = step(image[index], label[index])
+        if device == "cuda":
+            torch.cuda.synchronize()
         return loss.item()
 
     return steps

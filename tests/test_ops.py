@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from cv_jax.models.ops import (
     blocks,
     conv,
+    depthwise,
+    depthwise_conv,
     max_pool,
     rows,
     winograd,
@@ -223,6 +225,30 @@ def check_sharded():
         for got, want in zip(step(x, kernel), _gradients(_plain, x, kernel), strict=True):
             _assert_close(got, want, "float32")
         print(name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "size"), [((5, 7, 4, 6), 7), ((3, 2, 5, 1), 3)])
+def test_depthwise_convolution_and_its_gradients(shape, size, dtype, monkeypatch):
+    monkeypatch.setattr(depthwise, "_GROUP_BYTES", 2 * 4 * 7 * 4 * 6)  # two images, and a rest
+    x, g = (_random(shape, dtype, seed) for seed in (0, 1))
+    kernel = _random((size, size, shape[3]), dtype, 2)
+
+    def plain(x, kernel):
+        one = (1, 1)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, kernel[:, :, None], one, "SAME", dimension_numbers=numbers,
+            feature_group_count=shape[3],
+        )  # fmt: skip
+
+    got, want = (
+        jax.jit(lambda x, kernel, g, f=f: (f(x, kernel), *jax.vjp(f, x, kernel)[1](g)))
+        for f in (depthwise_conv, plain)
+    )
+    for a, b in zip(got(x, kernel, g), want(x, kernel, g), strict=True):
+        assert a.dtype == b.dtype
+        _assert_close(a, b, dtype)
 
 
 @pytest.mark.slow

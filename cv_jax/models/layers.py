@@ -109,6 +109,7 @@ def depthwise_conv(
         feature_group_count=channels,
         dtype=x.dtype,
         kernel_init=kernel_init,
+        conv_general_dilated=lambda x, kernel, *_, **__: ops.depthwise_conv(x, kernel[:, :, 0]),
         name=name,
     )(x)
 
