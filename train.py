@@ -106,11 +106,11 @@ def run(config: ml_collections.ConfigDict, directory: Path, profile_steps: int =
                     log.histograms(chunk, state.params, runs.mesh)
                     val = evaluate.watch(state) if chunk.evals else {}
                     workdir.evals(chunk.end, val)
+                    log.row()
                     trainer.compile(chunk.end, stop)  # where a new stage begins
                     signum = stop()  # looked at once: what stops the run has been saved
                     if chunk.saves or signum or workdir.is_over():
                         workdir.save(state, val)
-                    log.row()
                     if signum:
                         raise Stopped(signum, chunk.end)
             steps = workdir.end(int(state.step))  # fewer where val has ceased to improve
