@@ -72,7 +72,6 @@ def make_initial(
     path, num_classes = ((), num_outputs) if whole else (("backbone",), 0)
     with checked_outputs(config.model, path, num_classes):
         shapes = jax.eval_shape(draw, jax.random.key(0))
-    _check_sizes(config, model, spec, shapes["params"])
     allow, anew = (_matcher(config, key) for key in ("init_allow", "init_anew"))
     notes = _input_notes(config)
     if not config.init_from:
@@ -86,10 +85,13 @@ def make_initial(
     return Initial(draw_the_rest, shapes, [*notes, *table])
 
 
-def _check_sizes(
+def check_sizes(
     config: ml_collections.ConfigDict, model: nn.Module, spec: DataSpec, params: Any
 ) -> None:
-    """Raises UserError where the parameters depend on the size of the images, which changes."""
+    """Raises UserError where `config.progressive_resizing` changes the shape of a parameter.
+
+    For a task that reads this key. `params` may be ShapeDtypeStructs.
+    """
     if not config.progressive_resizing:
         return
     total_steps = durations.total_steps(config, spec.num_train)

@@ -8,7 +8,7 @@ import ml_collections
 
 from cv_jax.augment.resizing import resize_images
 from cv_jax.data import DataSpec
-from cv_jax.learn.initial import make_initial
+from cv_jax.learn.initial import check_sizes, make_initial
 from cv_jax.learn.inputs import make_augmented, make_normalize, to_unit
 from cv_jax.learn.losses import Loss, of_examples
 from cv_jax.learn.train_step import make_training
@@ -63,6 +63,7 @@ def make_supervised(
     augmented = make_augmented(config.augment, spec.fields)
     normalize = make_normalize(spec, config.data.normalize, config.data.normalize_by)
     initial = make_initial(config, model, normalize, spec, num_outputs)
+    check_sizes(config, model, spec, initial.shapes["params"])
     select = make_select(config.select)
 
     def augment(batch, key):

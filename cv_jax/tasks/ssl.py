@@ -20,7 +20,7 @@ from cv_jax.config.calls import build_one, require
 from cv_jax.data import DataSpec
 from cv_jax.learn import losses
 from cv_jax.learn.images import draw_image, make_read
-from cv_jax.learn.initial import make_initial
+from cv_jax.learn.initial import check_sizes, make_initial
 from cv_jax.learn.inputs import make_normalize, make_view, to_unit
 from cv_jax.learn.losses import of_examples
 from cv_jax.learn.probes import (
@@ -144,6 +144,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     view = make_view(config.augment)
     normalize = make_normalize(spec, config.data.normalize, config.data.normalize_by)
     initial = make_initial(config, model, normalize, spec)
+    check_sizes(config, model, spec, initial.shapes["params"])
     total_steps = durations.total_steps(config, spec.num_train)
 
     def loss(params, model_state, batch, key, size):

@@ -11,7 +11,7 @@ from cv_jax.augment.resizing import resize_images
 from cv_jax.data import DataSpec
 from cv_jax.learn.class_weights import example_weights, make_class_weights
 from cv_jax.learn.images import draw_image, make_read
-from cv_jax.learn.initial import make_initial
+from cv_jax.learn.initial import check_sizes, make_initial
 from cv_jax.learn.inputs import make_augmented, make_normalize, to_unit
 from cv_jax.learn.losses import cross_entropy, of_examples
 from cv_jax.learn.metrics import classification_metrics
@@ -33,6 +33,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     augmented = make_augmented(config.augment, spec.fields)
     normalize = make_normalize(spec, config.data.normalize, config.data.normalize_by)
     initial = make_initial(config, model, normalize, spec)
+    check_sizes(config, model, spec, initial.shapes["params"])
     views = find_tta(config.tta)
     select = make_select(config.select)
     class_weights = make_class_weights(config.class_weights, spec)
