@@ -121,16 +121,14 @@ def call_in_thread(function: Callable[[], Any]) -> Future:
     return outcome
 
 
-def answer_signals_during(
-    function: Callable[[], Any], stop: Callable[[], int] = never, doing: str = ""
-) -> Any:
-    """Returns function(), called in another thread, so that this one answers signals meanwhile.
+def wait_for(outcome: Future, stop: Callable[[], int] = never, doing: str = "") -> Any:
+    """Returns the result of `call_in_thread`; answers signals until it is there.
 
     Python calls signal handlers between two of its own instructions, and XLA compiles for tens of
     seconds in one. Where a handler raises, or `stop` asks to stop, the thread is left alone.
 
     Args:
-        function: compiles a program, or waits for its result.
+        outcome: of a function that compiles a program, or waits for its result.
         stop: a StopRequest. With several processes it is not asked, since they would stop at
             different places.
         doing: what a person at a terminal is shown meanwhile, with the seconds, from one second on.
@@ -138,7 +136,6 @@ def answer_signals_during(
     Raises:
         CutShort: `stop` asks to stop.
     """
-    outcome = call_in_thread(function)
     seen = doing and jax.process_index() == 0 and sys.stderr.isatty()
     with tqdm(bar_format=f"{doing} {{elapsed}}", leave=False, delay=1, disable=not seen) as line:
         while not concurrent.futures.wait([outcome], timeout=0.1).done:
@@ -146,6 +143,13 @@ def answer_signals_during(
             if jax.process_count() == 1 and stop():
                 raise CutShort
     return outcome.result()
+
+
+def answer_signals_during(
+    function: Callable[[], Any], stop: Callable[[], int] = never, doing: str = ""
+) -> Any:
+    """Returns function(), called in another thread; see `wait_for`."""
+    return wait_for(call_in_thread(function), stop, doing)
 
 
 def is_busy() -> bool:

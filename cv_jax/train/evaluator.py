@@ -22,7 +22,13 @@ from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.runtime.clock import SLOW_SECONDS, Clock
 from cv_jax.runtime.mesh import batch_sharding, num_sharing, put, replicated
 from cv_jax.runtime.processes import broadcast
-from cv_jax.runtime.signals import CutShort, answer_signals_during, call_in_thread, never
+from cv_jax.runtime.signals import (
+    CutShort,
+    answer_signals_during,
+    call_in_thread,
+    never,
+    wait_for,
+)
 from cv_jax.workdir.numbers import means
 
 
@@ -215,7 +221,7 @@ class Evaluator:
         coming = self._compiled(function, *args)
         if not coming.done():
             with self._clock("compile"):
-                answer_signals_during(coming.result, self._stop, "compiling the evaluation")
+                wait_for(coming, self._stop, "compiling the evaluation")
         return coming.result()(self._own, *args)
 
     def _compiled(self, function: Callable, *args: Any) -> Future:

@@ -14,7 +14,13 @@ from cv_jax.data import Dataset
 from cv_jax.data.batches import make_batches
 from cv_jax.learn.inputs import check_augmented
 from cv_jax.runtime.clock import Clock
-from cv_jax.runtime.signals import CutShort, answer_signals_during, call_in_thread, never
+from cv_jax.runtime.signals import (
+    CutShort,
+    answer_signals_during,
+    call_in_thread,
+    never,
+    wait_for,
+)
 from cv_jax.runtime.startup import jit_once
 from cv_jax.tasks import Task, draw_all
 from cv_jax.train.chunks import lower_train_chunk
@@ -100,7 +106,7 @@ class Trainer:
         if count > 1:
             doing += f", stage {stage + 1} of {count}"
         with self._clock("compile"), suppress(CutShort):
-            self._train_chunk = answer_signals_during(self._coming.result, stop, doing)
+            self._train_chunk = wait_for(self._coming, stop, doing)
             self._stage, self._coming = stage, None
 
     def _begin_to_compile(self, stage: int) -> None:
