@@ -8,7 +8,6 @@ import ml_collections
 import numpy as np
 
 from benchmarks.worker import (
-    CIFAR10,
     IMAGES,
     LR,
     MEAN,
@@ -34,7 +33,11 @@ from cv_jax.train.chunks import make_train_chunk
 def step_config(model: str, batch_size: int, dtype: str) -> ml_collections.ConfigDict:
     """Returns the config of both sides: no augmentation, SGD with Nesterov, a constant rate."""
     config = base_config()
-    config.model = {"resnet50": "resnet50(stem='imagenet')"}.get(model, model)
+    photographs = {
+        "resnet50": "resnet50(stem='imagenet')",
+        "resnet18_240x320": "resnet18(stem='imagenet')",
+    }
+    config.model = photographs.get(model, model)
     config.batch_size, config.dtype = batch_size, dtype
     config.optim.name = "sgd(nesterov=True)"
     config.optim.lr, config.optim.lr_batch_size = LR, 0
@@ -46,14 +49,14 @@ def step_config(model: str, batch_size: int, dtype: str) -> ml_collections.Confi
 
 
 def build(
-    config: ml_collections.ConfigDict, num_train: int, side: int = 32
+    config: ml_collections.ConfigDict, num_train: int, size: tuple[int, int] = (32, 32)
 ) -> tuple[Task, Batches, Keys]:
-    """Builds the task, resident batches of random images of `side` pixels, and the keys."""
-    image, label = random_images(num_train, side)
+    """Builds the task, resident batches of random images of `size`, and the keys."""
+    image, label = random_images(num_train, size)
     mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
     train = {"image": image, "label": label}
     fields = {
-        "image": image_field((side, side, 3))._replace(mean=mean, std=std),
+        "image": image_field((*size, 3))._replace(mean=mean, std=std),
         "label": label_field([f"class {i}" for i in range(10)]),
     }
     spec = DataSpec("random", fields, num_train, 0, 0, take(train, slice(5000)))
@@ -83,8 +86,8 @@ def loop(train_step: Callable, batches: Batches, state: Any, key: jax.Array) -> 
 def jax_steps(model: str, batch_size: int, dtype: str) -> Steps:
     """Builds the steps; a call runs all its steps in one dispatch unless an epoch ends between."""
     prepare_jax()
-    side, num_train = IMAGES.get(model, CIFAR10)
-    task, batches, keys = build(step_config(model, batch_size, dtype), num_train, side)
+    size, num_train = IMAGES[model]
+    task, batches, keys = build(step_config(model, batch_size, dtype), num_train, size)
     state = jax.jit(task.init)(keys.init)
     steps = loop(task.train_step, batches, state, keys.step)
     return lambda num_steps: steps(num_steps)["loss"]

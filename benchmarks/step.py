@@ -223,7 +223,7 @@ def report(results: dict[Case, dict[str, Any]], ratios: dict[str, Any]) -> str:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; `batch_size` and `variants` become lists."""
     parser = make_parser(__doc__, rounds=10)
-    parser.add_argument("--model", choices=("n94", "resnet18", *IMAGES), default="n94")
+    parser.add_argument("--model", choices=tuple(IMAGES), default="n94")
     parser.add_argument("--batch_size", default="500", help="images a step; several: A,B")
     parser.add_argument("--steps", type=int, default=4, help="steps of a variant in a round")
     parser.add_argument("--device", choices=tuple(VARIANTS), default="cpu")

@@ -2,7 +2,7 @@
 
 The images of N94 and ResNet18 are 32x32. Their submodules have the names of the Flax modules;
 tests/test_benchmarks.py copies parameters and compares logits, gradients and training steps. Other
-networks are torchvision's, for images of 224x224.
+networks are torchvision's, for photographs.
 """
 
 import itertools
@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.worker import (
-    CIFAR10,
     IMAGES,
     LR,
     MEAN,
@@ -121,6 +120,7 @@ def _of_torchvision(name: str, **arguments: int) -> Callable[[], nn.Module]:
 MODELS = {
     "n94": N94,
     "resnet18": ResNet18,
+    "resnet18_240x320": _of_torchvision("resnet18"),
     "resnet50": _of_torchvision("resnet50"),
     "vit_s16": _of_torchvision(
         "VisionTransformer",
@@ -182,8 +182,8 @@ def torch_steps(
     torch.set_num_threads(num_threads)
     torch.backends.cudnn.benchmark = True  # looks for the fastest convolutions on a GPU
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    side, num_train = IMAGES.get(model, CIFAR10)
-    image, label = (torch.from_numpy(x).to(device) for x in random_images(num_train, side))
+    size, num_train = IMAGES[model]
+    image, label = (torch.from_numpy(x).to(device) for x in random_images(num_train, size))
     image, label = image.permute(0, 3, 1, 2).contiguous(), label.long()
     order = torch.randperm(num_train, device=device).split(batch_size)[: num_train // batch_size]
     indices = itertools.cycle(order)

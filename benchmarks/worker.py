@@ -20,25 +20,28 @@ import numpy as np
 
 from cv_jax.runtime.huge_pages import use_huge_pages
 
-# Pixels a side of the images, and the number of resident ones, by model; CIFAR-10's for the others.
-CIFAR10 = (32, 50_000)
-IMAGES = dict.fromkeys(("resnet50", "vit_s16", "convnext_t"), (224, 640))
+# (height, width) of the images and the number of resident ones, by model.
+IMAGES = {
+    **dict.fromkeys(("n94", "resnet18"), ((32, 32), 50_000)),  # CIFAR-10's
+    **dict.fromkeys(("resnet50", "vit_s16", "convnext_t"), ((224, 224), 640)),
+    "resnet18_240x320": ((240, 320), 320),
+}
 MEAN, STD = (0.49, 0.50, 0.51), (0.20, 0.21, 0.22)  # per channel, in [0, 1]
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 
 Steps = Callable[[int], float]  # makes this many steps; returns the loss of the last step
 
 
-def random_images(count: int, side: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Draws images (count, side, side, 3) uint8, a pattern for each of 10 classes under noise.
+def random_images(count: int, size: tuple[int, int] = (32, 32)) -> tuple[np.ndarray, np.ndarray]:
+    """Draws images (count, *size, 3) uint8, a pattern for each of 10 classes under noise.
 
     Returns:
         The images, and their labels (count,) int32.
     """
     rng = np.random.default_rng(0)
     label = rng.integers(0, 10, count, np.int32)
-    pattern = rng.integers(0, 128, (10, side, side, 3), np.uint8)
-    return pattern[label] + rng.integers(0, 128, (count, side, side, 3), np.uint8), label
+    pattern = rng.integers(0, 128, (10, *size, 3), np.uint8)
+    return pattern[label] + rng.integers(0, 128, (count, *size, 3), np.uint8), label
 
 
 def make_steps(variant: str, model: str, batch_size: int, device: str) -> Steps:

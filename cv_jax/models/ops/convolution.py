@@ -3,11 +3,12 @@
 XLA's CPU compiler uses its fast kernel only for convolutions in the layout of a forward pass (b h w
 c with h w i o). Outside the entry computation, as in a loop over steps, XLA does not convert other
 convolutions to that layout: a gradient there ran 100 times slower than the forward pass. So this
-module writes out the CPU's gradients. winograd.py takes 3x3 convolutions, rows.py few channels and
-blocks.py few pixels, each with its gradients. For other convolutions, the input's gradient is a
-convolution in the forward layout. The filter's gradient is a sum over small groups of images, each
-a matrix product that stays in cache (5 times faster than XLA's own at its best). On other platforms
-lax differentiates: by the TPU compiler's estimate, nothing tried is faster there.
+module writes out the CPU's gradients. winograd.py takes 3x3 convolutions, rows.py few channels,
+blocks.py few pixels and pointwise.py kernels of one pixel, each with its gradients. For other
+convolutions, the input's gradient is a convolution in the forward layout (with strides, strided.py
+brings it there). The filter's gradient is a sum over small groups of images, each a matrix product
+that stays in cache (5 times faster than XLA's own at its best). On other platforms lax
+differentiates: by the TPU compiler's estimate, nothing tried is faster there.
 """
 
 import math
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cv_jax.models.ops import blocks, rows, winograd
+from cv_jax.models.ops import blocks, pointwise, rows, strided, winograd
 from cv_jax.models.ops.groups import sum_groups, sum_products
 from cv_jax.models.ops.padding import Padding, pad
 from cv_jax.models.ops.platforms import by_platform
@@ -72,6 +73,8 @@ def _plain_gradients(x, kernel, g, strides, padding):
 
 
 def _cpu_convolution(x, kernel, strides, padding):
+    if pointwise.pays(kernel.shape, padding):
+        return pointwise.convolution(x, kernel, strides)
     if blocks.pays(x.shape, kernel.shape):
         return blocks.convolution(x, kernel, strides, padding)
     if winograd.pays(x.shape, kernel.shape, strides, padding):
@@ -99,6 +102,10 @@ def input_gradient(
     padding: Padding,
 ) -> jax.Array:
     """Computes the gradient (b, h, w, c) of x of `size` (h, w) from an output gradient g."""
+    if pointwise.pays(kernel.shape, padding):
+        return pointwise.input_gradient(kernel, g, size, strides)
+    if strides != (1, 1) and not blocks.pays((len(g), *size), kernel.shape):
+        return strided.input_gradient(kernel, g, size, strides, padding)
     g = pad(g, ((0, 0), (0, 0)), inside=strides)  # outputs that strides skip have gradient 0
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)  # kh kw o c
     pads = tuple(
@@ -122,6 +129,8 @@ def filter_gradient(
     For a group of images, one product multiplies the kh kw shifted views of x, side by side, by g.
     """
     (kh, kw), (c, o) = size, (x.shape[3], g.shape[3])
+    if pointwise.pays((kh, kw, c, o), padding):
+        return pointwise.filter_gradient(x, g, strides)
     if blocks.pays(x.shape, (kh, kw, c, o)):
         return blocks.filter_gradient(x, g, size, strides, padding)
     if winograd.pays(x.shape, (kh, kw, c, o), strides, padding):
