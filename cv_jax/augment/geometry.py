@@ -53,12 +53,13 @@ from cv_jax.config.errors import UserError
 # --- Mirror images ---
 
 
-def flip(p: float = 0.5, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
-    """Mirrors an example left to right with probability p."""
+def flip(p: float = 0.5, vertical: bool = False, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
+    """Mirrors an example left to right, or top to bottom if `vertical`, with probability p."""
     require(lambda: 0 <= p <= 1, f"p={p} must lie in [0, 1]")
 
     def op(key, batch):
-        return _mirrored(batch, _happens(key, p, (num_rows(batch, fields),)), fields)
+        flipped = _happens(key, p, (num_rows(batch, fields),))
+        return _mirrored(batch, flipped, fields, vertical)
 
     return op
 
@@ -78,11 +79,12 @@ def alternating_flip(*, fields: Fields = IMAGE_AND_LABEL) -> Augment:
     return op
 
 
-def _mirrored(batch, flipped, fields):
+def _mirrored(batch, flipped, fields, vertical=False):
     """Returns the batch with its examples mirrored where `flipped` (b,) is true."""
     size = image_size(batch, fields)
-    mirror_pixels = functools.partial(_mirror, flipped=flipped)
-    matrix = jnp.where(flipped[:, None, None], mirror(size)[None], translation(0, 0)[None])
+    mirror_pixels = functools.partial(_mirror, flipped=flipped, axis=1 if vertical else 2)
+    turned = mirror(size, vertical)
+    matrix = jnp.where(flipped[:, None, None], turned[None], translation(0, 0)[None])
     return {
         **batch,
         **map_images(mirror_pixels, batch, fields),
@@ -91,8 +93,8 @@ def _mirrored(batch, flipped, fields):
     }
 
 
-def _mirror(image, flipped):
-    return jnp.where(flipped[:, None, None, None], image[:, :, ::-1], image)
+def _mirror(image, flipped, axis):
+    return jnp.where(flipped[:, None, None, None], jnp.flip(image, axis), image)
 
 
 # --- Other views of the image ---

@@ -60,9 +60,9 @@ def skewing(right: ArrayLike, down: ArrayLike) -> jax.Array:
     return _matrix(1, right, 0, down, 1, 0)
 
 
-def mirror(size: tuple[int, int]) -> jax.Array:
-    """Builds the matrix that mirrors an image left to right."""
-    return _matrix(-1, 0, size[1], 0, 1, 0)
+def mirror(size: tuple[int, int], vertical: bool = False) -> jax.Array:
+    """Builds the matrix that mirrors an image left to right, or top to bottom."""
+    return _matrix(1, 0, 0, 0, -1, size[0]) if vertical else _matrix(-1, 0, size[1], 0, 1, 0)
 
 
 def quarter_turn(size: tuple[int, int]) -> jax.Array:

@@ -81,6 +81,20 @@ def points_field(count: int) -> Field:
     return Field((count, 2), "float32", "points", unit="px")
 
 
+def boxes_fields(names: Sequence[str], count: int) -> dict[str, Field]:
+    """Describes up to `count` objects of an image: the fields of a detection data set.
+
+    `difficult` objects need not be found (PASCAL VOC), and a `crowd` is a box around many objects
+    (COCO): neither counts for or against a detector.
+    """
+    return {
+        "boxes": Field((count, 4), "float32", "boxes", unit="px"),
+        "box_label": Field((count,), "int32", "box_label", fill=-1, names=tuple(names)),
+        "difficult": Field((count,), "bool", "box_flag"),
+        "crowd": Field((count,), "bool", "box_flag"),
+    }
+
+
 def num_examples(examples: Mapping[str, Any]) -> int:
     """Returns the number of examples, which is the length of every field."""
     return len(next(iter(examples.values())))

@@ -16,6 +16,7 @@ from cv_jax.data.sources.folder import list_folder
 from cv_jax.data.sources.location import find_prepared, tfds_data_dir
 from cv_jax.data.sources.photos import PHOTO_KEYS, load_photos
 from cv_jax.data.sources.table import list_table
+from cv_jax.data.sources.voc import list_voc
 from cv_jax.data.splits import OFFICIAL, count_equal, hold_out, limit_examples, limit_labels
 
 # Data sets that do not come from TFDS. Add a new one here, as a function () -> Stored.
@@ -27,9 +28,10 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
 
     Args:
         config_data: the config's `data`, with these keys:
-            name: one of OWN; "folder"; "module:function" of your own (() -> Stored); or the TFDS
-                name of an image-classification data set.
-            dir: of "folder", the directory of the class folders, or a CSV file. Else TFDS's data
+            name: one of OWN; "folder"; "voc"; "module:function" of your own (() -> Stored); or the
+                TFDS name of an image-classification data set.
+            dir: of "folder", the directory of the class folders, or a CSV file; of "voc", see
+                `sources.voc`. Else TFDS's data
                 directory; "": TFDS_DATA_DIR or ~/tensorflow_datasets.
             size, decode, crop, eval_crop, workers, on_error: see `photos.load_photos`.
             num_val: the number of training examples that become val, see `splits.hold_out`.
@@ -75,8 +77,12 @@ def _num_val(data: ml_collections.ConfigDict, stored: Stored) -> int:
 def _load(data: ml_collections.ConfigDict) -> Stored:
     name = data.name
     if name == "folder":
-        where = _require_dir(data.dir)
+        where = _require_dir(data, "the directory of the class folders, or a CSV file")
         return load_photos(list_folder(where) if where.is_dir() else list_table(where), data)
+    if name == "voc":
+        where = _require_dir(data, "a directory in the layout of PASCAL VOC")
+        join_val = not data.val_fraction and data.num_val != OFFICIAL
+        return load_photos(list_voc(where, join_val), data)
     if name in OWN or names_code(name):
         _require_no_photo_keys(data)
         return find(name, OWN, "config.data.name")()
@@ -88,11 +94,10 @@ def _load(data: ml_collections.ConfigDict) -> Stored:
     return cached(directory, _read_prepared)
 
 
-def _require_dir(config_dir: str) -> Path:
-    use = "the directory of the class folders, or a CSV file"
-    if not config_dir:
-        raise UserError(f"config.data.name='folder' needs config.data.dir: {use}.")
-    where = Path(expand(config_dir))
+def _require_dir(data: ml_collections.ConfigDict, use: str) -> Path:
+    if not data.dir:
+        raise UserError(f"config.data.name={data.name!r} needs config.data.dir: {use}.")
+    where = Path(expand(data.dir))
     if not where.exists():
         raise UserError(f"config.data.dir={str(where)!r} does not exist: name {use}.")
     return where

@@ -122,6 +122,36 @@ def fit_image(
     return np.asarray(image).reshape(h, w, c), back
 
 
+def letterbox_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.ndarray, Back]:
+    """Decodes an image file and fits all of it into (h, w, c), at the top left, with black beside.
+
+    As `fit_image`, but nothing is cropped: the image is resized to `letterbox_size`.
+
+    Returns:
+        The image (h, w, c) uint8, and the map back to the file's own pixels.
+
+    Raises:
+        UserError: as `fit_image`.
+    """
+    h, w, c = image_shape
+    image = decode_image(data, c)
+    width, height = image.size
+    inner_h, inner_w = letterbox_size((height, width), (h, w))
+    if image.size != (inner_w, inner_h):
+        image = image.resize((inner_w, inner_h), Image.Resampling.BICUBIC)
+    whole = np.zeros(image_shape, np.uint8)
+    whole[:inner_h, :inner_w] = np.asarray(image).reshape(inner_h, inner_w, c)
+    back = np.diag([width / inner_w, height / inner_h, 1.0])
+    return whole, Back((height, width), back)
+
+
+def letterbox_size(size: tuple[int, int], inside: tuple[int, int]) -> tuple[int, int]:
+    """Returns the largest (height, width) with the proportions of `size` that fits inside."""
+    scale = min(inside[0] / size[0], inside[1] / size[1])
+    height, width = (max(1, round(side * scale)) for side in size)
+    return min(height, inside[0]), min(width, inside[1])
+
+
 def decode_image(data: bytes, channels: int) -> Image.Image:
     """Decodes an image file to 8 bits and `channels`: the first four steps of `fit_image`."""
     try:
@@ -146,10 +176,12 @@ class Facts(NamedTuple):
     Attributes:
         size: (height, width), after the EXIF rotation.
         grey: whether the image has one channel.
+        orientation: the EXIF orientation, 1 to 8; from 5 on, height and width are exchanged.
     """
 
     size: tuple[int, int]
     grey: bool
+    orientation: int = 1
 
 
 def read_facts(data: bytes) -> Facts:
@@ -162,17 +194,17 @@ def read_facts(data: bytes) -> Facts:
         return Facts(shape[:2], shape[2] == 1)
     try:
         image = _open(data, decode=False)
-        turned = False
+        orientation = 1
         with suppress(Exception):  # damaged EXIF data
-            turned = _has_exif(image) and image.getexif().get(Base.Orientation, 1) >= 5
+            if _has_exif(image) and 1 <= (found := image.getexif().get(Base.Orientation, 1)) <= 8:
+                orientation = int(found)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"it is damaged ({first_line(error)})") from error
     w, h = image.size
-    return Facts(
-        (w, h) if turned else (h, w), image.mode in ("1", "L", "F") or image.mode[0] == "I"
-    )
+    grey = image.mode in ("1", "L", "F") or image.mode[0] == "I"
+    return Facts((w, h) if orientation >= 5 else (h, w), grey, orientation)
 
 
 def _has_exif(image: Image.Image) -> bool:

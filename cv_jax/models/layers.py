@@ -36,12 +36,13 @@ def conv(
     use_bias: bool = False,
     frozen: bool = False,
     kernel_init: nn.initializers.Initializer = uniform_fan_in,
+    bias_init: nn.initializers.Initializer | None = None,
 ) -> jax.Array:
     """Convolves with `features` square filters; (b, h, w, c) -> (b, h', w', features).
 
     h' = (h + 2 * padding - size) // strides + 1; padding may also be ((above, below), (left,
-    right)). A bias starts as U(-1/sqrt(fan_in), 1/sqrt(fan_in)). `frozen` keeps the kernel (not
-    the bias) from receiving a gradient.
+    right)). Without `bias_init`, a bias starts as U(-1, 1) / sqrt(fan_in). `frozen` keeps the
+    kernel (not the bias) from receiving a gradient.
     """
     fan_in = size * size * x.shape[-1]
     return nn.Conv(
@@ -52,7 +53,7 @@ def conv(
         use_bias=use_bias,
         dtype=x.dtype,
         kernel_init=kernel_init,
-        bias_init=_uniform(1 / math.sqrt(fan_in)),
+        bias_init=bias_init or _uniform(1 / math.sqrt(fan_in)),
         conv_general_dilated=_frozen_convolution if frozen else _convolution,
         name=name,
     )(x)

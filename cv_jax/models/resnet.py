@@ -111,13 +111,20 @@ def conv(x: jax.Array, features: int, size: int, strides: int, name: str) -> jax
 
 
 def resnet18(
-    stem: str = "cifar", zero_scale: bool = False, *, num_classes: int, dtype: jnp.dtype
+    stem: str = "cifar",
+    zero_scale: bool = False,
+    width: int = 64,
+    *,
+    num_classes: int,
+    dtype: jnp.dtype,
 ) -> nn.Module:
-    """Builds ResNet-18.
+    """Builds ResNet-18, with `width` channels in the first group.
 
     11,173,962 parameters (CIFAR stem, 10 classes) or 11,689,512 (ImageNet stem, 1,000).
     """
-    return ResNet((2, 2, 2, 2), False, _known_stem(stem), num_classes, dtype, zero_scale=zero_scale)
+    (width,) = layers.checked_widths((width,))
+    stem = _known_stem(stem)
+    return ResNet((2, 2, 2, 2), False, stem, num_classes, dtype, width, zero_scale)
 
 
 def resnet50(

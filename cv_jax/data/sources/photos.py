@@ -22,7 +22,13 @@ from cv_jax.data.dataset import SPLITS, Stored
 from cv_jax.data.decode import find_crop
 from cv_jax.data.encoded import Decoding, Encoded, num_cores
 from cv_jax.data.fields import Examples, Field, image_field, num_examples, take
-from cv_jax.data.read_image import Facts, read_facts, read_image
+from cv_jax.data.read_image import (
+    Facts,
+    letterbox_image,
+    letterbox_size,
+    read_facts,
+    read_image,
+)
 from cv_jax.data.sources.listing import Listing, some
 from cv_jax.data.splits import choose_val
 from cv_jax.data.statistics import histogram
@@ -36,6 +42,9 @@ TEST_SHARE = 0.2
 # Keys of config.data that only images of any size have, and their defaults.
 PHOTO_KEYS = {"size": 0, "decode": "auto", "crop": "", "eval_crop": 1.0}
 _PART = 256  # images that are read at a time
+_STRIDE = (
+    4  # sides of images with boxes are multiples of it: what detectors predict is so far apart
+)
 _INDEX = {  # what the cache keeps of an image that is decoded when it is needed
     "position": Field((), "int64", "values"),
     "digest": Field((), "uint64", "values"),
@@ -63,6 +72,12 @@ def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
             f"config.data.crop={data.crop!r} draws another crop in every epoch, so "
             "config.data.decode='once' cannot keep the images: set it to 'auto'."
         )
+    if _has_boxes(listing) and (crop or data.eval_crop != 1):
+        key = "crop" if crop else "eval_crop"
+        raise UserError(
+            f"config.data.{key}={data[key]!r} would cut boxes off: images with boxes are read "
+            f"whole. Set it to {PHOTO_KEYS[key]!r}; config.augment can crop images with boxes."
+        )
     decode = "always" if crop else data.decode
     settings = f"{data.size} {data.eval_crop} {decode}"
     read = partial(_read, listing, data.size, data.eval_crop, decode)
@@ -75,7 +90,7 @@ def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
         return stored._replace(notes=(*listing.notes, *stored.notes, how))
     decoding = Decoding(
         shape=shape,
-        fit=partial(read_image, image_shape=shape, share=data.eval_crop),
+        fit=_fit(listing, shape, data.eval_crop),
         crop=crop(shape) if crop else None,
         stops=data.on_error == "stop",
         num_workers=data.workers or num_cores(),
@@ -84,6 +99,19 @@ def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
     how = f"data    decoded to {shown} whenever a batch needs them, by {threads}"
     stored = _with_encoded(stored, listing, decoding)
     return stored._replace(notes=(*listing.notes, *stored.notes, how))
+
+
+def _has_boxes(listing: Listing) -> bool:
+    return any(field.kind == "boxes" for field in listing.fields.values())
+
+
+def _fit(
+    listing: Listing, shape: tuple[int, int, int], share: float
+) -> Callable[[bytes], np.ndarray]:
+    """Returns how an image becomes (h, w, c): cropped at the centre, or whole if it has boxes."""
+    if _has_boxes(listing):
+        return lambda data: letterbox_image(data, shape)[0]
+    return partial(read_image, image_shape=shape, share=share)
 
 
 def _identity(listing: Listing) -> str:
@@ -127,6 +155,7 @@ def _read(listing: Listing, size: int, share: float, decode: str) -> Stored:
     """Returns the splits with decoded images, or with what `_INDEX` names instead of images."""
     seen = _look(listing)
     shape = _shape(listing, size, seen)
+    _scale_boxes(listing, seen, shape[:2])
     few = len(seen.facts) * np.prod(shape) <= MOST_DECODED
     once = decode == "once" or (decode == "auto" and few)
     split = assign_splits(listing, seen.columns, np.array(sorted(seen.facts)))
@@ -135,7 +164,7 @@ def _read(listing: Listing, size: int, share: float, decode: str) -> Stored:
     for name, chosen in positions.items():
         if name == "train" and not (few or once):
             chosen = chosen[:: -(-len(chosen) // MEASURED)]
-        fit = partial(read_image, image_shape=shape, share=share)
+        fit = _fit(listing, shape, share)
         images, found = _decode(listing, chosen, fit, shape if once else None, seen.problems)
         positions[name] = np.setdiff1d(positions[name], list(seen.problems))
         decoded[name] = images
@@ -188,6 +217,11 @@ def _shape(listing: Listing, size: int, seen: _Seen) -> tuple[int, int, int]:
             f"{listing.source.name(position)} ({why}): is it the right config.data.dir?"
         )
     channels = 1 if all(found.grey for found in facts.values()) else 3
+    if _has_boxes(listing):
+        sizes = np.array([found.size for found in facts.values()])
+        if size:
+            sizes = np.array([letterbox_size(one, (size, size)) for one in sizes])
+        return *(int(-(-side // _STRIDE) * _STRIDE) for side in sizes.max(0)), channels
     if size:
         return size, size, channels
     (first, one), *others = facts.items()
@@ -199,6 +233,14 @@ def _shape(listing: Listing, size: int, seen: _Seen) -> tuple[int, int, int]:
                 f"{names[1]} {other.size[0]}x{other.size[1]}. Set config.data.size, such as 224."
             )
     return *one.size, channels
+
+
+def _scale_boxes(listing: Listing, seen: _Seen, size: tuple[int, int]) -> None:
+    """Moves the boxes in `seen.columns` from the pixels of the files to those of (h, w) images."""
+    for name in (name for name, field in listing.fields.items() if field.kind == "boxes"):
+        for position, facts in seen.facts.items():
+            (h, w), (new_h, new_w) = facts.size, letterbox_size(facts.size, size)
+            seen.columns[name][position] *= np.float32([new_w / w, new_h / h] * 2)
 
 
 def _decode(

@@ -1,0 +1,202 @@
+"""Average precision of detections, by the protocols of PASCAL VOC and of COCO. NumPy, on the host.
+
+Both go through the detections of a class from the highest score down, over all images, and match
+each with an object of its image. They differ in three ways:
+
+    VOC     the object with the largest overlap is the only candidate: a second detection of an
+            object is wrong. Precision is averaged over all recalls ("area", from 2010 on) or at the
+            recalls 0, 0.1, ..., 1 ("eleven", until 2009). The overlap is at least 0.5.
+    COCO    the candidates are the objects that no detection has taken yet. Precision is averaged at
+            101 recalls, over overlaps of 0.5, 0.55, ..., 0.95, for at most 100 detections an image.
+
+Objects that are difficult, and detections of them, count neither for nor against a detector. In a
+crowd any number of detections is ignored; their overlap with it is the share of the detection that
+lies in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+OVERLAPS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+MOST = 100  # detections of an image that COCO counts
+
+
+class Image(NamedTuple):
+    """Objects and detections of one class in one image.
+
+    Attributes:
+        boxes, ignored, crowd: of the g objects, (g, 4), (g,) bool and (g,) bool; `ignored` holds
+            of difficult objects and of crowds.
+        found, scores: of the d detections, (d, 4) and (d,), highest score first.
+    """
+
+    boxes: np.ndarray
+    ignored: np.ndarray
+    crowd: np.ndarray
+    found: np.ndarray
+    scores: np.ndarray
+
+
+class Matches(NamedTuple):
+    """Detections of a class in all images, highest score first.
+
+    Attributes:
+        scores: (d,).
+        right, wrong: (..., d) bool; neither where a detection is ignored. COCO has an axis of
+            overlaps in front.
+        num_objects: how many should be found.
+    """
+
+    scores: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+    num_objects: int
+
+
+def of_class(
+    number: int,
+    examples: Mapping[str, np.ndarray],
+    predictions: Mapping[str, np.ndarray],
+    most: int | None = None,
+) -> list[Image]:
+    """Picks the objects and detections of a class out of the fields of images.
+
+    Args:
+        number: of the class.
+        examples: boxes (m, o, 4), box_label (m, o), difficult (m, o), crowd (m, o).
+        predictions: boxes (m, d, 4), scores (m, d), classes (m, d).
+        most: detections of an image and class that count; None: all.
+    """
+    images = []
+    for i in range(len(examples["boxes"])):
+        mine = examples["box_label"][i] == number
+        found = np.flatnonzero(predictions["classes"][i] == number)
+        order = found[np.argsort(-predictions["scores"][i, found], kind="stable")][:most]
+        crowd = examples["crowd"][i][mine]
+        images.append(
+            Image(
+                examples["boxes"][i][mine].astype(np.float64),
+                examples["difficult"][i][mine] | crowd,
+                crowd,
+                predictions["boxes"][i, order].astype(np.float64),
+                predictions["scores"][i, order].astype(np.float64),
+            )
+        )
+    return images
+
+
+def overlaps(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:
+    """Returns the intersection over union (d, g) of half-open boxes a (d, 4) and b (g, 4).
+
+    For a crowd b, (g,) bool, it is the intersection over the area of a.
+    """
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    both = np.clip(high - low, 0, None).prod(-1)
+    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b))
+    either = area_a[:, None] + area_b[None] - both
+    if crowd is not None:
+        either = np.where(crowd[None], area_a[:, None], either)
+    return np.divide(both, either, out=np.zeros_like(both), where=either > 0)
+
+
+def match_voc(images: Sequence[Image], overlap: float = 0.5) -> Matches:
+    """Matches detections with objects as PASCAL VOC's development kit does."""
+    rows = []
+    for image in images:
+        shared = overlaps(image.found, image.boxes, image.crowd)
+        taken = np.zeros(len(image.boxes), bool)
+        for score, row in zip(image.scores, shared, strict=True):
+            best = int(row.argmax()) if len(row) else -1
+            if best < 0 or row[best] < overlap:
+                rows.append((score, False, True))
+            elif image.ignored[best]:
+                rows.append((score, False, False))
+            else:
+                rows.append((score, not taken[best], taken[best]))
+                taken[best] = True
+    return _sorted(rows, (), images)
+
+
+def match_coco(images: Sequence[Image]) -> Matches:
+    """Matches detections with objects at each of OVERLAPS, as COCO's evaluation does."""
+    rows = []
+    for image in images:
+        order = np.argsort(image.ignored, kind="stable")  # objects that count come first
+        boxes, ignored, crowd = (x[order] for x in (image.boxes, image.ignored, image.crowd))
+        shared = overlaps(image.found, boxes, crowd)
+        outcome = [_match_one(shared, ignored, crowd, overlap) for overlap in OVERLAPS]
+        right, wrong = (np.array(x).reshape(len(OVERLAPS), -1) for x in zip(*outcome, strict=True))
+        rows += zip(image.scores, right.T, wrong.T, strict=True)
+    return _sorted(rows, (len(OVERLAPS),), images)
+
+
+def _match_one(shared, ignored, crowd, overlap):
+    """Returns which detections of an image are right, and which wrong, at one overlap."""
+    taken = np.zeros(len(ignored), bool)
+    right, wrong = np.zeros((2, len(shared)), bool)
+    for i, row in enumerate(shared):
+        best, most = -1, min(overlap, 1 - 1e-10)
+        for j, share in enumerate(row):
+            if taken[j] and not crowd[j]:
+                continue
+            if best >= 0 and not ignored[best] and ignored[j]:
+                break  # an object that counts goes before those that do not
+            if share >= most:
+                best, most = j, share
+        if best < 0:
+            wrong[i] = True
+        else:
+            taken[best] = True
+            right[i] = not ignored[best]
+    return right, wrong
+
+
+def _sorted(rows: list, shape: tuple[int, ...], images: Sequence[Image]) -> Matches:
+    num_objects = int(sum((~image.ignored).sum() for image in images))
+    if not rows:
+        nothing = np.zeros((*shape, 0), bool)
+        return Matches(np.zeros(0), nothing, nothing, num_objects)
+    scores, right, wrong = (np.array(column) for column in zip(*rows, strict=True))
+    order = np.argsort(-scores, kind="stable")
+    return Matches(scores[order], right[order].T, wrong[order].T, num_objects)
+
+
+def curve(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
+    """Returns recall and precision (..., d) after each detection."""
+    right, wrong = (np.cumsum(x, axis=-1, dtype=np.float64) for x in matches[1:3])
+    precision = right / np.maximum(right + wrong, np.finfo(np.float64).eps)
+    return right / max(matches.num_objects, 1), precision
+
+
+def average_precision(matches: Matches, how: str) -> np.ndarray:
+    """Averages precision over recall; NaN for a class without an object to find.
+
+    At a recall, precision is the highest at this recall or above.
+
+    Args:
+        matches: of one class.
+        how: "area", "eleven" or "coco"; see above.
+
+    Returns:
+        (...,): an axis of overlaps for COCO.
+    """
+    recall, precision = curve(matches)
+    if not matches.num_objects:
+        return np.full(recall.shape[:-1], np.nan)
+    best = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
+    if how == "area":
+        before = np.concatenate([np.zeros((*recall.shape[:-1], 1)), recall[..., :-1]], axis=-1)
+        return ((recall - before) * best).sum(-1)
+    points = RECALLS if how == "coco" else np.linspace(0, 1, 11)
+    # 1e-9: recalls such as 0.30000000000000004, of 3 of 10 objects, reach 0.3.
+    tolerance = 0 if how == "coco" else 1e-9
+    best = np.concatenate([best, np.zeros((*best.shape[:-1], 1))], axis=-1)
+    found = np.empty((*recall.shape[:-1], len(points)))
+    for place in np.ndindex(recall.shape[:-1]):
+        at = np.searchsorted(recall[place], points - tolerance, side="left")
+        found[place] = best[place][at]
+    return found.mean(-1)

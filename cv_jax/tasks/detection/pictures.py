@@ -1,0 +1,108 @@
+"""What a detector says in words and pictures."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cv_jax.data.fields import Examples, take
+from cv_jax.data.read_image import Back
+from cv_jax.learn.images import draw_image
+from cv_jax.tasks import Panel
+
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart.
+COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+PICTURES = 12
+
+
+def describe(
+    names: Sequence[str],
+    threshold: float,
+    example: Examples,
+    prediction: dict[str, np.ndarray],
+    back: Back | None,
+) -> dict[str, Any]:
+    """Returns {"objects": [{"class", "score", "box": [x0, y0, x1, y1]}]}, highest score first.
+
+    Boxes are half-open, in pixels of the file, and inside it. Detections below `threshold`, or
+    without area inside the file, are left out.
+    """
+    del example
+    objects = []
+    for box, score, number in _kept(prediction, threshold):
+        box = _in_file(box, back) if back else box
+        if (box[2:] > box[:2]).all():
+            corners = [float(x) for x in box]
+            objects.append({"class": names[number], "score": float(score), "box": corners})
+    return {"objects": objects}
+
+
+def _kept(prediction, threshold):
+    rows = zip(*(prediction[name] for name in ("boxes", "scores", "classes")), strict=True)
+    return [row for row in rows if row[1] >= threshold]
+
+
+def _in_file(box: np.ndarray, back: Back) -> np.ndarray:
+    (h, w), matrix = back
+    corners = np.append(np.float64(box).reshape(2, 2), [[1], [1]], axis=1) @ matrix.T
+    return np.clip(corners[:, :2].ravel(), 0, [w, h, w, h])
+
+
+def draw(
+    names: Sequence[str],
+    threshold: float,
+    example: Examples,
+    prediction: dict[str, np.ndarray] | None = None,
+    back: Back | None = None,
+) -> np.ndarray:
+    """Draws the detections of a prediction, or else the objects of the data set; (h, w, 3) uint8.
+
+    Detections have their class and score in percent beside their box. The part of the picture that
+    letter-boxing added is cut away.
+    """
+    picture = Image.fromarray(draw_image(example))
+    pen = ImageDraw.Draw(picture)
+    if prediction is None:
+        for box, number in zip(example["boxes"], example["box_label"], strict=True):
+            if number >= 0:
+                _box(pen, box, COLORS[number % len(COLORS)], names[number])
+    else:
+        for box, score, number in reversed(_kept(prediction, threshold)):
+            text = f"{names[number]} {100 * score:.0f}"
+            _box(pen, box, COLORS[number % len(COLORS)], text)
+    if back:
+        w, h = (np.linalg.inv(back.matrix) @ [*back.size[::-1], 1])[:2].round().astype(int)
+        picture = picture.crop((0, 0, int(w), int(h)))
+    return np.asarray(picture)
+
+
+def _box(pen: ImageDraw.ImageDraw, box: np.ndarray, color: str, text: str = "") -> None:
+    x0, y0, x1, y1 = (int(x) for x in np.round(box))
+    pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=color, width=1)
+    if text:
+        around = pen.textbbox((x0 + 1, y0), text, font=_font())
+        pen.rectangle(around, fill="#000000")
+        pen.text((x0 + 1, y0), text, fill=color, font=_font())
+
+
+@cache
+def _font() -> Any:
+    return ImageFont.load_default(9)
+
+
+def make_panels(
+    names: Sequence[str], threshold: float
+) -> Callable[[Examples, dict[str, np.ndarray]], list[Panel]]:
+    """Returns (examples, predictions) -> panels of a report."""
+
+    def panels(examples, predictions):
+        count = min(PICTURES, len(examples["boxes"]))
+        drawn = [
+            draw(names, threshold, take(examples, i), take(predictions, i)) for i in range(count)
+        ]
+        text = f"The first {count} test images, with detections of a score of {threshold} or more."
+        return [Panel("Detections", text, tuple(drawn), ("",) * count)]
+
+    return panels
