@@ -1,8 +1,9 @@
-"""Blood cells in photographs of smears (BCCD), found by a small ResNet-18 from scratch.
+"""Blood cells in photographs of smears (BCCD), found by a narrow ResNet-18 from scratch.
 
-    python train.py --config=configs/bccd.py --config.data.dir=DIR
+    python train.py --config=configs/bccd.py --config.data.dir=BCCD
 
-DIR is a directory in the layout of PASCAL VOC: https://github.com/Shenggan/BCCD_Dataset.
+BCCD is the directory of https://github.com/Shenggan/BCCD_Dataset, in the layout of PASCAL VOC: 364
+photographs of 640x480 pixels with 4,888 boxes, of which two have no area. Its own splits are used.
 """
 
 import ml_collections
@@ -15,13 +16,18 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.task = "detection"
     config.method = "centres(width=48)"
     config.model = "resnet18(stem='imagenet', width=32)"
-    config.epochs = 80.0
-    config.batch_size = 16
+    config.epochs = 60.0
+    config.batch_size = 8
     config.eval_batch_size = 32
-    config.augment = "flip|flip(vertical=True)|affine(scale=(0.8, 1.25), translate=24)|color_jitter(0.2, 0.2, 0.2, 0.02)"
+    # Cells have no up and down.
+    config.augment = (
+        "flip|flip(vertical=True)|affine(scale=(0.8, 1.25), translate=20)"
+        "|color_jitter(0.2, 0.2, 0.2, 0.02)"
+    )
+    config.tta = "mirror"
 
     config.data.name = "voc"
-    config.data.size = 320
+    config.data.size = 256
     config.data.num_val = -1
 
     config.optim.name = "adamw"
@@ -29,8 +35,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optim.lr_batch_size = 0
     config.optim.weight_decay = 0.05
     config.optim.schedule = "cosine"
-    config.optim.warmup = "3 epochs"
+    config.optim.warmup = "2 epochs"
     config.optim.clip_norm = 10.0
     config.optim.ema = 0.99
-    config.eval_every = config.log_every = config.checkpoint_every = "10 epochs"
+    config.log_every = config.eval_every = config.checkpoint_every = "10 epochs"
     return choose(config, arg)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import train
-from cv_jax.config.base import flatten
+from cv_jax.config.base import base_config, flatten
 from cv_jax.data.batches import make_batches
+from cv_jax.data.load import load_dataset
 from cv_jax.data.sources.photos import PHOTO_KEYS
 from cv_jax.data.splits import limit_examples
 from cv_jax.models import build_model
@@ -69,6 +70,10 @@ def _smoke(path):
     config.batch_size = 16 if config.select else 4
     config.eval_batch_size, config.data.limit = 8, 2 * config.batch_size
     config.init_from = ""  # of a run that is not here
+    if config.task == "detection":
+        data = base_config().data
+        data.name, data.num_val = "shapes", 8
+        return config, limit_examples(load_dataset(data), config.data.limit)
     # A Wide ResNet takes images of any size.
     image_shape = {"digits": (8, 8, 1), "cifar100": (8, 8, 3)}.get(config.data.name, (32, 32, 3))
     num_classes = 100 if config.data.name == "cifar100" else 10

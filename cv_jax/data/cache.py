@@ -19,7 +19,7 @@ from cv_jax.data.dataset import Stored, field_from_json, field_to_json
 from cv_jax.runtime.startup import cache_dir
 
 # Part of every identity. Raise it when decoding starts to give other arrays.
-FORMAT = 2
+FORMAT = 3
 
 
 def cached(

@@ -1,5 +1,7 @@
 """Finds a data set by its name, loads it, and cuts it into splits."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
 
 import ml_collections
@@ -11,16 +13,18 @@ from cv_jax.data.cache import cached
 from cv_jax.data.checks import check_stored
 from cv_jax.data.dataset import Dataset, Stored
 from cv_jax.data.fields import num_examples
+from cv_jax.data.sources.coco import list_coco
 from cv_jax.data.sources.digits import load_digits
 from cv_jax.data.sources.folder import list_folder
 from cv_jax.data.sources.location import find_prepared, tfds_data_dir
 from cv_jax.data.sources.photos import PHOTO_KEYS, load_photos
+from cv_jax.data.sources.shapes import load_shapes
 from cv_jax.data.sources.table import list_table
 from cv_jax.data.sources.voc import list_voc
 from cv_jax.data.splits import OFFICIAL, count_equal, hold_out, limit_examples, limit_labels
 
 # Data sets that do not come from TFDS. Add a new one here, as a function () -> Stored.
-OWN = {"digits": load_digits}
+OWN = {"digits": load_digits, "shapes": load_shapes}
 
 
 def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
@@ -28,11 +32,11 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
 
     Args:
         config_data: the config's `data`, with these keys:
-            name: one of OWN; "folder"; "voc"; "module:function" of your own (() -> Stored); or the
-                TFDS name of an image-classification data set.
-            dir: of "folder", the directory of the class folders, or a CSV file; of "voc", see
-                `sources.voc`. Else TFDS's data
-                directory; "": TFDS_DATA_DIR or ~/tensorflow_datasets.
+            name: one of OWN; "folder"; "voc"; "coco"; "module:function" of your own (() -> Stored);
+                or the TFDS name of a data set of image classification or of objects with boxes.
+            dir: of "folder", the directory of the class folders, or a CSV file; of "voc" and
+                "coco", see `sources.voc` and `sources.coco`. Else TFDS's data directory; "":
+                TFDS_DATA_DIR or ~/tensorflow_datasets.
             size, decode, crop, eval_crop, workers, on_error: see `photos.load_photos`.
             num_val: the number of training examples that become val, see `splits.hold_out`.
             val_fraction: if num_val is 0 and the source has no val split, the share of them.
@@ -83,10 +87,17 @@ def _load(data: ml_collections.ConfigDict) -> Stored:
         where = _require_dir(data, "a directory in the layout of PASCAL VOC")
         join_val = not data.val_fraction and data.num_val != OFFICIAL
         return load_photos(list_voc(where, join_val), data)
+    if name == "coco":
+        where = _require_dir(data, "a JSON file of COCO's format, or the directory above it")
+        return load_photos(list_coco(where), data)
     if name in OWN or names_code(name):
         _require_no_photo_keys(data)
         return find(name, OWN, "config.data.name")()
     directory = _find_tfds(name, data.dir)
+    if _has_objects(directory):
+        from cv_jax.data.sources.tfds_photos import list_prepared_objects  # here: as below
+
+        return load_photos(list_prepared_objects(directory), data)
     if any(data[key] != default for key, default in PHOTO_KEYS.items()):
         from cv_jax.data.sources.tfds_photos import list_prepared  # here: TFDS takes a while
 
@@ -126,6 +137,15 @@ def _find_tfds(name: str, config_dir: str) -> Path:
             "remove that directory, so that it can be prepared again."
         )
     return directory
+
+
+def _has_objects(directory: Path) -> bool:
+    """Returns whether a prepared TFDS data set has objects with boxes and classes."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        features = json.loads((directory / "features.json").read_text())["featuresDict"]["features"]
+        of_one = features["objects"]["sequence"]["feature"]["featuresDict"]["features"]
+        return "image" in features and {"bbox", "label"} <= of_one.keys()
+    return False
 
 
 def _read_prepared(directory):

@@ -25,6 +25,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is
 warnings.filterwarnings("ignore", module=r"PIL\.")  # damage that leaves the pixels whole
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damage is said by errors
 
+STRIDE = 4  # sides of images with boxes are multiples of it: what detectors predict is so far apart
 _PNG = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3}  # by PNG's type of colour: grey, RGB
 _NOT_PLAIN = {b"tRNS", b"eXIf", b"iTXt", b"zTXt", b"tEXt"}  # transparency, or perhaps a rotation
@@ -146,7 +147,12 @@ def letterbox_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.
 
 
 def letterbox_size(size: tuple[int, int], inside: tuple[int, int]) -> tuple[int, int]:
-    """Returns the largest (height, width) with the proportions of `size` that fits inside."""
+    """Returns the largest (height, width) with the proportions of `size` that fits inside.
+
+    An image whose sides lack less than STRIDE pixels each is not enlarged, but keeps its pixels.
+    """
+    if all(0 <= whole - side < STRIDE for whole, side in zip(inside, size, strict=True)):
+        return int(size[0]), int(size[1])
     scale = min(inside[0] / size[0], inside[1] / size[1])
     height, width = (max(1, round(side * scale)) for side in size)
     return min(height, inside[0]), min(width, inside[1])

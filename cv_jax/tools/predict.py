@@ -4,7 +4,8 @@
     python -m cv_jax.tools.predict --workdir=runs/a --dir=photos --json > predictions.jsonl
 
 Prints a line for each file. For a classifier the line has the classes with their probabilities, the
-most probable first. `cv_jax.data.read_image` fits images of any kind and size to the network.
+most probable first; for a detector the objects with their boxes, the highest score first.
+`cv_jax.data.read_image` fits images of any kind and size to the network.
 Predictions use the test-time views of the run's final evaluation; --tta=none uses one view, which
 is faster. A file that cannot be read, for example a text file, a pipe, a broken link or a
 directory, gets a line on stderr, or with --json an "error"; the other files are predicted. Control
@@ -53,6 +54,7 @@ from cv_jax.workdir.bucket import work_directory
 # Files in a call of the network; the next files are read meanwhile.
 MOST_AT_ONCE = 1000
 PART = 50  # files that a thread reads at a time
+MOST_SHOWN = 3  # entries of a table, such as the probabilities of classes
 
 
 class Predicted(NamedTuple):
@@ -171,14 +173,17 @@ def _matched(
             yield file, [Predicted(e, prediction, back, s) for e, back, prediction, s in pairs]
 
 
-def describe(file: Path, one: Predicted | str, trained: Trained, top: int, as_json: bool) -> str:
+def describe(
+    file: Path, one: Predicted | str, trained: Trained, top: int | None, as_json: bool
+) -> str:
     """Returns the line of an example: its prediction, or the error of its file.
 
     Args:
         file: the file, whose name leads the line.
         one: the prediction, or the error.
         trained: the network.
-        top: the most entries to show of each list or table of the prediction.
+        top: the most entries to show of each list or table of the prediction; None: MOST_SHOWN of
+            a table, and whole lists.
         as_json: whether the line is JSON.
     """
     name = os.fsencode(file).decode("utf-8", "backslashreplace")  # JSON holds no other bytes
@@ -194,9 +199,9 @@ def describe(file: Path, one: Predicted | str, trained: Trained, top: int, as_js
     return _line(name, f"{text}; unlike (score {one.score:.1f})" if unlike else text)
 
 
-def _cut(value: Any, top: int) -> Any:
+def _cut(value: Any, top: int | None) -> Any:
     if isinstance(value, dict):
-        return dict(list(value.items())[:top])
+        return dict(list(value.items())[: top or MOST_SHOWN])
     return value[:top] if isinstance(value, list) else value
 
 
@@ -237,12 +242,12 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=path_argument, help="files to read")
     parser.add_argument("--dir", type=path_argument, help="a directory of more files to read")
     add_run_arguments(parser)
-    parser.add_argument("--top", type=int, default=3, help="entries of a prediction to show")
+    parser.add_argument("--top", type=int, help="entries of a prediction to show")
     for flag, what in (("inputs", "the input images of the network"), *_PICTURES):
         parser.add_argument(f"--{flag}", type=path_argument, help=f"a directory for {what}")
     parser.add_argument("--json", action="store_true", help="print JSON, a line for each file")
     arguments = parser.parse_args()
-    if arguments.top < 1:
+    if arguments.top is not None and arguments.top < 1:
         parser.error(f"--top={arguments.top} must be above 0")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     files = find_files(arguments.files, arguments.dir)

@@ -4,8 +4,10 @@ Boxes are half-open, in pixels of the image as it is displayed, after its EXIF r
 annotation's height and width are those of the image before that rotation, its boxes turn with it.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +15,10 @@ import numpy as np
 
 from cv_jax.config.errors import UserError
 from cv_jax.data.encoded import Files
-from cv_jax.data.fields import boxes_fields
-from cv_jax.data.read_image import read_facts
+from cv_jax.data.fields import Examples, Field, boxes_fields
+from cv_jax.data.read_image import MAX_PIXELS, read_bytes, read_facts
 from cv_jax.data.sources.folder import SPLIT_FILE, identity_of
-from cv_jax.data.sources.listing import Listing, some
+from cv_jax.data.sources.listing import VAL_IS_TEST, Listing, some
 
 
 class Annotation(NamedTuple):
@@ -25,9 +27,9 @@ class Annotation(NamedTuple):
     Attributes:
         path: the image file, relative to the data set's directory.
         source: where the annotation is, for messages.
-        size: (height, width) that the annotation says; None: it does not say.
+        size: (height, width) that the annotation says; None: the image file says it.
         boxes: (k, 4) float64, corners x0 y0 x1 y1, half-open; any numbers.
-        labels: k class names.
+        labels: k class names; "": the annotation names no class.
         difficult, crowd: (k,) bool, see `fields.boxes_fields`.
         split: "train", "val", "test" or "", see `Listing`.
     """
@@ -98,18 +100,48 @@ def list_annotated(
         notes: lines for the log.
 
     Raises:
-        UserError: there is no image, or no box.
+        UserError: there is no image, no image of train or test, or no box.
     """
-    if not annotations:
-        left_out = f" {notes[0].removeprefix('data    ')}." if notes else ""
+    splits = {one.split for one in annotations}
+    if "" not in splits and (lacking := [x for x in ("train", "test") if x not in splits]):
+        of = f" in the split {lacking[0]!r}" if annotations else ""
+        faults = [f" {line.removeprefix('data    ')}." for line in notes if "left out" in line]
         raise UserError(
-            f"config.data.dir={str(root)!r} has no images with annotations.{left_out} See "
-            "docs/detection.md for what it must hold."
+            f"config.data.dir={str(root)!r} has no images with annotations{of}.{''.join(faults)} "
+            "See docs/detection.md for what it must hold."
         )
     if not classes:
-        classes = sorted({label for one in annotations for label in one.labels})
+        classes = sorted({label for one in annotations for label in one.labels if label})
+    annotations = [_with_size(root, one) for one in annotations]
+    fields, columns, found = box_columns(root, annotations, classes)
+    paths = [one.path for one in annotations]
+    split = np.array([one.split for one in annotations])
+    return Listing(
+        name=name,
+        root=root,
+        identity=identity_of(root, [*files, *paths]),
+        source=AnnotatedFiles(
+            Files(root, paths), [one.size for one in annotations], columns["boxes"]
+        ),
+        fields=fields,
+        columns=columns,
+        split=split,
+        split_file=None if all(split) else root / SPLIT_FILE,
+        notes=(*notes, *found),
+    )
+
+
+def box_columns(
+    root: Path, annotations: Sequence[Annotation], classes: Sequence[str]
+) -> tuple[dict[str, Field], Examples, list[str]]:
+    """Returns the fields of `fields.boxes_fields`, their arrays, and lines for the log.
+
+    Raises:
+        UserError: no box can be learned from.
+    """
     found: Mapping[str, list[str]] = defaultdict(list)
-    kept = [_kept(one, classes, found) for one in annotations]
+    known = set(classes)
+    kept = [_kept(one, known, found) for one in annotations]
     count = max(len(one.labels) for one in kept)
     if not count:
         shown = "; ".join(_notes(found))
@@ -124,48 +156,75 @@ def list_annotated(
         "difficult": _padded([one.difficult for one in kept], (count,), False, bool),
         "crowd": _padded([one.crowd for one in kept], (count,), False, bool),
     }
-    paths = [one.path for one in kept]
-    split = np.array([one.split for one in kept])
-    return Listing(
-        name=name,
-        root=root,
-        identity=identity_of(root, [*files, *paths]),
-        source=AnnotatedFiles(Files(root, paths), [one.size for one in kept], columns["boxes"]),
-        fields=boxes_fields(classes, count),
-        columns=columns,
-        split=split,
-        split_file=None if all(split) else root / SPLIT_FILE,
-        notes=(*notes, *(f"data    {line}" for line in _notes(found)), _counted(classes, kept)),
-    )
+    notes = [f"data    {line}" for line in _notes(found)]
+    return boxes_fields(classes, count), columns, [*notes, _counted(classes, kept)]
 
 
-def _kept(one: Annotation, classes: Sequence[str], found: Mapping[str, list[str]]) -> Annotation:
+def known_splits(
+    annotations: Sequence[Annotation], notes: list[str], join_val: bool = False
+) -> list[Annotation]:
+    """Returns the annotations with the splits that they are used for.
+
+    Without test, val becomes test, and a line is added to `notes`; with train alone, test has to be
+    chosen, and every split becomes "". With test, val becomes train if `join_val`.
+    """
+    found, new = {one.split for one in annotations}, {}
+    if "test" in found:
+        new = {"val": "train"} if join_val else {}
+    elif "val" in found:
+        new = {"val": "test"}
+        notes.append(VAL_IS_TEST)
+    elif found == {"train"}:
+        new = {"train": ""}
+    return [one._replace(split=new.get(one.split, one.split)) for one in annotations]
+
+
+def known_size(height: float, width: float) -> tuple[int, int] | None:
+    """Returns the size that an annotation says; None where no image can have it."""
+    known = 1 <= height <= MAX_PIXELS and 1 <= width <= MAX_PIXELS
+    return (int(height), int(width)) if known else None
+
+
+def left_out(what: str, why: str, names: Sequence[str]) -> str:
+    """Returns a line for the log that counts and names what a source leaves out."""
+    count = f"{len(names):,} {what}{'s' if len(names) > 1 else ''}"
+    return f"data    {count} {why}, left out: {some(unique(names))}"
+
+
+def _with_size(root: Path, one: Annotation) -> Annotation:
+    """Takes the size that an annotation does not say from its image, unless that is broken."""
+    if one.size is None:
+        with suppress(UserError):
+            return one._replace(size=read_facts(read_bytes(root / one.path)).size)
+    return one
+
+
+def _kept(one: Annotation, classes: Collection[str], found: Mapping[str, list[str]]) -> Annotation:
     """Returns the boxes that can be learned from, and adds the others to `found` by their fault."""
-    h, w = one.size or (np.inf, np.inf)
-    good, boxes = [], one.boxes.copy()
-    for i, (box, label) in enumerate(zip(boxes, one.labels, strict=True)):
+    h, w = one.size or (MAX_PIXELS, MAX_PIXELS)  # no image has a longer side
+    good, boxes = [], one.boxes.tolist()  # Python's floats: COCO has 900,000 boxes
+    for i, ((x0, y0, x1, y1), label) in enumerate(zip(boxes, one.labels, strict=True)):
         if label not in classes:
-            found[f"of the unknown class {label!r}, left out"].append(one.source)
+            fault = f"of the unknown class {label!r}" if label else "without the name of a class"
+            found[f"{fault}, left out"].append(one.source)
             continue
-        if not np.isfinite(box).all():
+        if not all(map(math.isfinite, (x0, y0, x1, y1))):
             found["with corners that are not numbers, left out"].append(one.source)
             continue
-        if (box[2:] < box[:2]).any():
+        if x1 < x0 or y1 < y0:
             found["with exchanged corners, put in order"].append(one.source)
-            box[:] = [*np.minimum(box[:2], box[2:]), *np.maximum(box[:2], box[2:])]
-        inside = np.clip(box, 0, [w, h, w, h])
-        if (inside[2:] <= inside[:2]).any():
-            outside = (box[2:] > box[:2]).all()
-            found[f"{'outside the image' if outside else 'without area'}, left out"].append(
-                one.source
-            )
+            x0, y0, x1, y1 = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+        inside = [max(x0, 0), max(y0, 0), min(x1, w), min(y1, h)]
+        if inside[2] <= inside[0] or inside[3] <= inside[1]:
+            fault = "without area" if x0 == x1 or y0 == y1 else "outside the image"
+            found[f"{fault}, left out"].append(one.source)
             continue
-        if (inside != box).any():
+        if inside != [x0, y0, x1, y1]:
             found["partly outside the image, cut"].append(one.source)
-            box[:] = inside
+        boxes[i] = inside
         good.append(i)
     return one._replace(
-        boxes=boxes[good],
+        boxes=np.array([boxes[i] for i in good]).reshape(-1, 4),
         labels=[one.labels[i] for i in good],
         difficult=one.difficult[good],
         crowd=one.crowd[good],

@@ -23,6 +23,7 @@ from cv_jax.data.decode import find_crop
 from cv_jax.data.encoded import Decoding, Encoded, num_cores
 from cv_jax.data.fields import Examples, Field, image_field, num_examples, take
 from cv_jax.data.read_image import (
+    STRIDE,
     Facts,
     letterbox_image,
     letterbox_size,
@@ -42,9 +43,6 @@ TEST_SHARE = 0.2
 # Keys of config.data that only images of any size have, and their defaults.
 PHOTO_KEYS = {"size": 0, "decode": "auto", "crop": "", "eval_crop": 1.0}
 _PART = 256  # images that are read at a time
-_STRIDE = (
-    4  # sides of images with boxes are multiples of it: what detectors predict is so far apart
-)
 _INDEX = {  # what the cache keeps of an image that is decoded when it is needed
     "position": Field((), "int64", "values"),
     "digest": Field((), "uint64", "values"),
@@ -221,7 +219,7 @@ def _shape(listing: Listing, size: int, seen: _Seen) -> tuple[int, int, int]:
         sizes = np.array([found.size for found in facts.values()])
         if size:
             sizes = np.array([letterbox_size(one, (size, size)) for one in sizes])
-        return *(int(-(-side // _STRIDE) * _STRIDE) for side in sizes.max(0)), channels
+        return *(int(-(-side // STRIDE) * STRIDE) for side in sizes.max(0)), channels
     if size:
         return size, size, channels
     (first, one), *others = facts.items()

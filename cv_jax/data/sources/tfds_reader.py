@@ -73,25 +73,43 @@ def open_prepared(directory: Path) -> Prepared:
         UserError: the directory is damaged, or the data set is not image classification with
             uint8 images.
     """
+    builder = open_builder(directory)
+    image_key, label_key = _supervised(builder.info)
+    return Prepared(builder, image_key, label_key, known_splits(builder.info))
+
+
+def open_builder(directory: Path) -> tfds.core.DatasetBuilder:
+    """Returns TFDS's object that reads a data set of any kind.
+
+    Raises:
+        UserError: the directory is damaged.
+    """
     try:
-        builder = tfds.builder_from_directory(directory)
+        return tfds.builder_from_directory(directory)
     except Exception as error:  # from JSON, protos or TFDS: all mean that it is damaged
         raise UserError(
             f"{directory} cannot be read as a prepared TFDS data set ({error}). {_again(directory)}"
         ) from error
-    image_key, label_key = _supervised(builder.info)
-    names = builder.info.splits.keys()
+
+
+def known_splits(info: tfds.core.DatasetInfo) -> dict[str, str]:
+    """Returns {our split: TFDS's split}, see `read_prepared`.
+
+    Raises:
+        UserError: TFDS has no train, or neither test nor validation.
+    """
+    names = info.splits.keys()
     test = "test" if "test" in names else "validation"
     for split in ("train", test):
-        if split not in names or not builder.info.splits[split].num_examples:
+        if split not in names or not info.splits[split].num_examples:
             raise UserError(
-                f"{builder.info.full_name} has no examples in a split {split!r}, only in "
+                f"{info.full_name} has no examples in a split {split!r}, only in "
                 f"{', '.join(sorted(names))}. Choose a data set with train, and test or validation."
             )
     splits = {"train": "train", "test": test}
     if test == "test" and "validation" in names:
         splits["val"] = "validation"
-    return Prepared(builder, image_key, label_key, splits)
+    return splits
 
 
 def _again(directory: Path | str) -> str:
@@ -128,7 +146,7 @@ def _read_split(
     wanted = tfds.features.FeaturesDict({k: info.features[k] for k in (image_key, label_key)})
     num_classes = info.features[label_key].num_classes
     num_examples = info.splits[split].num_examples
-    records = _records(builder, split)
+    records = read_split(builder, split)
     image, label = None, np.empty(num_examples, np.int32)
     for i in trange(num_examples, desc=f"Decoding {where}", disable=not sys.stderr.isatty()):
         try:
@@ -168,7 +186,7 @@ def _file_of(info: tfds.core.DatasetInfo, split: str, record: int) -> str:
     return Path(file).name
 
 
-def _records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[bytes]:
+def read_split(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[bytes]:
     """Yields the serialized examples of a split, in order."""
     file_format = builder.info.file_format.value
     if file_format == "array_record":

@@ -1,24 +1,30 @@
 """Lists images with boxes in the layout of PASCAL VOC.
 
-    DIR/JPEGImages/NAME.jpg             or .jpeg, .png
+    DIR/JPEGImages/NAME.jpg             or .png, or another kind of image
     DIR/Annotations/NAME.xml            an <object> with <name> and <bndbox> for each object
-    DIR/ImageSets/Main/{train,val,trainval,test}.txt    names of the images; may be missing
+    DIR/ImageSets/Main/{train,val,trainval,test}.txt    NAME, a line each; may be missing
     DIR/classes.txt                     the classes, a line each; may be missing
 
 DIR may also hold several such folders, as VOCdevkit with VOC2007 and VOC2012.
 """
 
+import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.sources.listing import VAL_IS_TEST, Listing, some
-from cv_jax.data.sources.objects import Annotation, list_annotated
+from cv_jax.data.sources.folder import ENDINGS
+from cv_jax.data.sources.listing import Listing
+from cv_jax.data.sources.objects import (
+    Annotation,
+    known_size,
+    known_splits,
+    left_out,
+    list_annotated,
+)
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 SETS = ("train", "val", "trainval", "test")
 
 
@@ -30,51 +36,38 @@ def list_voc(directory: Path, join_val: bool) -> Listing:
 
     Args:
         directory: see above.
-        join_val: whether the images of val are training images, as trainval says.
+        join_val: whether the images of val are training images, as trainval says, if there is test.
 
     Raises:
         UserError: the directory has another layout, or an annotation cannot be read.
     """
     parts = _parts(directory)
-    annotations, notes, files = [], [], []
-    without_image, without_xml = [], []
+    classes, files = _classes(directory, parts)
+    annotations, notes, without_image, without_xml = [], [], [], []
     for part in parts:
-        splits, read = _splits(directory / part, join_val)
+        splits, read = _splits(directory / part)
         files += [str(part / file) for file in read]
         images = _images(directory / part)
         names = _names(directory / part)
         if splits is None:
-            splits = dict.fromkeys(sorted(names), "")
+            splits = dict.fromkeys(sorted({*names, *images}), "")
         for name, split in splits.items():
             xml = part / "Annotations" / f"{name}.xml"
             if name not in names:
-                without_xml.append(name)
+                without_xml.append(str(xml))
             elif name not in images:
                 without_image.append(str(xml))
             else:
-                files.append(str(xml))
                 image = str(part / "JPEGImages" / images[name])
+                files.append(str(xml))
                 annotations.append(_read(directory, xml, image, split))
     if without_xml:
-        notes.append(_left_out(len(without_xml), "image", "without annotation", without_xml))
+        notes.append(left_out("image", "whose annotation is missing", without_xml))
     if without_image:
-        notes.append(_left_out(len(without_image), "annotation", "without image", without_image))
-    found = {one.split for one in annotations}
-    if found and "test" not in found and "val" in found:
-        annotations = [
-            one._replace(split={"val": "test"}.get(one.split, one.split)) for one in annotations
-        ]
-        notes.append(VAL_IS_TEST)
-    elif found == {"train"}:
-        annotations = [one._replace(split="") for one in annotations]
-    listing = list_annotated(
-        "voc", directory, annotations, _classes(directory, parts), files, notes
-    )
+        notes.append(left_out("annotation", "whose image is missing", without_image))
+    annotations = known_splits(annotations, notes, join_val)
+    listing = list_annotated("voc", directory, annotations, classes, files, notes)
     return listing._replace(identity=f"{listing.identity} {join_val}")
-
-
-def _left_out(count: int, what: str, why: str, names: list[str]) -> str:
-    return f"data    {count:,} {what}{'s' if count > 1 else ''} {why}, left out: {some(names)}"
 
 
 def _parts(directory: Path) -> list[Path]:
@@ -97,14 +90,22 @@ def _images(part: Path) -> dict[str, str]:
     folder = part / "JPEGImages"
     if not folder.is_dir():
         raise UserError(f"{part} has no folder JPEGImages: put the images there.")
-    return {path.stem: path.name for path in folder.iterdir() if path.suffix in ENDINGS}
+    found: dict[str, str] = {}
+    for file in sorted(path.name for path in folder.iterdir()):
+        name, ending = os.path.splitext(file)
+        if ending.lower() not in ENDINGS or file.startswith("."):
+            continue
+        if found.setdefault(name, file) != file:
+            raise UserError(f"{folder} has {found[name]} and {file}: keep one of them.")
+    return found
 
 
 def _names(part: Path) -> set[str]:
-    return {path.stem for path in (part / "Annotations").glob("*.xml")}
+    paths = (part / "Annotations").glob("*.xml")
+    return {path.stem for path in paths if not path.name.startswith(".")}
 
 
-def _splits(part: Path, join_val: bool) -> tuple[dict[str, str] | None, list[str]]:
+def _splits(part: Path) -> tuple[dict[str, str] | None, list[str]]:
     """Returns {name: split} in order, and the files that say so; None: there are no files."""
     found, files = {}, []
     for name in SETS:
@@ -112,7 +113,7 @@ def _splits(part: Path, join_val: bool) -> tuple[dict[str, str] | None, list[str
         if not file.exists():
             continue
         files.append(str(file.relative_to(part)))
-        split = "train" if name == "trainval" or (join_val and name == "val") else name
+        split = "train" if name == "trainval" else name
         for line in _lines(file):
             before = found.setdefault(line, split)
             if before != split and name != "trainval":
@@ -122,10 +123,8 @@ def _splits(part: Path, join_val: bool) -> tuple[dict[str, str] | None, list[str
     return (dict(sorted(found.items())) if files else None), files
 
 
-def _lines(file: Path) -> Iterator[str]:
-    for line in _text(file).splitlines():
-        if line.strip():
-            yield line.split()[0]
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in _text(file).splitlines() if line.strip()]
 
 
 def _text(file: Path) -> str:
@@ -135,15 +134,18 @@ def _text(file: Path) -> str:
         raise UserError(f"{file} cannot be read ({error}): correct it.") from error
 
 
-def _classes(directory: Path, parts: list[Path]) -> list[str]:
+def _classes(directory: Path, parts: list[Path]) -> tuple[list[str], list[str]]:
+    """Returns the classes that classes.txt names and the file, relative; [], [] without it."""
     for folder in (Path(), *parts):
         file = directory / folder / "classes.txt"
         if file.exists():
-            names = [line.strip() for line in _text(file).splitlines() if line.strip()]
+            names = _lines(file)
+            if not names:
+                raise UserError(f"{file} names no class: write one a line, or remove the file.")
             if len(set(names)) < len(names):
                 raise UserError(f"{file} names a class twice: keep each once.")
-            return names
-    return []
+            return names, [str(folder / "classes.txt")]
+    return [], []
 
 
 def _read(directory: Path, xml: Path, image: str, split: str) -> Annotation:
@@ -154,20 +156,24 @@ def _read(directory: Path, xml: Path, image: str, split: str) -> Annotation:
     """
     try:
         root = ElementTree.fromstring((directory / xml).read_bytes())
-    except (OSError, ElementTree.ParseError) as error:
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # or its encoding
         raise UserError(
             f"{directory / xml} cannot be read ({error}): correct it, or remove it and its image."
         ) from error
     objects = root.findall("object")
+    if not objects and root.tag != "annotation":
+        raise UserError(
+            f"{directory / xml} has the element <{root.tag}> and no <annotation>: correct it, or "
+            "remove it and its image."
+        )
     corners = [[_number(one, f"bndbox/{name}") for name in _CORNERS] for one in objects]
     first, last = np.array(corners, np.float64).reshape(-1, 2, 2).swapaxes(0, 1)
     boxes = np.concatenate([first - (first < last), last - (last < first)], axis=1)
     height, width = (_number(root, f"size/{name}") for name in ("height", "width"))
-    known = height > 0 and width > 0
     return Annotation(
         path=image,
         source=str(xml),
-        size=(int(height), int(width)) if known else None,
+        size=known_size(height, width),
         boxes=boxes,
         labels=[(one.findtext("name") or "").strip() for one in objects],
         difficult=np.array([_number(one, "difficult") == 1 for one in objects], bool),

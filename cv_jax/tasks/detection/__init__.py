@@ -29,7 +29,8 @@ from cv_jax.optim.optimizers import evaluated_params
 from cv_jax.optim.state import TrainState, init_state
 from cv_jax.tasks import Task, find_field
 from cv_jax.tasks.detection import centres, scores
-from cv_jax.tasks.detection.pictures import describe, draw, make_panels
+from cv_jax.tasks.detection.panels import make_panels
+from cv_jax.tasks.detection.pictures import describe, draw
 
 
 class Method(NamedTuple):

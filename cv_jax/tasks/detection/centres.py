@@ -19,6 +19,9 @@ from cv_jax.models.detector import STRIDE
 
 # Half sides of a bump, and its standard deviations, as shares of the box's sides.
 BUMP = 0.54
+# Pixels of a distance whose logarithm is 0, as at the start. A box much smaller than its object has
+# hardly a gradient: with 4 pixels, large objects were learned last.
+UNIT = 16
 MOST_DISTANCE = 12.0  # the largest logarithm of a distance that is not cut
 
 
@@ -93,7 +96,7 @@ def _gauss(places, centre, radius):
 
 def _covered(boxes, crowd, y, x):
     """Returns which places (h, w) lie in a box of a crowd."""
-    y, x = STRIDE * (y + 0.5), STRIDE * (x + 0.5)
+    y, x = STRIDE * (y[None] + 0.5), STRIDE * (x[None] + 0.5)
     rows = (boxes[:, 1, None] <= y) & (y < boxes[:, 3, None]) & crowd[:, None]
     columns = (boxes[:, 0, None] <= x) & (x < boxes[:, 2, None])
     return (rows[:, :, None] & columns[:, None]).any(0)
@@ -102,11 +105,12 @@ def _covered(boxes, crowd, y, x):
 def to_boxes(sides: jax.Array) -> jax.Array:
     """Returns the box (..., h, w, 4) of every place from the logarithms of its distances."""
     h, w = sides.shape[-3:-1]
-    distance = STRIDE * jnp.exp(jnp.minimum(sides, MOST_DISTANCE))
-    y = STRIDE * (jnp.arange(h, dtype=jnp.float32)[:, None] + 0.5)
-    x = STRIDE * (jnp.arange(w, dtype=jnp.float32) + 0.5)
-    left, top, right, bottom = jnp.moveaxis(distance, -1, 0)
-    return jnp.stack([x - left, y - top, x + right, y + bottom], axis=-1)
+    distance = UNIT * jnp.exp(jnp.minimum(sides, MOST_DISTANCE))
+    axes = (STRIDE * (jnp.arange(side, dtype=jnp.float32) + 0.5) for side in (h, w))
+    y, x = jnp.meshgrid(*axes, indexing="ij")
+    place = jnp.stack([x, y], axis=-1).reshape(*(1,) * (sides.ndim - 3), h, w, 2)
+    before, after = (jax.lax.slice_in_dim(distance, i, i + 2, axis=-1) for i in (0, 2))
+    return jnp.concatenate([place - before, place + after], axis=-1)
 
 
 def focal_loss(logits: jax.Array, heat: jax.Array) -> jax.Array:
@@ -144,7 +148,7 @@ def _area(low, high):
 
 def losses(logits: jax.Array, sides: jax.Array, targets: Targets) -> tuple[jax.Array, jax.Array]:
     """Returns the losses (b,) of the heat maps and of the boxes, sums over objects."""
-    heat = focal_loss(logits, targets.heat) * targets.counts[..., None]
+    heat = jnp.where(targets.counts[..., None], focal_loss(logits, targets.heat), 0)
     box = giou_loss(to_boxes(sides), targets.boxes) * targets.weight
     return heat.sum((1, 2, 3)), box.sum((1, 2))
 
@@ -166,8 +170,13 @@ def decode(logits: jax.Array, sides: jax.Array, count: int) -> dict[str, jax.Arr
     peaks = jnp.where(logits == around, logits, -jnp.inf).reshape(b, -1)
     count = min(count, peaks.shape[1])
     best, index = jax.lax.top_k(peaks, count)
-    place = index // n
-    boxes = jnp.take_along_axis(to_boxes(sides).reshape(b, h * w, 4), place[..., None], axis=1)
-    most = jnp.array([w, h, w, h], jnp.float32) * STRIDE
-    scores = jax.nn.sigmoid(best)
-    return {"boxes": jnp.clip(boxes, 0, most), "scores": scores, "classes": index % n}
+    place = jax.lax.div(index, jnp.int32(n))  # `//` also minds negative numbers
+    boxes = jax.vmap(_take)(to_boxes(sides).reshape(b, h * w, 4), place)
+    most = jnp.array([[[w, h, w, h]]], jnp.float32) * STRIDE
+    boxes = jnp.minimum(jnp.maximum(boxes, 0), most)
+    classes = jax.lax.rem(index, jnp.int32(n))
+    return {"boxes": boxes, "scores": jax.nn.sigmoid(best), "classes": classes}
+
+
+def _take(rows, positions):
+    return rows.at[positions].get(mode="promise_in_bounds", wrap_negative_indices=False)

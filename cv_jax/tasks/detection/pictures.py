@@ -1,20 +1,18 @@
-"""What a detector says in words and pictures."""
+"""What a detector says of an image, in words and as a picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cv_jax.data.fields import Examples, take
+from cv_jax.data.fields import Examples
 from cv_jax.data.read_image import Back
 from cv_jax.learn.images import draw_image
-from cv_jax.tasks import Panel
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-PICTURES = 12
 
 
 def describe(
@@ -90,19 +88,3 @@ def _box(pen: ImageDraw.ImageDraw, box: np.ndarray, color: str, text: str = "") 
 @cache
 def _font() -> Any:
     return ImageFont.load_default(9)
-
-
-def make_panels(
-    names: Sequence[str], threshold: float
-) -> Callable[[Examples, dict[str, np.ndarray]], list[Panel]]:
-    """Returns (examples, predictions) -> panels of a report."""
-
-    def panels(examples, predictions):
-        count = min(PICTURES, len(examples["boxes"]))
-        drawn = [
-            draw(names, threshold, take(examples, i), take(predictions, i)) for i in range(count)
-        ]
-        text = f"The first {count} test images, with detections of a score of {threshold} or more."
-        return [Panel("Detections", text, tuple(drawn), ("",) * count)]
-
-    return panels

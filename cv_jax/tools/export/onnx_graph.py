@@ -25,6 +25,7 @@ _SAME = {
     "add": "Add",
     "copy": "Identity",
     "div": "Div",
+    "eq": "Equal",
     "erf": "Erf",
     "exp": "Exp",
     "log": "Log",
@@ -129,7 +130,8 @@ class _Graph:
         add = getattr(self, f"_{name}", _unknown)
         shapes = [var.aval.shape for var in equation.invars]
         try:
-            return [add(*inputs, shapes=shapes, out=out, **params)]
+            found = add(*inputs, shapes=shapes, out=out, **params)
+            return found if isinstance(found, list) else [found]
         except NotImplementedError as error:
             raise UserError(
                 f"--format=onnx does not support the operation {name!r} of this model: add it to "
@@ -194,6 +196,25 @@ class _Graph:
     def _select_n(self, which, *cases, **_):
         no, yes = cases
         return self.node("Where", [which, yes, no])
+
+    def _rem(self, x, y, **_):
+        return self.node("Mod", [x, y], fmod=1)
+
+    def _top_k(self, x, k, axis, out, **_):
+        values, positions = (f"top_{part}_{len(self.nodes)}" for part in ("values", "positions"))
+        self.nodes.append(
+            helper.make_node("TopK", [x, self._array(_whole([k]))], [values, positions], axis=axis)
+        )
+        return [values, self.node("Cast", [positions], to=onnx.TensorProto.INT32)]
+
+    def _gather(self, x, positions, shapes, dimension_numbers, slice_sizes, **_):
+        """Takes rows of each example: (b, n, d) at positions (b, m, 1) -> (b, m, d)."""
+        numbers = dimension_numbers
+        _require(numbers.operand_batching_dims == numbers.start_indices_batching_dims == (0,))
+        _require(numbers.start_index_map == numbers.collapsed_slice_dims == (1,))
+        _require(numbers.offset_dims == (2,) and slice_sizes == (1, 1, shapes[0][2]))
+        positions = self.node("Cast", [positions], to=onnx.TensorProto.INT64)
+        return self.node("GatherND", [x, positions], batch_dims=1)
 
     def _dot_general(self, x, y, shapes, dimension_numbers, **_):
         (contracted, batch) = dimension_numbers
