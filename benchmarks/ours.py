@@ -15,11 +15,12 @@ from benchmarks.worker import (
     STD,
     WEIGHT_DECAY,
     Steps,
+    random_boxes,
     random_images,
 )
 from cv_jax.config.base import base_config
 from cv_jax.config.plan import Intervals, plan_chunks
-from cv_jax.data import DataSpec, image_field, label_field
+from cv_jax.data import DataSpec, boxes_fields, image_field, label_field
 from cv_jax.data.batches import Batches, make_batches
 from cv_jax.data.fields import take
 from cv_jax.models.ops import plain_lax
@@ -33,7 +34,10 @@ from cv_jax.train.chunks import make_train_chunk
 def step_config(model: str, batch_size: int, dtype: str) -> ml_collections.ConfigDict:
     """Returns the config of both sides: no augmentation, SGD with Nesterov, a constant rate."""
     config = base_config()
+    if model == "detector":
+        config.task = "detection"
     photographs = {
+        "detector": "resnet18(stem='imagenet')",
         "resnet50": "resnet50(stem='imagenet')",
         "resnet18_240x320": "resnet18(stem='imagenet')",
     }
@@ -59,6 +63,13 @@ def build(
         "image": image_field((*size, 3))._replace(mean=mean, std=std),
         "label": label_field([f"class {i}" for i in range(10)]),
     }
+    if config.task == "detection":
+        boxes, number = random_boxes(num_train, size)
+        flag = np.zeros(number.shape, bool)
+        train = {"image": image, "boxes": boxes, "box_label": number, "difficult": flag}
+        train["crowd"] = flag
+        names = fields.pop("label").names
+        fields |= boxes_fields(names, boxes.shape[1])
     spec = DataSpec("random", fields, num_train, 0, 0, take(train, slice(5000)))
     keys = derive_keys(config.seed)
     batches = make_batches(config, train, keys.order, make_mesh())

@@ -6,7 +6,7 @@ networks are torchvision's, for photographs.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from benchmarks.worker import (
     STD,
     WEIGHT_DECAY,
     Steps,
+    random_boxes,
     random_images,
 )
 
@@ -169,6 +170,48 @@ def make_step(
     return step
 
 
+def fcos(size: tuple[int, int]) -> nn.Module:
+    """Builds torchvision's FCOS with ResNet-18, for images of `size` (h, w) and 10 classes."""
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        trainable_layers=5,
+        norm_layer=nn.BatchNorm2d,
+        returned_layers=[2, 3, 4],
+    )
+    # One size for each of the pyramid's four levels; FCOS expects five unless told otherwise.
+    anchors = AnchorGenerator(((8,), (16,), (32,), (64,)), ((1.0,),) * 4)
+    return FCOS(backbone, 10, min_size=size[0], max_size=size[1], anchor_generator=anchors)
+
+
+def _detector_steps(
+    image: torch.Tensor, indices: Iterator, layout: torch.memory_format, size: tuple[int, int]
+) -> Steps:
+    """Builds steps of FCOS, in float32 on the CPU."""
+    network = fcos(size).to(memory_format=layout)
+    optimizer = torch.optim.SGD(
+        network.parameters(), LR, MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
+    )
+    boxes, label = (torch.from_numpy(x) for x in random_boxes(len(image), size))
+
+    def steps(num_steps: int) -> float:
+        for index in itertools.islice(indices, num_steps):
+            images = [x.float() / 255 for x in image[index]]
+            targets = [{"boxes": boxes[i], "labels": label[i].long()} for i in index]
+            loss = sum(network(images, targets).values())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 10.0)
+            optimizer.step()
+        return loss.item()
+
+    return steps
+
+
 def torch_steps(
     model: str,
     batch_size: int,
@@ -187,6 +230,8 @@ def torch_steps(
     image, label = image.permute(0, 3, 1, 2).contiguous(), label.long()
     order = torch.randperm(num_train, device=device).split(batch_size)[: num_train // batch_size]
     indices = itertools.cycle(order)
+    if model == "detector":
+        return _detector_steps(image, indices, layout, size)
     network = MODELS[model]().to(device, memory_format=layout)
     step = make_step(network, dtype, layout, device, compiled)
 

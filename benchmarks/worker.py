@@ -24,7 +24,7 @@ from cv_jax.runtime.huge_pages import use_huge_pages
 IMAGES = {
     **dict.fromkeys(("n94", "resnet18"), ((32, 32), 50_000)),  # CIFAR-10's
     **dict.fromkeys(("resnet50", "vit_s16", "convnext_t"), ((224, 224), 640)),
-    "resnet18_240x320": ((240, 320), 320),
+    **dict.fromkeys(("resnet18_240x320", "detector"), ((240, 320), 320)),
 }
 MEAN, STD = (0.49, 0.50, 0.51), (0.20, 0.21, 0.22)  # per channel, in [0, 1]
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
@@ -42,6 +42,22 @@ def random_images(count: int, size: tuple[int, int] = (32, 32)) -> tuple[np.ndar
     label = rng.integers(0, 10, count, np.int32)
     pattern = rng.integers(0, 128, (10, *size, 3), np.uint8)
     return pattern[label] + rng.integers(0, 128, (count, *size, 3), np.uint8), label
+
+
+def random_boxes(
+    count: int, size: tuple[int, int] = (32, 32), objects: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws boxes in images of `size`, with sides of 8 pixels to half of the image's.
+
+    Returns:
+        Corners x0 y0 x1 y1 (count, objects, 4) float32, and classes (count, objects) int32.
+    """
+    rng = np.random.default_rng(0)
+    whole = np.array(size[::-1])
+    sides = rng.uniform(8, whole / 2, (count, objects, 2))
+    low = rng.uniform(0, whole - sides)
+    boxes = np.concatenate([low, low + sides], axis=2).astype(np.float32)
+    return boxes, rng.integers(0, 10, (count, objects), np.int32)
 
 
 def make_steps(variant: str, model: str, batch_size: int, device: str) -> Steps:

@@ -114,6 +114,13 @@ _TUPLES = ("(4,)", "(4, 4)", "(0.5, 1.0)", "()", "(1, 2, 3)", "(0,)", "(-4,)", "
 _RIGHT = {
     "data.name": ("digits", "digit"),
     "data.dir": ("", "/nowhere"),
+    "data.size": ("0", "1", "8", "-1"),
+    "data.decode": ("auto", "once", "always", "never"),
+    "data.crop": ("", "random_resized(0.5)", "random"),
+    "data.eval_crop": ("1", "0.875", "0", "1.5"),
+    "data.workers": ("0", "1", "-1"),
+    "data.on_error": ("replace", "stop", "ignore"),
+    "data.val_fraction": ("0", "0.1", "0.999", "1", "-0.1"),
     "data.num_val": ("0", "1", "32", "1436", "1437", "-3"),
     "data.limit": ("0", "1", "15", "16", "17", "128"),
     "data.labels_per_class": ("0", "1", "2", "1000", "-1"),

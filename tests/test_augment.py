@@ -307,6 +307,8 @@ def test_flip_mirrors_columns():
     np.testing.assert_array_equal(images("flip(1)", batch), batch["image"][:, :, ::-1])
     np.testing.assert_array_equal(images("flip(0)", batch), batch["image"])
     np.testing.assert_array_equal(images("flip(1.0)|flip(1.0)", batch), batch["image"])
+    vertical = images("flip(1, vertical=True)", batch)
+    np.testing.assert_array_equal(vertical, batch["image"][:, ::-1])
 
 
 def test_flip_happens_with_probability_p():

@@ -5,6 +5,7 @@ import io
 import json
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from cv_jax.config.errors import UserError
 from cv_jax.data import image_field
 from cv_jax.data.load import load_dataset
 from cv_jax.data.sources.shapes import load_shapes
+from cv_jax.models import layers
 from cv_jax.models.detector import STRIDE
 from cv_jax.tasks import build_task
 from cv_jax.tasks.detection import centres, scores
@@ -189,6 +191,21 @@ def test_coco_is_pycocotools():
         np.testing.assert_allclose(got, want, atol=1e-9, err_msg=str(seed))
 
 
+def test_the_interval_over_images():
+    objects, _ = drawn(0, num_images=30)
+    objects["crowd"][:] = False
+    right = {
+        "boxes": objects["boxes"],
+        "scores": np.where(objects["box_label"] >= 0, 0.9, 0.1),
+        "classes": np.maximum(objects["box_label"], 0),
+    }
+    assert scores.interval(3, objects, right, resamples=50) == (1, 1)
+    half = {**right, "boxes": np.where(np.arange(30)[:, None, None] < 15, right["boxes"], 0)}
+    low, high = scores.interval(3, objects, half, resamples=200)
+    assert low < scores.numbers("abc", objects, half)["AP50"] < high
+    assert 0.2 < high - low < 0.5  # a share of a half in 30 images: 4 * 0.5 / 30^0.5 = 0.37
+
+
 def test_the_baseline_repeats_the_mean_box():
     boxes = np.array([[[0, 0, 8, 8]], [[0, 0, 8, 8]], [[40, 40, 48, 48]]], np.float32)
     train = {"boxes": boxes, "box_label": np.zeros((3, 1), np.int32)}
@@ -286,9 +303,29 @@ def test_what_the_targets_say_is_decoded(box):
 # Whole runs
 
 
+class Tiny(nn.Module):
+    """A backbone with maps of strides 4 and 8, which is compiled in seconds."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        features = {}
+        for name, size in (("fine", 4), ("coarse", 2)):
+            x = layers.patch_conv(x, 32, size, kernel_init=layers.normal_fan_out, name=name)
+            x = layers.conv(nn.relu(x), 32, 3, padding=1, name=f"{name}_conv")
+            features[name] = x = nn.relu(layers.batch_norm(x, train, name=f"{name}_norm"))
+        features["pooled"] = x.mean((1, 2))
+        return x[:, 0, 0, :0], features
+
+
+def tiny(*, num_classes, dtype):
+    del num_classes, dtype
+    return Tiny()
+
+
 def shapes_config(**leaves):
     config = get_config()
-    config.update({"steps": 12, "batch_size": 16, "log_every": "4 steps", **leaves})
+    few = {"steps": 12, "batch_size": 16, "log_every": "4 steps", "eval_batch_size": 32}
+    config.update({**few, "model": "tests.test_detection:tiny", **leaves})
     config.data.limit, config.data.num_val = 96, 32
     return config.lock()
 

@@ -123,6 +123,8 @@ def test_a_mirrored_box_has_width_minus_its_columns():
     fields = {name: FIELDS[name] for name in ("image", "boxes")}
     out = make_augment("flip(1)", fields)(KEY, batch)
     np.testing.assert_array_equal(out["boxes"], [[[540, 0, 640, 3]]])
+    out = make_augment("flip(1, vertical=True)", fields)(KEY, batch)
+    np.testing.assert_array_equal(out["boxes"], [[[0, 1, 100, 4]]])
 
 
 def test_matrices_move_points_as_they_say():

@@ -8,6 +8,7 @@ from cv_jax.data.dataset import Dataset, DataSpec, Stored
 from cv_jax.data.fields import (
     Examples,
     Field,
+    boxes_fields,
     image_field,
     label_field,
     labels_field,
@@ -22,6 +23,7 @@ __all__ = [
     "Examples",
     "Field",
     "Stored",
+    "boxes_fields",
     "image_field",
     "label_field",
     "labels_field",

@@ -50,7 +50,7 @@ from cv_jax.config.command_line import check_command_line
 from cv_jax.config.errors import UserError, nearest
 from cv_jax.config.paths import path_argument
 from cv_jax.config.rules import check
-from cv_jax.data import Dataset, DataSpec, image_field, label_field, load_dataset
+from cv_jax.data import Dataset, DataSpec, boxes_fields, image_field, label_field, load_dataset
 from cv_jax.data.batches import padded_batches, steps_of_feed, stream_batches
 from cv_jax.data.dataset import counts
 from cv_jax.data.fields import take
@@ -200,17 +200,22 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `find_data` reads."""
     parser.add_argument("--images", help="shape of the data set, such as 1281167x224x224x3")
     parser.add_argument("--num_classes", type=int, default=1000, help="classes of --images")
+    parser.add_argument(
+        "--objects", type=int, default=0, help="boxes of each of --images, instead of its class"
+    )
 
 
 def find_data(config: ml_collections.ConfigDict, arguments: argparse.Namespace) -> Dataset:
     """Returns the data set that --images describes, or else the config's."""
     if arguments.images:
-        return blank_dataset(arguments.images, arguments.num_classes)
+        return blank_dataset(arguments.images, arguments.num_classes, arguments.objects)
     return load_dataset(config.data)
 
 
-def blank_dataset(images: str, num_classes: int) -> Dataset:
+def blank_dataset(images: str, num_classes: int, objects: int = 0) -> Dataset:
     """Builds a data set of shapes alone: "1281167x224x224x3" black images that take no memory.
+
+    Each has a label, or else room for so many `objects`.
 
     Raises:
         UserError: `images` is not a number of images, their height, width and channels.
@@ -221,12 +226,15 @@ def blank_dataset(images: str, num_classes: int) -> Dataset:
             f"--images={images} --num_classes={num_classes}: write the number of images, their "
             "height, width and channels, such as 1281167x224x224x3, and at least one class."
         )
-    image = np.broadcast_to(np.uint8(0), shape)
-    split = {"image": image, "label": np.broadcast_to(np.int32(0), shape[:1])}
     statistics = {"mean": np.zeros(shape[3], np.float32), "std": np.ones(shape[3], np.float32)}
+    names = tuple(map(str, range(num_classes)))
     fields = {
         "image": image_field(shape[1:])._replace(**statistics),
-        "label": label_field(tuple(map(str, range(num_classes)))),
+        **(boxes_fields(names, objects) if objects else {"label": label_field(names)}),
+    }
+    split = {
+        name: np.broadcast_to(np.zeros((), field.dtype), (shape[0], *field.shape))
+        for name, field in fields.items()
     }
     nothing, first = take(split, slice(0)), take(split, slice(1))
     spec = DataSpec(images, fields, **counts(split, nothing, split), sample=first)

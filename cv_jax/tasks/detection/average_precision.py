@@ -165,6 +165,14 @@ def _sorted(rows: list, shape: tuple[int, ...], images: Sequence[Image]) -> Matc
     return Matches(scores[order], right[order].T, wrong[order].T, num_objects)
 
 
+def joined(parts: Sequence[Matches]) -> Matches:
+    """Returns the matches of all images from those of each, for one overlap."""
+    scores, right, wrong = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    order = np.argsort(-scores, kind="stable")
+    num_objects = sum(part.num_objects for part in parts)
+    return Matches(scores[order], right[order], wrong[order], num_objects)
+
+
 def curve(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
     """Returns recall and precision (..., d) after each detection."""
     right, wrong = (np.cumsum(x, axis=-1, dtype=np.float64) for x in matches[1:3])

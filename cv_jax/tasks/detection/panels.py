@@ -15,6 +15,7 @@ from cv_jax.tasks.detection.average_precision import (
     overlaps,
 )
 from cv_jax.tasks.detection.pictures import draw
+from cv_jax.tasks.detection.scores import interval
 
 PICTURES = 12
 MISTAKES = 24
@@ -95,7 +96,12 @@ def _curves(names, examples, predictions):
     canvas = agg.FigureCanvasAgg(figure)
     canvas.draw()
     picture = np.asarray(canvas.buffer_rgba())[..., :3]
-    text = f"Average precision at an overlap of 0.5: {', '.join(shown)} objects."
+    low, high = interval(len(names), examples, predictions)
+    text = (
+        f"Average precision at an overlap of 0.5: {', '.join(shown)} objects. The 95 % interval of "
+        f"the mean over the classes, by a bootstrap over these {len(examples['boxes']):,} images, "
+        f"is {100 * low:.1f} to {100 * high:.1f} %."
+    )
     return Panel("Precision and recall of each class", text, (picture,), ("",))
 
 
