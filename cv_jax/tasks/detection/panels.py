@@ -119,16 +119,20 @@ def _sizes(examples, missed):
         total, lost = (((x >= low) & (x < high)).sum() for x in (side, of_missed))
         end = f"to {high:.0f}" if np.isfinite(high) else f"to {edges[-1]:.0f}"
         parts.append(f"{100 * (1 - lost / total):.1f} % of {low:.0f} {end}")
-    return f"Found, by the side in pixels of a square of the same area: {', '.join(parts)}."
+    return (
+        "Share of the objects found, by the side in pixels of a square of the same area: "
+        f"{', '.join(parts)}."
+    )
 
 
 def _cuts(title, rows, examples):
     """Returns a panel of the first rows (image, box, caption), cut out with their surroundings."""
     pictures, captions = [], []
     for i, box, caption in rows[:MISTAKES]:
-        centre, half = (box[:2] + box[2:]) / 2, AROUND * (box[2:] - box[:2]).max() / 2
         marked = {"boxes": box[None], "box_label": np.zeros(1, int)}
         whole = Image.fromarray(draw([""], 0, {"image": examples["image"][i], **marked}))
+        box = box * (whole.width / examples["image"].shape[2])
+        centre, half = (box[:2] + box[2:]) / 2, AROUND * (box[2:] - box[:2]).max() / 2
         around = (*(centre - half), *(centre + half))
         pictures.append(np.asarray(whole.crop([int(x) for x in around]).resize((CUT, CUT))))
         captions.append(caption)

@@ -11,6 +11,7 @@ from cv_jax.data.fields import Examples
 from cv_jax.data.read_image import Back
 from cv_jax.learn.images import draw_image
 
+LEGIBLE = 256  # pixels of the longer side of a picture, or more
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
@@ -58,21 +59,25 @@ def draw(
     """Draws the detections of a prediction, or else the objects of the data set; (h, w, 3) uint8.
 
     Detections have their class and score in percent beside their box. The part of the picture that
-    letter-boxing added is cut away.
+    letter-boxing added is cut away. Small images are magnified by a whole number.
     """
-    picture = Image.fromarray(draw_image(example))
-    pen = ImageDraw.Draw(picture)
-    if prediction is None:
-        for box, number in zip(example["boxes"], example["box_label"], strict=True):
-            if number >= 0:
-                _box(pen, box, COLORS[number % len(COLORS)], names[number])
-    else:
-        for box, score, number in reversed(_kept(prediction, threshold)):
-            text = f"{names[number]} {100 * score:.0f}"
-            _box(pen, box, COLORS[number % len(COLORS)], text)
+    image = draw_image(example)
+    times = max(1, round(LEGIBLE / max(image.shape)))
     if back:
         w, h = (np.linalg.inv(back.matrix) @ [*back.size[::-1], 1])[:2].round().astype(int)
-        picture = picture.crop((0, 0, int(w), int(h)))
+        image = image[:h, :w]
+    picture = Image.fromarray(image.repeat(times, 0).repeat(times, 1))
+    pen = ImageDraw.Draw(picture)
+    if prediction is None:
+        rows = zip(example["boxes"], example["box_label"], strict=True)
+        boxes = [(box, number, names[number]) for box, number in rows if number >= 0]
+    else:
+        boxes = [
+            (box, number, f"{names[number]} {100 * score:.0f}")
+            for box, score, number in reversed(_kept(prediction, threshold))
+        ]
+    for box, number, text in boxes:
+        _box(pen, times * box, COLORS[number % len(COLORS)], text)
     return np.asarray(picture)
 
 

@@ -29,6 +29,7 @@ from cv_jax.workdir.figures import draw_map
 
 PREDICTED, AUGMENTED, DRAWN, FILTERS, ON_MAP = 24, 24, 12, 64, 1000  # examples
 NO_VIEWS = base_config().tta
+SCENE = 250  # pixels; pictures of this width or more are shown large
 
 
 def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
@@ -85,7 +86,9 @@ def _panel(panel: Panel) -> str:
     html = [h3(panel.title)] if panel.title else []
     html.append((soft if panel.title else paragraph)(escape(panel.text)) if panel.text else "")
     if panel.pictures:
-        html.append(tiles("predictions", panel.pictures, panel.captions, visible=True))
+        wide = max(picture.shape[1] for picture in panel.pictures) >= SCENE
+        kind = "scenes" if wide else "predictions"
+        html.append(tiles(kind, panel.pictures, panel.captions, visible=True))
     return "".join(html)
 
 
