@@ -36,6 +36,8 @@ from cv_jax.tasks import Task, build_task
 
 # Examples in a group: what n94 needs for a group fits into a CPU's cache.
 GROUP_SIZE = 250
+_GROUP_VALUES = GROUP_SIZE * 32 * 32 * 3  # of larger images fewer, but at least _LEAST
+_LEAST = 8
 
 
 class Trained(NamedTuple):
@@ -193,14 +195,16 @@ def make_predict(
     """Returns a function: up to `most` examples, {field: (m, ...)} -> predictions by name.
 
     The examples have the fields of the task's `read`. Predictions equal those of evaluation up to
-    rounding. One program is compiled, for `most` examples in groups of at most GROUP_SIZE.
+    rounding. One program is compiled, for `most` examples in groups of at most GROUP_SIZE, of
+    large images fewer.
 
     Args:
         trained: the network.
         most: the largest number of examples in a call.
         function: (state, batch) -> {name: (b, ...)}; None: the task's `predict`.
     """
-    size = min(most, GROUP_SIZE)
+    values = sum(math.prod(x.shape) for x in input_shapes(trained).values())
+    size = min(most, GROUP_SIZE, max(_LEAST, _GROUP_VALUES // values))
     groups = -(-most // size)
     function = function or trained.task.predict
 
