@@ -3,7 +3,11 @@
     python train.py --config=configs/bccd.py --config.data.dir=BCCD
 
 BCCD is the directory of https://github.com/Shenggan/BCCD_Dataset, in the layout of PASCAL VOC: 364
-photographs of 640x480 pixels with 4,888 boxes, of which two have no area. Its own splits are used.
+photographs of 640x480 pixels with 4,888 boxes, of which two have no area. Its own splits are used:
+205 images to train, 87 as val, 72 as test.
+
+Measured: AP50 on test 90.73 % (90.57 to 90.81 over 3 seeds), AP75 69.91 %, after 1,500 steps, which
+took 15 minutes on 2 cores (results/bccd.json).
 """
 
 import ml_collections

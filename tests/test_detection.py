@@ -21,8 +21,8 @@ from cv_jax.config.errors import UserError
 from cv_jax.data import image_field
 from cv_jax.data.load import load_dataset
 from cv_jax.data.sources.shapes import load_shapes
-from cv_jax.models import layers
-from cv_jax.models.detector import STRIDE
+from cv_jax.models import build_model, layers
+from cv_jax.models.detector import STRIDE, Detector
 from cv_jax.tasks import build_task
 from cv_jax.tasks.detection import centres, scores
 from cv_jax.tasks.detection.average_precision import (
@@ -36,6 +36,7 @@ from cv_jax.tasks.detection.average_precision import (
 )
 from cv_jax.tasks.detection.panels import mistakes
 from cv_jax.tools.export import command as export
+from cv_jax.tools.export.card import photograph
 from cv_jax.tools.export.formats import read as read_format
 from cv_jax.trained.load import load_trained, make_predict
 from cv_jax.trained.words import in_text
@@ -359,6 +360,10 @@ def test_a_detector_learns_predicts_and_is_exported(tmp_path):
     ((example, back),) = trained.task.read(file.getvalue())
     assert example["image"].shape == (64, 64, 3)
     assert example["image"][48:].max() == 0
+    code: dict = {}
+    exec(photograph((64, 64, 3), whole=True)[1], code)
+    file.seek(0)
+    np.testing.assert_array_equal(code["read_photo"](file)[0], example["image"])
     one = {"boxes": [[8, 8, 16, 60]], "scores": [0.9], "classes": [1]}
     one = {name: np.array(x) for name, x in one.items()}
     said = trained.task.describe(example, one, back)
@@ -447,6 +452,35 @@ def test_going_on_is_exact_to_the_bit(tmp_path):
 def test_settings_that_do_not_fit_are_refused(leaves, message):
     config = shapes_config(**leaves)
     with pytest.raises(UserError, match=message):
+        build_task(config, load_dataset(config.data).spec)
+
+
+@pytest.mark.parametrize(
+    "model", ["n94(widths=(4, 8, 8))", "convnext_t", "resnet50", "vit(32, 4, 2, patch=4)"]
+)
+def test_backbones_with_maps_of_any_size(model):
+    backbone = build_model(model, 0, jnp.float32)
+    detector = Detector(backbone, 3, 8, jnp.float32)
+    image = jax.ShapeDtypeStruct((2, 60, 64, 3), jnp.float32)
+    (heat, sides, _), _ = jax.eval_shape(
+        lambda x: detector.init_with_output(jax.random.key(0), x, train=False), image
+    )
+    assert (heat.shape, sides.shape) == ((2, 15, 16, 3), (2, 15, 16, 4))
+
+
+class Pooled(nn.Module):
+    def __call__(self, x, train):
+        return x[:, 0, 0, :0], {"pooled": x.mean((1, 2))}
+
+
+def without_maps(*, num_classes, dtype):
+    del num_classes, dtype
+    return Pooled()
+
+
+def test_a_backbone_without_maps_is_refused():
+    config = shapes_config(model="tests.test_detection:without_maps")
+    with pytest.raises(UserError, match="feature maps"):
         build_task(config, load_dataset(config.data).spec)
 
 

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cv_jax.config.errors import UserError
 from cv_jax.models import layers
 from cv_jax.models.layers import batch_norm, normal_fan_out, zeros
 
@@ -77,14 +78,22 @@ def _maps(features: dict[str, jax.Array], size: tuple[int, int]) -> list[jax.Arr
     for x in features.values():
         if x.ndim == 4 and x.shape[1] <= size[0] and x.shape[2] <= size[1]:
             found[x.shape[1:3]] = x
+    if not found:
+        raise UserError(
+            f"A detector needs a config.model with feature maps of at most {size[0]}x{size[1]} "
+            "places, such as resnet18: choose another."
+        )
     return [found[of_size] for of_size in sorted(found)]
 
 
 def _double(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Repeats every value twice along height and width, and cuts the result to `size`."""
+    """Repeats every value twice along height and width, and the last ones to get `size` (h, w)."""
     for axis in (1, 2):
         shape = [-1, *x.shape[1:]]
         shape[axis] *= 2
         # Not by `repeat`, which tools.export cannot write as ONNX.
         x = jnp.concatenate([jnp.expand_dims(x, axis + 1)] * 2, axis=axis + 1).reshape(shape)
+    missing = [max(0, side - have) for side, have in zip(size, x.shape[1:3], strict=True)]
+    if any(missing):  # as of a map of 7 places below one of 15
+        x = jnp.pad(x, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
     return x[:, : size[0], : size[1]]

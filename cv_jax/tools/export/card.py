@@ -61,7 +61,7 @@ def make_card(workdir: epath.Path, trained: Trained) -> dict[str, Any]:
             for name, x in input_shapes(trained, 1).items()
         )
         + ", b >= 1",
-        "photograph": photograph(spec.image_shape, spec.eval_crop)[0]
+        "photograph": photograph(spec.image_shape, spec.eval_crop, "boxes" in spec.fields)[0]
         if "image" in trained.task.inputs
         else "",
         "output": "; ".join(
@@ -115,20 +115,31 @@ def _on_test(trained: Trained) -> dict[str, Any] | None:
     }
 
 
-def photograph(image_shape: Sequence[int], share: float = 1.0) -> tuple[str, str]:
+def photograph(
+    image_shape: Sequence[int], share: float = 1.0, whole: bool = False
+) -> tuple[str, str]:
     """Returns how to turn a photograph into an input, in words and as Python code.
 
-    For 8-bit images the code gives the pixels of `read_image.read_image`.
+    For 8-bit images the code gives the pixels of `read_image.fit_image`, or of `letterbox_image`.
 
     Args:
         image_shape: (h, w, c) of the input.
         share: of the sides that the crop keeps, see `read_image.fit_image`.
+        whole: whether nothing is cropped, see `read_image.letterbox_image`.
     """
     h, w, c = image_shape
     if c not in (1, 3):
         return f"not possible: a photograph does not have {c} channels", ""
     mode = "L" if c == 1 else "RGB"
     colours = "grey (0.299 R + 0.587 G + 0.114 B)" if c == 1 else "red, green, blue, in this order"
+    if whole:
+        words = (
+            f"rotated by its EXIF data, transparency on white, {colours}; resized with Pillow's "
+            f"BICUBIC to the largest size of its proportions inside {w}x{h} pixels, and put at the "
+            "top left, with black at the right or below"
+        )
+        fit = _FIT_WHOLE.format(w=w, h=h, mode=mode)
+        return words, _READ_PHOTO.format(mode=mode, fit=fit, h=h, w=w, c=c)
     if share == 1:
         crop = f"unless it has {w}x{h} pixels, cropped at the centre to the proportions {w}:{h}"
         fit = _FIT.format(w=w, h=h)
@@ -148,6 +159,11 @@ def photograph(image_shape: Sequence[int], share: float = 1.0) -> tuple[str, str
 
 _FIT = """if image.size != ({w}, {h}):  # an image of this size keeps every pixel
         image = ImageOps.fit(image, ({w}, {h}), Image.Resampling.BICUBIC)"""
+_FIT_WHOLE = """scale = min({w} / image.width, {h} / image.height)
+    inside = min({w}, round(image.width * scale)), min({h}, round(image.height * scale))
+    small = image.resize(inside, Image.Resampling.BICUBIC)
+    image = Image.new("{mode}", ({w}, {h}))
+    image.paste(small)"""
 _FIT_SHARE = "image = ImageOps.fit(image, ({w}, {h}), Image.Resampling.BICUBIC, bleed={border!r})"
 
 
@@ -206,7 +222,8 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
         for title, values in blocks.items()
     )
     image = data["fields"].get("image")
-    code = photograph(image["shape"], data["eval_crop"])[1] if image else ""
+    whole = "boxes" in data["fields"]
+    code = photograph(image["shape"], data["eval_crop"], whole)[1] if image else ""
     block = (
         '## From a photograph to an input\n\nReplace the zeros above by `read_photo("photo.jpg")`. '
         "For a classifier with one class an image, `softmax(logits)` gives the probabilities. "
