@@ -11,13 +11,10 @@ PyTorch and torchvision.
 import json
 import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.machine import ROOT, make_parser, paired_ratio, save
+from benchmarks.machine import make_parser, paired_ratio, save, timed_run
 
 AT_ONCE = 32
 
@@ -45,16 +42,6 @@ def detect_with_torchvision(files: Sequence[Path], size: tuple[int, int]) -> Non
             print(json.dumps({"file": str(file), **objects}))
 
 
-def seconds_of(command: Sequence[str]) -> float:
-    """Runs a command of this Python; returns the seconds until its end."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        sys.exit(done.stderr)
-    return seconds
-
-
 def main() -> None:
     """Measures and prints; with --torch this is torchvision's program itself."""
     parser = make_parser(__doc__, rounds=5)
@@ -79,8 +66,8 @@ def main() -> None:
         ],
     }
     for command in commands.values():
-        seconds_of(command)
-    rounds = [{name: seconds_of(c) for name, c in commands.items()} for _ in range(args.rounds)]
+        timed_run(command)
+    rounds = [{name: timed_run(c)[0] for name, c in commands.items()} for _ in range(args.rounds)]
     results = {
         name: {"seconds": [of_round[name] for of_round in rounds], "files": len(files)}
         for name in commands

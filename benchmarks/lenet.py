@@ -11,18 +11,14 @@ epochs; PyTorch reads during its steps.
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import ROOT, make_parser, paired_ratio, save
+from benchmarks.machine import make_parser, paired_ratio, save, timed_run
 from cv_jax.config.base import base_config
 from cv_jax.data import load_dataset
 
@@ -37,16 +33,6 @@ def write_data(directory: Path) -> None:
             np.save(directory / f"{name}.{kind}.npy", array)
 
 
-def timed_run(command: list[str], **environment: str) -> tuple[float, str]:
-    """Runs a Python program to its end; returns the seconds of wall time and its output."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
-    start = time.perf_counter()
-    output = subprocess.check_output(
-        [sys.executable, *command], cwd=ROOT, env=environment, text=True
-    )
-    return time.perf_counter() - start, output
-
-
 def run_torch(data: Path, epochs: int) -> dict[str, Any]:
     """Runs the tutorial's program once."""
     wall, output = timed_run(["benchmarks/torch_lenet.py", str(data), f"--epochs={epochs}"])
@@ -59,7 +45,8 @@ def run_ours(epochs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         command = ["train.py", "--config=configs/cifar10_lenet.py", f"--config.epochs={epochs}.0"]
         command.append(f"--workdir={scratch}/run")
-        wall, _ = timed_run(command, JAX_COMPILATION_CACHE_DIR=f"{scratch}/xla")
+        cache = f"{scratch}/xla"
+        wall, _ = timed_run(command, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=cache)
         result = json.loads(Path(scratch, "run/result.json").read_text())
     accuracy, seconds = result["test"]["accuracy"]["mean"], result["seconds"]
     return {"wall": wall, **per_epoch(seconds, epochs), "accuracy": accuracy, "seconds": seconds}

@@ -5,7 +5,9 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +31,25 @@ def make_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds behind each median")
     parser.add_argument("--out", help="JSON file for the record")
     return parser
+
+
+def timed_run(command: Sequence[str], **environment: str) -> tuple[float, str]:
+    """Runs a Python program to its end; returns the seconds of wall time and its output.
+
+    Exits with what the program says if it fails.
+    """
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(done.stderr)
+    return seconds, done.stdout
 
 
 def save(name: str, args: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -58,18 +58,16 @@ def build(
     """Builds the task, resident batches of random images of `size`, and the keys."""
     image, label = random_images(num_train, size)
     mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
-    train = {"image": image, "label": label}
-    fields = {
-        "image": image_field((*size, 3))._replace(mean=mean, std=std),
-        "label": label_field([f"class {i}" for i in range(10)]),
-    }
+    names = [f"class {i}" for i in range(10)]
     if config.task == "detection":
         boxes, number = random_boxes(num_train, size)
-        flag = np.zeros(number.shape, bool)
-        train = {"image": image, "boxes": boxes, "box_label": number, "difficult": flag}
-        train["crowd"] = flag
-        names = fields.pop("label").names
-        fields |= boxes_fields(names, boxes.shape[1])
+        no = np.zeros(number.shape, bool)
+        train = {"boxes": boxes, "box_label": number, "difficult": no, "crowd": no}
+        fields = boxes_fields(names, boxes.shape[1])
+    else:
+        train, fields = {"label": label}, {"label": label_field(names)}
+    train = {"image": image, **train}
+    fields = {"image": image_field((*size, 3))._replace(mean=mean, std=std), **fields}
     spec = DataSpec("random", fields, num_train, 0, 0, take(train, slice(5000)))
     keys = derive_keys(config.seed)
     batches = make_batches(config, train, keys.order, make_mesh())

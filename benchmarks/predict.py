@@ -8,12 +8,8 @@ runs report. The first run of each command, which may compile, is not counted.
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,7 @@ import jax
 from etils import epath
 from PIL import Image
 
-from benchmarks.machine import ROOT, make_parser, paired_ratio, save
+from benchmarks.machine import make_parser, paired_ratio, save, timed_run
 from cv_jax.data import Examples, load_dataset
 from cv_jax.data.batches import padded_batches
 from cv_jax.runtime.startup import prepare_jax
@@ -49,15 +45,7 @@ def count_right(workdir: str, tta: str, test: Examples) -> int:
 
 def run(tool: str, *arguments: str, **environment: str) -> tuple[float, str]:
     """Runs a tool of cv_jax; returns its seconds and its output."""
-    command = [sys.executable, "-m", f"cv_jax.tools.{tool}", *arguments]
-    start = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        sys.exit(done.stderr)
-    return seconds, done.stdout
+    return timed_run(["-m", f"cv_jax.tools.{tool}", *arguments], **environment)
 
 
 def measure(workdir: str, tta: str, rounds: int, scratch: Path) -> dict[str, Any]:

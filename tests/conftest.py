@@ -65,6 +65,12 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A test finds in the cache of decoded data only what it has put there."""
+    monkeypatch.setenv("CV_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def on_plain_lax() -> Iterator[None]:
     """Traces and compiles sooner; tests/test_ops.py holds the kernels against plain lax."""
     with plain_lax():

@@ -30,17 +30,14 @@ from cv_jax.data.statistics import histogram, mean_and_std
 from cv_jax.data.typical import Typical, measure, score
 from tests.conftest import random_dataset, random_split
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture(autouse=True)
 def no_tensorflow():
     """Nothing here imports TensorFlow, also where it is installed."""
     yield
     assert "tensorflow" not in sys.modules
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("CV_JAX_CACHE", str(tmp_path / "cache"))
 
 
 def config_of(name, directory="", **leaves):

@@ -180,7 +180,7 @@ def by_pycocotools(objects, found, num_classes):
 
 
 def by_us(objects, found, num_classes):
-    each = [match_coco(of_class(k, objects, found, 100)) for k in range(num_classes)]
+    each = [match_coco(of_class(k, objects, found)) for k in range(num_classes)]
     return np.stack([average_precision(matches, "coco") for matches in each], axis=1)
 
 

@@ -14,6 +14,8 @@ from cv_jax.config.errors import UserError
 from cv_jax.data import load_dataset
 from cv_jax.data.encoded import Encoded
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 def picture(seed: int, size=(6, 8), mode="RGB") -> Image.Image:
     """Returns an image (width, height) of random pixels."""
@@ -44,11 +46,6 @@ def load(directory, **settings):
     config = base_config()
     config.data.update({"name": "folder", "dir": str(directory), **settings})
     return load_dataset(config.data)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CV_JAX_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -19,13 +19,11 @@ from cv_jax.data.read_image import decode_image, letterbox_image
 from cv_jax.data.sources.objects import turn_boxes
 from cv_jax.data.sources.voc import list_voc
 from tests.test_data import prepare_tiny, to_tfrecord
+from tests.test_folder import encoded
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 SIZE = 20, 16  # width, height
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CV_JAX_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -42,12 +40,6 @@ def load(where, name="voc", **settings):
 def picture(size=SIZE, seed=0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     return Image.fromarray(pixels)
-
-
-def encoded(image: Image.Image) -> bytes:
-    file = BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def boxes_of(examples) -> list[list[list[float]]]:

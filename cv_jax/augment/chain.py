@@ -12,7 +12,6 @@ from cv_jax.augment.common import (
     Augment,
     Batch,
     Fields,
-    has_kind,
     image_size,
 )
 from cv_jax.augment.geometry import (
@@ -33,6 +32,7 @@ from cv_jax.augment.randaugment import randaugment
 from cv_jax.augment.warp import MIN_AREA
 from cv_jax.config import calls as spec
 from cv_jax.config.errors import UserError, describe
+from cv_jax.data.fields import has_kind
 
 
 def make_augment(text: str, fields: Fields | None = None, min_area: float = MIN_AREA) -> Augment:

@@ -47,11 +47,6 @@ MAX_PIXELS = 4096  # the largest length that an argument may give
 # --- Fields of a batch ---
 
 
-def has_kind(fields: Fields, *kinds: str) -> bool:
-    """Returns whether any of the fields is of one of `kinds`."""
-    return any(field.kind in kinds for field in fields.values())
-
-
 def select(batch: Batch, fields: Fields, *kinds: str) -> Batch:
     """Returns the arrays of the batch whose field is of one of `kinds`."""
     return {name: batch[name] for name in fields if name in batch and fields[name].kind in kinds}

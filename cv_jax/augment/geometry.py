@@ -24,7 +24,6 @@ from cv_jax.augment.common import (
     _integers,
     _require_mode,
     _require_pixels,
-    has_kind,
     image_size,
     map_images,
     map_masks,
@@ -49,6 +48,7 @@ from cv_jax.augment.warp import (
 )
 from cv_jax.config.calls import require
 from cv_jax.config.errors import UserError
+from cv_jax.data.fields import has_kind
 
 # --- Mirror images ---
 

@@ -6,6 +6,7 @@ last row of a matrix is 0 0 1. Sizes are (height, width).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ from cv_jax.augment.common import (
     Batch,
     Fields,
     _blend,
-    has_kind,
     map_images,
     map_masks,
     select,
 )
+from cv_jax.data.fields import has_kind
 
 MIN_AREA = 0.3  # the share of a box's area that must stay inside the image
 IGNORED = 255  # the class of mask pixels that losses and metrics ignore
@@ -226,8 +227,8 @@ def _move_boxes(matrix, boxes):
     return jnp.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1)
 
 
-def area_of(boxes: jax.Array) -> jax.Array:
-    """Returns the areas (...) of boxes (..., 4)."""
+def area_of(boxes: Any) -> Any:
+    """Returns the areas (...) of boxes (..., 4), a JAX or NumPy array."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 

@@ -95,6 +95,11 @@ def boxes_fields(names: Sequence[str], count: int) -> dict[str, Field]:
     }
 
 
+def has_kind(fields: Mapping[str, Field], *kinds: str) -> bool:
+    """Returns whether any of the fields is of one of `kinds`."""
+    return any(field.kind in kinds for field in fields.values())
+
+
 def num_examples(examples: Mapping[str, Any]) -> int:
     """Returns the number of examples, which is the length of every field."""
     return len(next(iter(examples.values())))

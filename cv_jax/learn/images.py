@@ -6,17 +6,23 @@ from typing import Any
 import numpy as np
 
 from cv_jax.data import DataSpec
-from cv_jax.data.read_image import Back, fit_image
+from cv_jax.data.fields import has_kind
+from cv_jax.data.read_image import Back, fit_image, letterbox_image
 
 
 def make_read(spec: DataSpec) -> Callable[[bytes], list[tuple[dict[str, np.ndarray], Back]]]:
-    """Returns a function: image file -> [(example, back)], where `back` undoes the crop.
+    """Returns a function: image file -> [(example, back)], where `back` undoes what is done to it.
 
-    The image is cropped and resized as in evaluation: see `data.read_image.fit_image`.
+    The image becomes what it is in evaluation: cropped and resized by `data.read_image.fit_image`,
+    or whole by `letterbox_image` where the data set has boxes.
     """
+    whole = has_kind(spec.fields, "boxes")
 
     def read(data: bytes) -> list[tuple[dict[str, np.ndarray], Back]]:
-        image, back = fit_image(data, spec.image_shape, spec.eval_crop)
+        if whole:
+            image, back = letterbox_image(data, spec.image_shape)
+        else:
+            image, back = fit_image(data, spec.image_shape, spec.eval_crop)
         return [({"image": image}, back)]
 
     return read

@@ -158,6 +158,24 @@ def draw_reliability(calibration: np.ndarray) -> Figure:
 
 
 @rc_context(STYLE)
+def draw_precision(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Draws precision over recall: {label: (recall, precision), both (d,)}."""
+    axes = _axes(3.2)
+    for i, (label, (recall, precision)) in enumerate(curves.items()):
+        axes.plot(recall, precision, color=COLORS[i % len(COLORS)], label=label)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    _legend(axes)
+    return axes.figure
+
+
+def to_pixels(figure: Figure) -> np.ndarray:
+    """Returns a figure on white as pixels (h, w, 3) uint8."""
+    figure.set_facecolor("white")
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+
+@rc_context(STYLE)
 def draw_map(points: np.ndarray, label: np.ndarray, class_names: Sequence[str]) -> Figure:
     """Draws points (m, 2) in the colours of their classes, with a legend up to 40 classes."""
     axes = _axes(5.0)

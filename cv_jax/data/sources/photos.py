@@ -21,7 +21,7 @@ from cv_jax.data.cache import cached, replaced
 from cv_jax.data.dataset import SPLITS, Stored
 from cv_jax.data.decode import find_crop
 from cv_jax.data.encoded import Decoding, Encoded, num_cores
-from cv_jax.data.fields import Examples, Field, image_field, num_examples, take
+from cv_jax.data.fields import Examples, Field, has_kind, image_field, num_examples, take
 from cv_jax.data.read_image import (
     STRIDE,
     Facts,
@@ -70,7 +70,7 @@ def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
             f"config.data.crop={data.crop!r} draws another crop in every epoch, so "
             "config.data.decode='once' cannot keep the images: set it to 'auto'."
         )
-    if _has_boxes(listing) and (crop or data.eval_crop != 1):
+    if has_kind(listing.fields, "boxes") and (crop or data.eval_crop != 1):
         key = "crop" if crop else "eval_crop"
         raise UserError(
             f"config.data.{key}={data[key]!r} would cut boxes off: images with boxes are read "
@@ -99,15 +99,11 @@ def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
     return stored._replace(notes=(*listing.notes, *stored.notes, how))
 
 
-def _has_boxes(listing: Listing) -> bool:
-    return any(field.kind == "boxes" for field in listing.fields.values())
-
-
 def _fit(
     listing: Listing, shape: tuple[int, int, int], share: float
 ) -> Callable[[bytes], np.ndarray]:
     """Returns how an image becomes (h, w, c): cropped at the centre, or whole if it has boxes."""
-    if _has_boxes(listing):
+    if has_kind(listing.fields, "boxes"):
         return lambda data: letterbox_image(data, shape)[0]
     return partial(read_image, image_shape=shape, share=share)
 
@@ -215,7 +211,7 @@ def _shape(listing: Listing, size: int, seen: _Seen) -> tuple[int, int, int]:
             f"{listing.source.name(position)} ({why}): is it the right config.data.dir?"
         )
     channels = 1 if all(found.grey for found in facts.values()) else 3
-    if _has_boxes(listing):
+    if has_kind(listing.fields, "boxes"):
         sizes = np.array([found.size for found in facts.values()])
         if size:
             sizes = np.array([letterbox_size(one, (size, size)) for one in sizes])

@@ -21,8 +21,9 @@ def input_gradient(
     padding: Padding,
 ) -> jax.Array:
     """Computes the gradient (b, h, w, c) of x of `size` (h, w) from an output gradient g."""
-    (b, *g_size, _), (kh, kw, c, _), (s, t) = g.shape, kernel.shape, strides
-    rows, columns = -(-kh // s), -(-kw // t)
+    (b, *g_size, _), c, (s, t) = g.shape, kernel.shape[2], strides
+    kernel = _block_kernel(kernel, strides)
+    rows, columns = kernel.shape[:2]
     # Blocks of the padded input until the last row and column of x.
     h, w = (
         -(-(side + before) // stride)
@@ -31,7 +32,7 @@ def input_gradient(
     g = pad(g, ((rows - 1, h - g_size[0]), (columns - 1, w - g_size[1])))
     blocks = lax.conv_general_dilated(
         g,
-        _block_kernel(kernel, strides),
+        kernel,
         (1, 1),
         "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -16,8 +16,8 @@ import ml_collections
 from cv_jax.config.calls import build_one, require
 from cv_jax.config.errors import UserError
 from cv_jax.data import DataSpec
-from cv_jax.data.read_image import letterbox_image
 from cv_jax.learn.evaluations import Collected
+from cv_jax.learn.images import make_read
 from cv_jax.learn.initial import make_initial
 from cv_jax.learn.inputs import make_augmented, make_normalize, to_unit
 from cv_jax.learn.losses import Loss
@@ -122,10 +122,6 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             partial(predict, views=views), list, scores.add, partial(scores.finish, names)
         )
 
-    def read(data):
-        image, back = letterbox_image(data, spec.image_shape)
-        return [({"image": image}, back)]
-
     return Task(
         init=init,
         train_step=training.train_step,
@@ -144,7 +140,7 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             "scores": "0 to 1, highest first",
             "classes": "numbers in the order of the class names",
         },
-        read=read,
+        read=make_read(spec),
         describe=partial(describe, names, method.threshold),
         draw=partial(draw, names, method.threshold),
         panels=make_panels(names, method.threshold),

@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cv_jax.augment.warp import area_of
+
 OVERLAPS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-MOST = 100  # detections of an image that COCO counts
+MOST = 100  # detections of an image and class that COCO counts
 
 
 class Image(NamedTuple):
@@ -60,7 +62,6 @@ def of_class(
     number: int,
     examples: Mapping[str, np.ndarray],
     predictions: Mapping[str, np.ndarray],
-    most: int | None = None,
 ) -> list[Image]:
     """Picks the objects and detections of a class out of the fields of images.
 
@@ -68,13 +69,12 @@ def of_class(
         number: of the class.
         examples: boxes (m, o, 4), box_label (m, o), difficult (m, o), crowd (m, o).
         predictions: boxes (m, d, 4), scores (m, d), classes (m, d).
-        most: detections of an image and class that count; None: all.
     """
     images = []
     for i in range(len(examples["boxes"])):
         mine = examples["box_label"][i] == number
         found = np.flatnonzero(predictions["classes"][i] == number)
-        order = found[np.argsort(-predictions["scores"][i, found], kind="stable")][:most]
+        order = found[np.argsort(-predictions["scores"][i, found], kind="stable")]
         crowd = examples["crowd"][i][mine]
         images.append(
             Image(
@@ -96,7 +96,7 @@ def overlaps(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> n
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     both = np.clip(high - low, 0, None).prod(-1)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b))
+    area_a, area_b = map(area_of, (a, b))
     either = area_a[:, None] + area_b[None] - both
     if crowd is not None:
         either = np.where(crowd[None], area_a[:, None], either)
@@ -105,36 +105,41 @@ def overlaps(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> n
 
 def match_voc(images: Sequence[Image], overlap: float = 0.5) -> Matches:
     """Matches detections with objects as PASCAL VOC's development kit does."""
-    rows = []
-    for image in images:
-        shared = overlaps(image.found, image.boxes, image.crowd)
-        taken = np.zeros(len(image.boxes), bool)
-        for score, row in zip(image.scores, shared, strict=True):
-            best = int(row.argmax()) if len(row) else -1
-            if best < 0 or row[best] < overlap:
-                rows.append((score, False, True))
-            elif image.ignored[best]:
-                rows.append((score, False, False))
-            else:
-                rows.append((score, not taken[best], taken[best]))
-                taken[best] = True
-    return _sorted(rows, (), images)
+    return joined([_match_voc(image, overlap) for image in images])
+
+
+def _match_voc(image, overlap):
+    shared = overlaps(image.found, image.boxes, image.crowd)
+    taken = np.zeros(len(image.boxes), bool)
+    right, wrong = np.zeros((2, len(shared)), bool)
+    for i, row in enumerate(shared):
+        best = int(row.argmax()) if len(row) else -1
+        if best < 0 or row[best] < overlap:
+            wrong[i] = True
+        elif not image.ignored[best]:
+            right[i], wrong[i] = not taken[best], taken[best]
+            taken[best] = True
+    return Matches(image.scores, right, wrong, int((~image.ignored).sum()))
 
 
 def match_coco(images: Sequence[Image]) -> Matches:
-    """Matches detections with objects at each of OVERLAPS, as COCO's evaluation does."""
-    rows = []
-    for image in images:
-        order = np.argsort(image.ignored, kind="stable")  # objects that count come first
-        boxes, ignored, crowd = (x[order] for x in (image.boxes, image.ignored, image.crowd))
-        shared = overlaps(image.found, boxes, crowd)
-        outcome = [_match_one(shared, ignored, crowd, overlap) for overlap in OVERLAPS]
-        right, wrong = (np.array(x).reshape(len(OVERLAPS), -1) for x in zip(*outcome, strict=True))
-        rows += zip(image.scores, right.T, wrong.T, strict=True)
-    return _sorted(rows, (len(OVERLAPS),), images)
+    """Matches detections with objects at each of OVERLAPS, as COCO's evaluation does.
+
+    The first MOST detections of an image count.
+    """
+    return joined([_match_coco(image) for image in images])
 
 
-def _match_one(shared, ignored, crowd, overlap):
+def _match_coco(image):
+    order = np.argsort(image.ignored, kind="stable")  # objects that count come first
+    boxes, ignored, crowd = (x[order] for x in (image.boxes, image.ignored, image.crowd))
+    shared = overlaps(image.found[:MOST], boxes, crowd)
+    outcome = [_match_coco_at(shared, ignored, crowd, overlap) for overlap in OVERLAPS]
+    right, wrong = (np.stack(x) for x in zip(*outcome, strict=True))
+    return Matches(image.scores[:MOST], right, wrong, int((~ignored).sum()))
+
+
+def _match_coco_at(shared, ignored, crowd, overlap):
     """Returns which detections of an image are right, and which wrong, at one overlap."""
     taken = np.zeros(len(ignored), bool)
     right, wrong = np.zeros((2, len(shared)), bool)
@@ -155,22 +160,12 @@ def _match_one(shared, ignored, crowd, overlap):
     return right, wrong
 
 
-def _sorted(rows: list, shape: tuple[int, ...], images: Sequence[Image]) -> Matches:
-    num_objects = int(sum((~image.ignored).sum() for image in images))
-    if not rows:
-        nothing = np.zeros((*shape, 0), bool)
-        return Matches(np.zeros(0), nothing, nothing, num_objects)
-    scores, right, wrong = (np.array(column) for column in zip(*rows, strict=True))
-    order = np.argsort(-scores, kind="stable")
-    return Matches(scores[order], right[order].T, wrong[order].T, num_objects)
-
-
 def joined(parts: Sequence[Matches]) -> Matches:
-    """Returns the matches of all images from those of each, for one overlap."""
-    scores, right, wrong = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    """Returns the matches of all images from those of each."""
+    scores, right, wrong = (np.concatenate([part[i] for part in parts], axis=-1) for i in range(3))
     order = np.argsort(-scores, kind="stable")
     num_objects = sum(part.num_objects for part in parts)
-    return Matches(scores[order], right[order], wrong[order], num_objects)
+    return Matches(scores[order], right[..., order], wrong[..., order], num_objects)
 
 
 def curve(matches: Matches) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cv_jax.augment.warp import area_of
 from cv_jax.models.detector import STRIDE
 
 # Half sides of a bump, and its standard deviations, as shares of the box's sides.
@@ -66,8 +67,7 @@ def _targets(boxes, label, crowd, size, num_classes):
     bump = _gauss(y, top, down)[:, :, None] * _gauss(x, left, across)[:, None]
     bump = jnp.where(real[:, None, None], bump, 0)
     heat = jnp.zeros((num_classes, *size)).at[jnp.maximum(label, 0)].max(bump)
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    inside = jnp.where(bump > 0, area[:, None, None], jnp.inf)
+    inside = jnp.where(bump > 0, area_of(boxes)[:, None, None], jnp.inf)
     owner = inside.argmin(0)  # (h, w)
     total = jnp.maximum(bump.sum((1, 2)), 1e-6)
     share = bump / total[:, None, None]

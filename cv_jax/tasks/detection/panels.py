@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from cv_jax.augment.warp import area_of
 from cv_jax.data.fields import Examples, take
 from cv_jax.tasks import Panel
 from cv_jax.tasks.detection.average_precision import (
@@ -72,7 +73,7 @@ def mistakes(
             shared = overlaps(found, image.boxes, image.crowd) >= 0.5
             for box, hit, ignored in zip(image.boxes, shared.any(0), image.ignored, strict=True):
                 if not hit and not ignored:
-                    missed.append((float((box[2:] - box[:2]).prod()), i, box, number))
+                    missed.append((float(area_of(box)), i, box, number))
             for box, score, hit in zip(found, image.scores, shared.any(1), strict=False):
                 if not hit:
                     wrong.append((float(score), i, box, number))
@@ -80,22 +81,16 @@ def mistakes(
 
 
 def _curves(names, examples, predictions):
-    import matplotlib.backends.backend_agg as agg  # here: it takes half a second
-    from matplotlib.figure import Figure
+    from cv_jax.workdir.figures import draw_precision, to_pixels  # here: Matplotlib is slow
 
-    figure = Figure(figsize=(4.6, 3.2), layout="constrained", facecolor="white")
-    axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    shown = []
+    curves, shown = {}, []
     for number, name in enumerate(names):
         matches = match_voc(of_class(number, examples, predictions))
         if matches.num_objects:
-            axes.plot(*curve(matches), label=name)
+            curves[name] = curve(matches)
             share = float(average_precision(matches, "area"))
             shown.append(f"{name} {100 * share:.1f} % of {matches.num_objects:,}")
-    axes.legend(frameon=False, fontsize=8)
-    canvas = agg.FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = np.asarray(canvas.buffer_rgba())[..., :3]
+    picture = to_pixels(draw_precision(curves))
     low, high = interval(len(names), examples, predictions)
     text = (
         f"Average precision at an overlap of 0.5: {', '.join(shown)} objects. The 95 % interval of "
@@ -109,7 +104,7 @@ def _sizes(examples, missed):
     """Returns the recall of the objects by the side of a square of the same area, in words."""
     counts = (examples["box_label"] >= 0) & ~examples["difficult"] & ~examples["crowd"]
     boxes = examples["boxes"][counts]
-    side = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(-1))
+    side = np.sqrt(area_of(boxes))
     if not len(side):
         return "There are no objects."
     of_missed = np.sqrt([area for area, *_ in missed])

@@ -6,7 +6,6 @@ import numpy as np
 
 from cv_jax.data.fields import Examples
 from cv_jax.tasks.detection.average_precision import (
-    MOST,
     average_precision,
     joined,
     match_coco,
@@ -55,8 +54,9 @@ def numbers(
         return dict.fromkeys(keys, float("nan"))
     rows = []
     for number in range(len(names)):
-        voc = match_voc(of_class(number, examples, found))
-        coco = average_precision(match_coco(of_class(number, examples, found, MOST)), "coco")
+        images = of_class(number, examples, found)
+        voc = match_voc(images)
+        coco = average_precision(match_coco(images), "coco")
         rows.append(
             (
                 average_precision(voc, "area"),

@@ -39,13 +39,13 @@ def make_card(workdir: epath.Path, trained: Trained) -> dict[str, Any]:
         input, output, licence: texts.
         photograph: text: how to turn a photograph into an input.
     """
-    spec, state = trained.spec, trained.state
+    data, state = spec_to_json(trained.spec), trained.state
     test = _on_test(trained)
     result = trained.result if test else None
     return {
         "run": trained.name,
         "tta": trained.tta,
-        "data": spec_to_json(spec),
+        "data": data,
         "config": trained.config.to_dict(),
         "test": test,
         "result": result,
@@ -61,9 +61,7 @@ def make_card(workdir: epath.Path, trained: Trained) -> dict[str, Any]:
             for name, x in input_shapes(trained, 1).items()
         )
         + ", b >= 1",
-        "photograph": photograph(spec.image_shape, spec.eval_crop, "boxes" in spec.fields)[0]
-        if "image" in trained.task.inputs
-        else "",
+        "photograph": _photograph(data)[0] if "image" in trained.task.inputs else "",
         "output": "; ".join(
             f"{name}: {_shape(x)} {x.dtype}, {trained.task.outputs.get(name, '')}"
             for name, x in _outputs(trained).items()
@@ -113,6 +111,13 @@ def _on_test(trained: Trained) -> dict[str, Any] | None:
         "images": result["test"]["count"],
         "tta": trained.config.tta,
     }
+
+
+def _photograph(data: dict[str, Any]) -> tuple[str, str]:
+    """Returns `photograph` for a data set as JSON values; two empty texts without images."""
+    image = data["fields"].get("image")
+    whole = any(field["kind"] == "boxes" for field in data["fields"].values())
+    return photograph(image["shape"], data["eval_crop"], whole) if image else ("", "")
 
 
 def photograph(
@@ -221,9 +226,7 @@ def to_markdown(card: dict[str, Any], snippet: str) -> str:
         f"## {title}\n\n```json\n{json.dumps(values, indent=2)}\n```\n"
         for title, values in blocks.items()
     )
-    image = data["fields"].get("image")
-    whole = "boxes" in data["fields"]
-    code = photograph(image["shape"], data["eval_crop"], whole)[1] if image else ""
+    code = _photograph(data)[1]
     block = (
         '## From a photograph to an input\n\nReplace the zeros above by `read_photo("photo.jpg")`. '
         "For a classifier with one class an image, `softmax(logits)` gives the probabilities. "
