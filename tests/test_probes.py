@@ -158,7 +158,7 @@ class Counted:
         )
         self.data = data._replace(spec=spec, train=train, val=val, test=test)
         self.embedded = 0  # batches, of all runs
-        probes = make_probes(self._measure, data.spec)
+        probes = dict(make_probes(self._measure, data.spec).evals)
         probes["watch"] = probes["watch"]._replace(limit=limit)
         task = Task(self._init, None, probes, {}, "", None, [])
         config = _config(eval_batch_size)

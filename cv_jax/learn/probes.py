@@ -1,7 +1,8 @@
-"""Measures frozen features: nearest-neighbour and linear accuracy, spread and rank.
+"""Measures frozen features: nearest-neighbour and linear accuracy, retrieval, spread and rank.
 
 A probe takes features and not parameters, so it never changes the network. It sees labels of
-training images only after the features were learned.
+training images only after the features were learned. Without labels, it looks an image's corner up
+among the other corners of all images.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cv_jax.data import DataSpec
-from cv_jax.learn.evaluations import Probe
+from cv_jax.learn.evaluations import Collected, Probe
 from cv_jax.learn.losses import unit
 from cv_jax.learn.metrics import answer_metrics, nan_unless
+from cv_jax.learn.retrieval import CORNER, corner, found_again
 from cv_jax.workdir.metric import Metric
 
 NEIGHBOURS, TEMPERATURE = 200, 0.1
@@ -23,16 +25,6 @@ RIDGE = 1e-2
 WATCHED = 5_000
 # Below this spread, see `spread_and_rank`, features do not tell images apart.
 COLLAPSED = 0.05
-# The metrics of tasks without labels.
-METRICS = {
-    "loss": Metric(better="lower"),
-    "accuracy": Metric("%", protocol=f"{NEIGHBOURS} nearest neighbours of the features"),
-    "top5": Metric("%", protocol=f"five most voted of {NEIGHBOURS} nearest neighbours"),
-    "linear_accuracy": Metric("%", protocol="ridge regression on the features"),
-    "feature_spread": Metric(protocol="near 0 if all images have the same features"),
-    "feature_rank": Metric(protocol="near 1 if all images have the same features"),
-}
-HEADLINE = "accuracy"
 
 
 def step_metrics(losses: jax.Array, features: jax.Array) -> dict:
@@ -56,6 +48,39 @@ def warn_of_collapse(values: dict[str, np.ndarray], names: Sequence[str]) -> lis
     ]
 
 
+class Probes(NamedTuple):
+    """How a task without labels is measured.
+
+    Attributes:
+        evals, metrics, headline, baseline: see `tasks.Task`.
+        note: a line for the log.
+    """
+
+    evals: dict[str, Probe | Collected]
+    metrics: dict[str, Metric]
+    headline: str
+    note: str
+    baseline: Callable | None = None
+
+
+_OF_ALL = {
+    "loss": Metric(better="lower"),
+    "feature_spread": Metric(protocol="near 0 if all images have the same features"),
+    "feature_rank": Metric(protocol="near 1 if all images have the same features"),
+}
+
+
+def make_probes(measure: Callable, spec: DataSpec) -> Probes:
+    """Builds the evaluations "watch" and "final" of features.
+
+    Args:
+        measure: (state, batch) -> (features (b, d) float32, {metric: (b,)} of the same forward
+            pass).
+        spec: describes the data set. Labels are used if there are any.
+    """
+    return _with_labels(measure, spec) if "label" in spec.fields else _without_labels(measure)
+
+
 class Learned(NamedTuple):
     """The probe fitted on m labelled images.
 
@@ -75,17 +100,12 @@ class Learned(NamedTuple):
     rank: jax.Array
 
 
-def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
-    """Builds the evaluations "watch" and "final" of a task without labels.
+def _with_labels(measure: Callable, spec: DataSpec) -> Probes:
+    """Builds the probes of classes.
 
     Metrics: accuracy, top5, per_class_accuracy and confusion of the k nearest neighbours;
-    linear_accuracy; feature_spread and feature_rank; the metrics of `measure`. Every sum is NaN
-    where a feature, the fitted probe or a sum of `measure` is not finite.
-
-    Args:
-        measure: (state, batch) -> (features (b, d) float32, {metric: (sum, count)} of the same
-            forward pass).
-        spec: describes the data set.
+    linear_accuracy; feature_spread and feature_rank; the means of `measure`. Every sum is NaN
+    where a feature, the fitted probe or a value of `measure` is not finite.
     """
     n = spec.num_classes
 
@@ -102,21 +122,78 @@ def make_probes(measure: Callable, spec: DataSpec) -> dict[str, Probe]:
         votes = neighbour_votes(unit(features), learned.features, learned.label, n)
         linear = features @ learned.weights + learned.bias[None]
         count = weight.sum()
-        sums = [total for total, _ in more.values()]
-        finite = [jnp.isfinite(x).all() for x in (features, *learned, *sums)]
+        sums = {name: (values * weight).sum() for name, values in more.items()}
+        finite = [jnp.isfinite(x).all() for x in (features, *learned, *sums.values())]
         metrics = {
             **answer_metrics(votes, label, weight),
             "linear_accuracy": answer_metrics(linear, label, weight)["accuracy"],
             "feature_spread": (learned.spread * count, count),
             "feature_rank": (learned.rank * count, count),
-            **more,
+            **{name: (total, count) for name, total in sums.items()},
         }
         return nan_unless(jnp.stack(finite).all(), metrics)
 
-    return {"watch": Probe(embed, fit, score, WATCHED), "final": Probe(embed, fit, score)}
+    return Probes(
+        evals={"watch": Probe(embed, fit, score, WATCHED), "final": Probe(embed, fit, score)},
+        metrics={
+            "accuracy": Metric("%", protocol=f"{NEIGHBOURS} nearest neighbours of the features"),
+            "top5": Metric("%", protocol=f"five most voted of {NEIGHBOURS} nearest neighbours"),
+            "linear_accuracy": Metric("%", protocol="ridge regression on the features"),
+            **_OF_ALL,
+        },
+        headline="accuracy",
+        note="probes  accuracy is of the nearest neighbours, linear_accuracy of ridge regression",
+    )
 
 
-NOTE = "probes  accuracy is of the nearest neighbours, linear_accuracy of ridge regression"
+def _without_labels(measure: Callable) -> Probes:
+    """Builds the probe of data without classes: does a part of an image find the image?
+
+    Metrics: retrieval, see `found_again`; feature_spread and feature_rank of all images of the
+    split; the means of `measure`.
+    """
+
+    def predict(state, batch):
+        features, more = measure(state, batch)
+        first, second = (
+            measure(state, {**batch, "image": corner(batch["image"], last)})[0]
+            for last in (False, True)
+        )
+        return {**more, "features": features, "first": first, "second": second}
+
+    def add(fold, predictions, examples):
+        del examples
+        return [*fold, predictions]
+
+    def finish(fold):
+        whole = {name: np.concatenate([part[name] for part in fold]) for name in fold[0]}
+        if not all(np.isfinite(x).all() for x in whole.values()):
+            return dict.fromkeys(("retrieval", "feature_spread", "feature_rank"), float("nan"))
+        features, first, second = (whole.pop(name) for name in ("features", "first", "second"))
+        spread, rank = spread_and_rank(jnp.asarray(features))
+        return {
+            "retrieval": found_again(first, second),
+            "feature_spread": float(spread),
+            "feature_rank": float(rank),
+            **{name: float(values.mean()) for name, values in whole.items()},
+        }
+
+    def chance(train, examples):
+        del train
+        return {"retrieval": 1 / len(examples["image"])}
+
+    evaluation = Collected(predict, list, add, finish)
+    share = f"{CORNER:.0%} of both sides"
+    return Probes(
+        evals={"watch": evaluation, "final": evaluation},
+        metrics={
+            "retrieval": Metric("%", protocol=f"upper left by lower right corner, {share}"),
+            **_OF_ALL,
+        },
+        headline="retrieval",
+        note="probes  no labels: retrieval finds an image by its lower right corner",
+        baseline=chance,
+    )
 
 
 def neighbour_votes(query: jax.Array, features: jax.Array, label: jax.Array, n: int) -> jax.Array:

@@ -23,14 +23,7 @@ from cv_jax.learn.images import draw_image, make_read
 from cv_jax.learn.initial import check_sizes, make_initial
 from cv_jax.learn.inputs import make_normalize, make_view, to_unit
 from cv_jax.learn.losses import of_examples
-from cv_jax.learn.probes import (
-    HEADLINE,
-    METRICS,
-    NOTE,
-    make_probes,
-    step_metrics,
-    warn_of_collapse,
-)
+from cv_jax.learn.probes import make_probes, step_metrics, warn_of_collapse
 from cv_jax.learn.train_step import make_training
 from cv_jax.models import build_model, compute_dtype
 from cv_jax.models.layers import batch_norm, checked_widths, dense
@@ -201,20 +194,22 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     def measure(state, batch):
         return features(state, batch)["pooled"], {}
 
+    probes = make_probes(measure, spec)
     return Task(
         init=init,
         train_step=training.train_step,
-        evals=make_probes(measure, spec),
-        metrics=METRICS,
-        headline=HEADLINE,
+        evals=probes.evals,
+        metrics=probes.metrics,
+        headline=probes.headline,
         preview=lambda batch, key: {"image": view(batch, key)},
-        notes=[f"method  {config.method}", NOTE, *training.notes, *initial.notes],
-        needs=("image", "label"),
+        notes=[f"method  {config.method}", probes.note, *training.notes, *initial.notes],
+        needs=("image",),
         reads=("method", "progressive_resizing", "data.keep_unlabelled", "data.normalize_by"),
         features=features,
         read=make_read(spec),
         draw=draw_image,
         stages=training.stages,
+        baseline=probes.baseline,
         warn=warn_of_collapse,
     )
 
