@@ -33,9 +33,12 @@ def test_corners_are_three_quarters_of_both_sides():
     image[:, 6:, :, 0] = 255  # below the upper corner
     image[:, :, :3, 1] = 255  # left of the lower one
     upper, lower = (np.asarray(corner(jnp.asarray(image), last)) for last in (False, True))
-    assert upper.shape == lower.shape == image.shape and upper.dtype == np.float32
-    assert not upper[..., 0].any() and upper[..., 1].max() == 1
-    assert not lower[..., 1].any() and lower[..., 0].max() == 1
+    assert upper.shape == lower.shape == image.shape
+    assert upper.dtype == np.float32
+    assert not upper[..., 0].any()
+    assert upper[..., 1].max() == 1
+    assert not lower[..., 1].any()
+    assert lower[..., 0].max() == 1
 
 
 def test_data_without_labels_are_measured_by_retrieval_and_those_with_by_neighbours():
