@@ -250,6 +250,26 @@ def test_as_many_values_in_another_shape_are_reshaped_where_that_is_allowed(monk
     assert table(notes) == {"reshaped": (1, 24, "head/kernel"), "loaded": (1, 3, "norm/mean")}
 
 
+def test_a_network_without_a_backbone_becomes_that_of_a_detector(monkeypatch):
+    kernel = np.arange(9.0).reshape(3, 3)
+    there = {"params/group1/kernel": kernel, "params/head/kernel": np.ones(5)}
+    monkeypatch.setattr(initial, "_read", lambda init_from: ("seed=0 after step 7", there))
+    shape = {"kernel": jax.ShapeDtypeStruct((3, 3), jnp.float32)}
+    shapes = {"params": {"backbone": {"group1": shape}, "merge1": shape}}
+    never = dict.fromkeys(("allow", "anew"), lambda name: False)
+    taken, notes = take_over("run", shapes, **never)
+    assert taken.keys() == {"params/backbone/group1/kernel"}
+    np.testing.assert_array_equal(taken["params/backbone/group1/kernel"], kernel)
+    assert table(notes) == {
+        "loaded": (1, 9, "backbone/group1/kernel"),
+        "missing": (1, 9, "merge1/kernel"),
+        "skipped": (1, 5, "backbone/head/kernel"),
+    }
+    shapes["params"]["backbone"]["group2"] = shape
+    with pytest.raises(UserError, match="1 parameter does not fit: backbone/group2/kernel is miss"):
+        take_over("run", shapes, **never)
+
+
 def test_averaged_parameters_are_taken_where_there_are_such(tmp_path):
     state = leave_run(tmp_path / "run", ssl_config(optim__ema=0.9))
     shapes = {"params": state.params, "batch_stats": state.model_state["batch_stats"]}

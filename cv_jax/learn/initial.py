@@ -138,9 +138,10 @@ def take_over(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Loads the parameters and batch statistics of another network that match by name.
 
-    With RUN:SUBTREE the names are those below SUBTREE. A network from elsewhere becomes the
-    backbone, if the new network has one. Every array must be in both networks and have one shape;
-    only positions are resampled to another grid. Where `allow` permits a difference:
+    With RUN:SUBTREE the names are those below SUBTREE. If the new network has a backbone and RUN
+    has none, RUN becomes the backbone: its head is ignored, and the parts beside the backbone are
+    initialised. Otherwise every array must be in both networks and have one shape; only positions
+    are resampled to another grid. Where `allow` permits a difference:
     - missing in RUN: initialised as without RUN;
     - another number of values in RUN: initialised as without RUN;
     - as many values in another shape: reshaped;
@@ -161,7 +162,9 @@ def take_over(
     name, found = _read(init_from)
     here = flatten_dict(shapes, sep="/")
     there = {path: x for path, x in found.items() if path.partition("/")[0] in shapes}
-    if (family := FAMILIES.get(name)) and "backbone" in shapes["params"]:
+    family = FAMILIES.get(name)
+    becomes_backbone = "backbone" in shapes["params"] and not any(map(_of_backbone, there))
+    if becomes_backbone:
         there = {path.replace("/", "/backbone/", 1): x for path, x in there.items()}
     taken: dict[str, np.ndarray] = {}
     rows: dict[str, list[str]] = {}
@@ -177,7 +180,8 @@ def take_over(
         if anew(_name(path)):
             note("initialised", path, True, "")
         elif path not in there:
-            note("missing", path, allowed, "is missing in RUN")
+            beside = becomes_backbone and not _of_backbone(path)
+            note("missing", path, allowed or beside, "is missing in RUN")
         elif there[path].shape == wanted.shape:
             taken[path] = there[path]
             note("loaded", path, True, "")
@@ -192,7 +196,8 @@ def take_over(
                 taken[path] = there[path].reshape(wanted.shape)
     for path in there:
         if path not in here:
-            skipped = allow(_name(path)) or anew(_name(path))
+            head = becomes_backbone and _name(path).startswith("backbone/head/")
+            skipped = head or allow(_name(path)) or anew(_name(path))
             note("skipped", path, skipped, "is only in RUN")
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
@@ -226,6 +231,10 @@ def _table(rows: dict[str, list[str]], arrays: dict[str, Any]) -> str:
 def _name(path: str) -> str:
     """Returns the name of a variable, without its collection."""
     return path.partition("/")[2]
+
+
+def _of_backbone(path: str) -> bool:
+    return _name(path).startswith("backbone/")
 
 
 def _matcher(config: ml_collections.ConfigDict, key: str) -> Callable[[str], bool]:
