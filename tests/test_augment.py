@@ -33,6 +33,7 @@ ONE_OF_EACH = {
     "scale": "scale(0.7, 1.3)",
     "translate": "translate(2)",
     "rot90": "rot90",
+    "random_crop": "random_crop(8)",
     "random_resized_crop": "random_resized_crop",
     "cutout": "cutout(4)",
     "random_erasing": "random_erasing(0.9)",
@@ -103,7 +104,10 @@ def test_every_op_is_tested_here():
 def test_shapes_dtypes_and_range_stay(text, shape):
     batch = make_batch(*shape_for(text, shape))
     out = jitted(text)(KEY, batch)
-    chex.assert_trees_all_equal_shapes_and_dtypes(out, batch)
+    size = (8, 8) if text == "random_crop(8)" else shape_for(text, shape)[1:3]
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        out, {**batch, "image": jnp.zeros((shape[0], *size, shape[3]))}
+    )
     chex.assert_tree_all_finite(out)
     assert float(out["image"].min()) >= 0
     assert float(out["image"].max()) <= 1 + 1e-6

@@ -40,6 +40,7 @@ GEOMETRY = (
     "translate(3)",
     "random_resized_crop(12)",
     "rot90|rotate(10)|translate(2)",
+    "scale(0.8, 1.2)|random_crop(12)",
     "randaugment(3)",
 )
 MOVES_WHOLE_PIXELS = ("flip(1)", "alternating_flip", "crop(3)", "rot90")
@@ -405,6 +406,48 @@ def test_neighbouring_motions_are_one_warp_by_the_product():
     twice = warped(warped(batch, drawn[0]), drawn[1])
     np.testing.assert_allclose(out["points"], twice["points"], atol=1e-5)
     assert np.abs(out["image"] - twice["image"]).max() > 0.05
+
+
+def test_a_random_crop_is_a_part_of_the_image_with_all_its_fields():
+    batch = make_batch(64)
+    out = jitted("random_crop((7, 5))")(KEY, batch)
+    assert out["image"].shape == (64, 7, 5, 3)
+    assert out["mask"].shape == (64, 7, 5)
+    corners = np.asarray(batch["points"][:, 0] - out["points"][:, 0]).astype(int)
+    np.testing.assert_array_equal(corners.min(0), [0, 0])
+    np.testing.assert_array_equal(corners.max(0), [7, 5])
+    for i, (x, y) in enumerate(corners):
+        for name in ("image", "mask"):
+            expected = np.asarray(batch[name])[i, y : y + 7, x : x + 5]
+            np.testing.assert_allclose(out[name][i], expected, atol=1e-6)
+
+
+def test_a_random_crop_larger_than_the_image_puts_it_anywhere_inside():
+    batch = make_batch(64)
+    out = jitted("random_crop(14)")(KEY, batch)
+    places = np.asarray(out["points"][:, 0] - batch["points"][:, 0]).astype(int)
+    assert {0, 1, 2} == set(places.ravel().tolist())
+    for i, (x, y) in enumerate(places):
+        inside = np.zeros((14, 14), bool)
+        inside[y : y + 12, x : x + 12] = True
+        assert (np.asarray(out["mask"][i])[~inside] == 255).all()
+        np.testing.assert_array_equal(out["mask"][i][inside].reshape(12, 12), batch["mask"][i])
+
+
+def test_a_random_crop_after_a_motion_is_one_resampling():
+    text = "scale(0.8, 1.3)|random_crop(7)"
+    ops = [AUGMENTATIONS["scale"](0.8, 1.3), AUGMENTATIONS["random_crop"](7)]
+    batch = make_batch()
+    drawn = [op.draw(jax.random.fold_in(KEY, i), 16, (12, 12))[0] for i, op in enumerate(ops)]
+    expected = warped(batch, warp.compose(*drawn), (7, 7))
+    out = jit(make_augment(text, FIELDS, 0.0))(KEY, batch)
+    chex.assert_trees_all_close(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["0", "(3, 0)", "9999999"])
+def test_a_size_of_no_pixels_is_refused(size):
+    with pytest.raises(UserError, match="must be one or two whole numbers of pixels"):
+        make_augment(f"random_crop({size})", FIELDS)
 
 
 def test_only_neighbouring_motions_of_the_same_mode_are_multiplied():

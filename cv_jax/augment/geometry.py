@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cv_jax.augment.common import (
     IMAGE_AND_LABEL,
@@ -188,6 +189,7 @@ class Motion(NamedTuple):
         mode: the padding outside the image: "reflect" or "zero".
         samples: samples a side in each pixel of the output; see `warp`.
         fields, min_area: see `warp`.
+        size: height and width of the output; None: those of the input.
     """
 
     draw: Callable
@@ -195,6 +197,7 @@ class Motion(NamedTuple):
     samples: int
     fields: Fields
     min_area: float
+    size: tuple[int, int] | None = None
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
         return move([self], [key], batch)
@@ -202,9 +205,12 @@ class Motion(NamedTuple):
 
 def move(motions: list[Motion], keys: list[jax.Array], batch: Batch) -> Batch:
     """Applies all motions in one resampling; all must have the same `mode` and `fields`."""
-    _, mode, _, fields, min_area = motions[0]
+    _, mode, _, fields, min_area, _ = motions[0]
     size, b = image_size(batch, fields), num_rows(batch, fields)
-    drawn = [motion.draw(key, b, size) for motion, key in zip(motions, keys, strict=True)]
+    drawn = []
+    for motion, key in zip(motions, keys, strict=True):
+        drawn.append(motion.draw(key, b, size))
+        size = motion.size or size
     samples = max(motion.samples for motion in motions)
     source = drawn[0][1] if len(drawn) == 1 and samples == 1 else None
     matrix = compose(*(matrix for matrix, _ in drawn))
@@ -326,6 +332,34 @@ def translate(
 ) -> Augment:
     """Moves the image by up to `pixels` in each direction: `affine` with translation only."""
     return affine(translate=pixels, mode=mode, fields=fields, min_area=min_area)
+
+
+def random_crop(
+    size: int | tuple[int, int],
+    *,
+    fields: Fields = IMAGE_AND_LABEL,
+    min_area: float = MIN_AREA,
+) -> Augment:
+    """Cuts out a part of `size` pixels at a random place, without resizing.
+
+    After `affine` or another motion, both are one resampling. An image smaller than `size` is put
+    at a random place of the result, with the padding of `warp` around it.
+
+    Args:
+        size: height and width of the part in pixels, or one number for both.
+    """
+    size = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    whole = len(size) == 2 and all(isinstance(x, int) and 1 <= x <= MAX_PIXELS for x in size)
+    require(lambda: whole, f"size={size} must be one or two whole numbers of pixels")
+
+    def draw(key, b, before):
+        room = np.float32([[have - want for have, want in zip(before, size, strict=True)]])
+        # Whole pixels, so that the part is exact unless another motion joins in.
+        corner = jnp.floor((np.abs(room) + 1) * jax.random.uniform(key, (b, 2)))
+        corner = np.sign(room) * jnp.minimum(corner, np.abs(room))
+        return translation(-corner[:, 1], -corner[:, 0]), None
+
+    return Motion(draw, outside("reflect", fields), 1, fields, min_area, size)
 
 
 def rot90(*, fields: Fields = IMAGE_AND_LABEL, min_area: float = MIN_AREA) -> Augment:

@@ -22,10 +22,9 @@ from cv_jax.augment.common import (
     map_masks,
     select,
 )
-from cv_jax.data.fields import has_kind
+from cv_jax.data.fields import IGNORED, has_kind
 
 MIN_AREA = 0.3  # the share of a box's area that must stay inside the image
-IGNORED = 255  # the class of mask pixels that losses and metrics ignore
 
 # Keeps a box that is inside by exactly min_area, in spite of float32 rounding: 1e-4 of a box 10
 # pixels wide is some ten units in the last place of a coordinate of 1000.

@@ -9,7 +9,7 @@ import numpy as np
 
 from cv_jax.config.errors import UserError
 from cv_jax.data.encoded import Encoded
-from cv_jax.data.fields import Examples, Field, num_examples, take
+from cv_jax.data.fields import IGNORED, Examples, Field, num_examples, take
 from cv_jax.data.typical import Typical, typical_from_json, typical_to_json
 
 # Training examples that a model may use for its data-dependent initialisation, and their bytes.
@@ -30,7 +30,8 @@ class DataSpec(NamedTuple):
         typical: statistics of the training images; None: not measured.
         eval_crop: share of an image's sides that the centre crop keeps, see
             `read_image.fit_image`.
-        label_counts: number of training examples of each class of the field `label`; (): not known.
+        label_counts: number of training examples of each class of the field `label`, or of pixels
+            in the masks of `sample`; (): not known.
     """
 
     name: str
@@ -64,8 +65,8 @@ class DataSpec(NamedTuple):
     def summary(self) -> str:
         """Returns the shapes of an example in words, such as "32x32x3, 10 classes"."""
         return ", ".join(
-            f"{len(field.names)} classes"
-            if field.kind == "label"
+            f"{'mask of ' * (field.kind == 'mask')}{len(field.names)} classes"
+            if field.kind in ("label", "mask")
             else ("" if field.kind == "image" else f"{name} ") + "x".join(map(str, field.shape))
             for name, field in self.fields.items()
             if field.shape or field.kind == "label"
@@ -232,8 +233,12 @@ def sample_of(examples: Examples) -> Examples:
 def count_labels(train: Examples, fields: Mapping[str, Field]) -> tuple[int, ...]:
     """Returns the number of examples of each class of the field `label`; () without this field.
 
-    Examples without a label, of value -1, do not count.
+    Examples without a label, of value -1, do not count. Without this field, but with masks, it is
+    the number of pixels of each class in the masks of `sample_of` the examples.
     """
+    if "label" not in fields and "mask" in fields:
+        found = np.bincount(np.asarray(sample_of(train)["mask"]).ravel(), minlength=IGNORED)
+        return tuple(found[: len(fields["mask"].names)].tolist())
     if "label" not in fields:
         return ()
     label = np.asarray(train["label"])

@@ -81,12 +81,13 @@ class Decoding:
     """How the images of a data set are decoded, and those that could not be.
 
     Attributes:
-        shape: (h, w, c) of every decoded image.
-        fit: encoded image -> (h, w, c) uint8, the crop of evaluation.
+        shape: (h, w, c) of every decoded image, or (h, w) of a mask.
+        fit: encoded image -> uint8 of this shape, the crop of evaluation.
         crop: (encoded image, generator) -> (h, w, c) uint8, a random crop; None: `fit` also in
             training.
         stops: whether a broken image stops the run.
         num_workers: number of threads that decode.
+        fill: the value of all pixels of a broken image, and of padding.
         broken: {name of a broken image: what is wrong}.
     """
 
@@ -95,6 +96,7 @@ class Decoding:
     crop: Callable[[bytes, np.random.Generator], np.ndarray] | None = None
     stops: bool = False
     num_workers: int = 1
+    fill: int = 0
     broken: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -127,19 +129,19 @@ def num_cores() -> int:
 
 
 class Encoded:
-    """The images of a split. `encoded[positions]` is a part of them; `np.asarray` decodes.
+    """The images or masks of a split. `encoded[positions]` is a part; `np.asarray` decodes.
 
-    A broken image is decoded as black pixels, and named on stderr; `read_training` replaces it.
+    The pixels of a broken one are `decoding.fill`, and it is named on stderr; `read_training`
+    replaces it.
 
     Args:
         source: all images of the data set.
         decoding: how to decode them.
-        positions: (m,) the split's images in the source; -1 is padding, which is black.
+        positions: (m,) the split's images in the source; -1 is padding.
         digests: (len(source),) uint64, equal for equal files.
     """
 
     dtype = np.dtype(np.uint8)
-    ndim = 4
 
     def __init__(
         self, source: Source, decoding: Decoding, positions: np.ndarray, digests: np.ndarray
@@ -148,8 +150,12 @@ class Encoded:
         self.positions, self._digests = np.asarray(positions, np.int64), digests
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return (len(self.positions), *self.decoding.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -173,7 +179,7 @@ class Encoded:
         return Encoded(self.source, self.decoding, self.positions[rows], self._digests)
 
     def padded(self, count: int) -> "Encoded":
-        """Returns the images with `count` black ones after them."""
+        """Returns the images with `count` rows of padding after them."""
         positions = np.pad(self.positions, (0, count), constant_values=-1)
         return Encoded(self.source, self.decoding, positions, self._digests)
 
@@ -226,8 +232,10 @@ class Encoded:
         try:
             return self.decoding.fit(self.source.read(self.positions[row]))
         except UserError as error:
-            self.decoding.note(self._name(row), error, "It is evaluated as a black image.")
-            return 0
+            black = "It is evaluated as a black image."
+            instead = "All its pixels are ignored." if self.decoding.fill else black
+            self.decoding.note(self._name(row), error, instead)
+            return self.decoding.fill
 
     def _name(self, row: int) -> str:
         return self.source.name(self.positions[row])
@@ -235,7 +243,7 @@ class Encoded:
     def _in_threads(self, decode: Callable[[int, np.ndarray], None], count: int = -1) -> np.ndarray:
         """Returns (count, h, w, c) uint8, whose row i decode(i, row) has filled."""
         count = len(self) if count < 0 else count
-        images = np.zeros((count, *self.decoding.shape), np.uint8)
+        images = np.full((count, *self.decoding.shape), self.decoding.fill, np.uint8)
         size = max(1, count // (8 * self.decoding.num_workers))  # a task costs some 20 us
 
         def decode_part(start):
@@ -249,15 +257,16 @@ class Encoded:
 def read_training(examples: Examples, positions: np.ndarray, key: int, epoch: int) -> Examples:
     """Reads training examples at `positions` for an epoch of the run with this key.
 
-    Encoded images are decoded; where one is replaced, the other fields are its replacement's.
+    Encoded images and masks are decoded; where an image is replaced, the other fields are its
+    replacement's.
     """
-    encoded = [name for name, x in examples.items() if isinstance(x, Encoded)]
+    encoded = [name for name, x in examples.items() if isinstance(x, Encoded) and x.ndim == 4]
     if not encoded:
         return decoded(take(examples, positions))
     rows = [Row(key, epoch, int(position)) for position in positions]
     images, used = examples[encoded[0]].read_training(rows)
     others = {name: x for name, x in examples.items() if name != encoded[0]}
-    found = {**take(others, used), encoded[0]: images}
+    found = {**decoded(take(others, used)), encoded[0]: images}
     return {name: found[name] for name in examples}
 
 

@@ -8,6 +8,8 @@ import numpy as np
 # Examples, a batch, or one example: {field name: array}.
 Examples = dict[str, np.ndarray]
 
+IGNORED = 255  # the class of mask pixels that losses and metrics ignore
+
 # The kinds of field, with the shape and dtype of one example. t frames, o objects, a agents, l
 # tokens, p points. Coordinates are (x, y) in pixels of the stored image; the pixel in row i and
 # column j covers [j, j + 1) x [i, i + 1).
@@ -93,6 +95,16 @@ def boxes_fields(names: Sequence[str], count: int) -> dict[str, Field]:
         "difficult": Field((count,), "bool", "box_flag"),
         "crowd": Field((count,), "bool", "box_flag"),
     }
+
+
+def mask_field(names: Sequence[str], shape: Sequence[int] = ()) -> Field:
+    """Describes masks (h, w) uint8: a class for each pixel, or IGNORED."""
+    return Field(tuple(shape), "uint8", "mask", fill=IGNORED, names=tuple(names))
+
+
+def is_whole(fields: Mapping[str, Field]) -> bool:
+    """Returns whether images are read whole, letter-boxed: a crop would cut objects off."""
+    return has_kind(fields, "boxes", "mask")
 
 
 def has_kind(fields: Mapping[str, Field], *kinds: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import ml_collections
@@ -17,6 +18,7 @@ from cv_jax.data.sources.coco import list_coco
 from cv_jax.data.sources.digits import load_digits
 from cv_jax.data.sources.folder import list_folder
 from cv_jax.data.sources.location import find_prepared, tfds_data_dir
+from cv_jax.data.sources.masks import CAMVID, list_masks, list_voc_masks
 from cv_jax.data.sources.photos import PHOTO_KEYS, load_photos
 from cv_jax.data.sources.shapes import load_shapes
 from cv_jax.data.sources.table import list_table
@@ -25,6 +27,12 @@ from cv_jax.data.splits import OFFICIAL, count_equal, hold_out, limit_examples, 
 
 # Data sets that do not come from TFDS. Add a new one here, as a function () -> Stored.
 OWN = {"digits": load_digits, "shapes": load_shapes}
+# Directories of images with masks, as functions (directory, join_val) -> Listing.
+MASKS = {
+    "camvid": partial(list_masks, names=CAMVID),
+    "masks": list_masks,
+    "voc_masks": list_voc_masks,
+}
 
 
 def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
@@ -32,11 +40,12 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
 
     Args:
         config_data: the config's `data`, with these keys:
-            name: one of OWN; "folder"; "voc"; "coco"; "module:function" of your own (() -> Stored);
-                or the TFDS name of a data set of image classification or of objects with boxes.
-            dir: of "folder", the directory of the class folders, or a CSV file; of "voc" and
-                "coco", see `sources.voc` and `sources.coco`. Else TFDS's data directory; "":
-                TFDS_DATA_DIR or ~/tensorflow_datasets.
+            name: one of OWN or MASKS; "folder"; "voc"; "coco"; "module:function" of your own
+                (() -> Stored); or the TFDS name of a data set of image classification or of
+                objects with boxes.
+            dir: of "folder", the directory of the class folders, or a CSV file; of "voc",
+                "coco" and MASKS, see `sources.voc`, `sources.coco` and `sources.masks`. Else
+                TFDS's data directory; "": TFDS_DATA_DIR or ~/tensorflow_datasets.
             size, decode, crop, eval_crop, workers, on_error: see `photos.load_photos`.
             num_val: the number of training examples that become val, see `splits.hold_out`.
             val_fraction: if num_val is 0 and the source has no val split, the share of them.
@@ -83,9 +92,12 @@ def _load(data: ml_collections.ConfigDict) -> Stored:
     if name == "folder":
         where = _require_dir(data, "the directory of the class folders, or a CSV file")
         return load_photos(list_folder(where) if where.is_dir() else list_table(where), data)
+    join_val = not data.val_fraction and data.num_val != OFFICIAL
+    if name in MASKS:
+        where = _require_dir(data, "a directory of images and masks, see docs/segmentation.md")
+        return load_photos(MASKS[name](where, join_val), data)
     if name == "voc":
         where = _require_dir(data, "a directory in the layout of PASCAL VOC")
-        join_val = not data.val_fraction and data.num_val != OFFICIAL
         return load_photos(list_voc(where, join_val), data)
     if name == "coco":
         where = _require_dir(data, "a JSON file of COCO's format, or the directory above it")

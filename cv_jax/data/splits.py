@@ -126,9 +126,10 @@ def limit_examples(data: Dataset, count: int) -> Dataset:
 def limit_labels(
     data: Dataset, per_class: int, fraction: float, seed: int, keep_unlabelled: bool
 ) -> Dataset:
-    """Keeps the labels of a few training examples, chosen stratified.
+    """Keeps the labels of a few training examples, chosen stratified as in `limit_examples`.
 
-    Val, test, mean and std are unchanged.
+    Val, test, mean and std are unchanged. Data without a field `label`, such as masks, have no way
+    to say that an example has no label: there, the other examples leave train.
 
     Args:
         data: the data set.
@@ -144,9 +145,12 @@ def limit_labels(
     """
     if not per_class and not fraction:
         return data
-    if "label" not in data.spec.fields:
-        key = "labels_per_class" if per_class else "label_fraction"
-        raise UserError(f"config.data.{key} must be 0: {data.spec.name} has no field 'label'.")
+    if "label" not in data.spec.fields and (per_class or keep_unlabelled):
+        key = "labels_per_class" if per_class else "keep_unlabelled"
+        wanted = 0 if per_class else False
+        raise UserError(
+            f"config.data.{key} must be {wanted}: {data.spec.name} has no field 'label'."
+        )
     chosen = _choose_labelled(data, per_class, fraction, seed)
     if keep_unlabelled:
         return _with_labelled(data, chosen)
@@ -160,7 +164,7 @@ def limit_labels(
 
 
 def _choose_labelled(data: Dataset, per_class: int, fraction: float, seed: int) -> np.ndarray:
-    label = data.train["label"]
+    label = _strata(data.train, data.spec.fields)
     if per_class:
         sizes = np.bincount(label, minlength=data.spec.num_classes)
         if sizes.min() < per_class:

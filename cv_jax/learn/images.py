@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cv_jax.data import DataSpec
-from cv_jax.data.fields import has_kind
+from cv_jax.data.fields import is_whole
 from cv_jax.data.read_image import Back, fit_image, letterbox_image
 
 
@@ -14,9 +14,9 @@ def make_read(spec: DataSpec) -> Callable[[bytes], list[tuple[dict[str, np.ndarr
     """Returns a function: image file -> [(example, back)], where `back` undoes what is done to it.
 
     The image becomes what it is in evaluation: cropped and resized by `data.read_image.fit_image`,
-    or whole by `letterbox_image` where the data set has boxes.
+    or whole by `letterbox_image` where the data set has boxes or masks.
     """
-    whole = has_kind(spec.fields, "boxes")
+    whole = is_whole(spec.fields)
 
     def read(data: bytes) -> list[tuple[dict[str, np.ndarray], Back]]:
         if whole:

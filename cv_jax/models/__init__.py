@@ -25,6 +25,7 @@ from cv_jax.models.convnext import convnext_t
 from cv_jax.models.lenet import lenet
 from cv_jax.models.n94 import n94, n96
 from cv_jax.models.resnet import resnet18, resnet50
+from cv_jax.models.unet import unet
 from cv_jax.models.vit import vit, vit_s16
 from cv_jax.models.wide_resnet import wrn28_10
 
@@ -35,6 +36,7 @@ MODELS = {
     "n96": n96,
     "resnet18": resnet18,
     "resnet50": resnet50,
+    "unet": unet,
     "vit": vit,
     "vit_s16": vit_s16,
     "wrn28_10": wrn28_10,

@@ -55,9 +55,13 @@ class Task(NamedTuple):
         outputs: {name of a prediction: its description in words}.
         read: the bytes of a file -> [(example, back)]. An example has no axis of rows; `back` maps
             its coordinates to those of the file.
+        join: [(example, prediction, back)] of one file -> (example, prediction, back) of the whole
+            file. None: the examples of a file stay apart.
         describe: (example, prediction, back) -> JSON values, in the file's own coordinates.
         draw: (example, prediction, back) -> a picture (h, w, 3) uint8. Prediction and back are
             None for an example of the data set.
+        mask: (prediction, back) -> a Pillow image of the file's size, whose pixels are classes;
+            None for a task without masks.
         explain: (state, batch) -> {"saliency": (b, h, w), "features": {name: (b, h, w, c)}} that
             explain a prediction; None: no explanation.
         panels: (examples, predictions) of test -> Panels for a report; None: no panels.
@@ -80,8 +84,10 @@ class Task(NamedTuple):
     inputs: tuple[str, ...] = ("image",)
     outputs: Mapping[str, str] = MappingProxyType({})
     read: Callable | None = None
+    join: Callable | None = None
     describe: Callable | None = None
     draw: Callable | None = None
+    mask: Callable | None = None
     explain: Callable | None = None
     panels: Callable | None = None
     baseline: Callable | None = None

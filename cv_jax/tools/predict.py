@@ -13,7 +13,8 @@ characters and bytes that are not UTF-8 are escaped in names.
 
 A network predicts something for any input. Therefore stderr first says what the network was trained
 on, and an image unlike the training images is marked (see cv_jax/data/typical.py). --inputs=DIR
-writes the input images of the network, and --pictures=DIR pictures of the predictions.
+writes the input images of the network, --pictures=DIR pictures of the predictions, and --masks=DIR
+the masks of a segmenter: PNG files of the size of the image, whose pixels are the classes.
 
 Exit codes: 0 all files were read; 1 some files could not be read; 2 user error, or predictions that
 are not finite (see the message).
@@ -40,6 +41,7 @@ from cv_jax.data.fields import num_examples, take
 from cv_jax.data.read_image import read_bytes
 from cv_jax.data.typical import score
 from cv_jax.runtime.startup import check_platform, num_cores, prepare_jax
+from cv_jax.tasks import Task
 from cv_jax.tools.command import add_run_arguments, command, make_parser
 from cv_jax.trained.load import (
     Trained,
@@ -169,8 +171,17 @@ def _matched(
         if isinstance(one, str):
             yield file, one
         else:
-            pairs = [(example, back, *next(left)) for example, back in one]
-            yield file, [Predicted(e, prediction, back, s) for e, back, prediction, s in pairs]
+            parts = [(example, *next(left), back) for example, back in one]
+            yield file, _joined(trained, [Predicted(e, p, back, s) for e, p, s, back in parts])
+
+
+def _joined(trained: Trained, parts: list[Predicted]) -> list[Predicted]:
+    """Returns the predictions of a file, as one if its task joins them."""
+    if trained.task.join is None:
+        return parts
+    whole = trained.task.join([(one.example, one.prediction, one.back) for one in parts])
+    scores = [one.score for one in parts if one.score is not None]
+    return [Predicted(*whole, sum(scores) / len(scores) if scores else None)]
 
 
 def describe(
@@ -216,11 +227,24 @@ def _about(trained: Trained) -> str:
     )
 
 
-def _write(folder: Path, flag: str, position: int, file: Path, picture: np.ndarray) -> None:
+def _pictures(
+    task: Task, one: Predicted, folders: dict[str, Path | None]
+) -> Iterator[tuple[str, Image.Image]]:
+    """Yields (flag, picture) for every folder that is to be written."""
+    if folders["inputs"] and "image" in one.example:
+        pixels = one.example["image"]
+        yield "inputs", Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    if folders["pictures"]:
+        yield "pictures", Image.fromarray(task.draw(one.example, one.prediction, one.back))
+    if folders["masks"]:
+        yield "masks", task.mask(one.prediction, one.back)
+
+
+def _write(folder: Path, flag: str, position: int, file: Path, picture: Image.Image) -> None:
     """Writes a picture as a PNG file; its name begins with the file's position."""
     path = folder / f"{position:06}-{file.stem[:40]}.png"
     try:
-        Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
+        picture.save(path)
     except OSError as error:
         raise UserError(
             f"--{flag}={folder} cannot be written ({first_line(error)}): choose another."
@@ -243,7 +267,7 @@ def main() -> None:
     parser.add_argument("--dir", type=path_argument, help="a directory of more files to read")
     add_run_arguments(parser)
     parser.add_argument("--top", type=int, help="entries of a prediction to show")
-    for flag, what in (("inputs", "the input images of the network"), *_PICTURES):
+    for flag, what in _FOLDERS.items():
         parser.add_argument(f"--{flag}", type=path_argument, help=f"a directory for {what}")
     parser.add_argument("--json", action="store_true", help="print JSON, a line for each file")
     arguments = parser.parse_args()
@@ -257,14 +281,23 @@ def main() -> None:
     sys.exit(_print_predictions(files, trained, arguments))
 
 
-_PICTURES = (("pictures", "pictures of the predictions"),)
+_FOLDERS = {
+    "inputs": "the input images of the network",
+    "pictures": "pictures of the predictions",
+    "masks": "masks of the predicted classes",
+}
 
 
 def _print_predictions(
     files: Sequence[Path], trained: Trained, arguments: argparse.Namespace
 ) -> int:
     """Prints all lines and returns the exit code."""
-    folders = {flag: getattr(arguments, flag) for flag in ("inputs", "pictures")}
+    folders = {flag: getattr(arguments, flag) for flag in _FOLDERS}
+    if folders["masks"] and trained.task.mask is None:
+        raise UserError(
+            f"--masks: config.task={trained.config.task!r} predicts no masks: leave it out, or use "
+            "--pictures."
+        )
     for flag, folder in folders.items():
         try:
             folder and folder.mkdir(parents=True, exist_ok=True)
@@ -282,11 +315,8 @@ def _print_predictions(
         bad = isinstance(found, str)
         num_bad += bad
         for one in [found] if bad else found:
-            if not bad and folders["inputs"] and "image" in one.example:
-                _write(folders["inputs"], "inputs", position, file, one.example["image"])
-            if not bad and folders["pictures"]:
-                picture = trained.task.draw(one.example, one.prediction, one.back)
-                _write(folders["pictures"], "pictures", position, file, picture)
+            for flag, picture in () if bad else _pictures(trained.task, one, folders):
+                _write(folders[flag], flag, position, file, picture)
             line = describe(file, one, trained, arguments.top, arguments.json)
             stream = sys.stderr if bad and not arguments.json else sys.stdout
             if watched and stream.isatty():

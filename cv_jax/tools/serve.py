@@ -45,6 +45,7 @@ from cv_jax.runtime.signals import Stopped, raise_when_signalled
 from cv_jax.runtime.startup import check_platform, prepare_jax
 from cv_jax.tools.command import add_run_arguments, command, make_parser
 from cv_jax.trained.load import Trained, check_finite_predictions, in_words, load_trained
+from cv_jax.trained.words import texts
 from cv_jax.workdir.bucket import work_directory
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -62,6 +63,7 @@ def make_answer(trained: Trained) -> Callable[[bytes], dict[str, Any]]:
     The function raises UserError for a file that cannot be read. Its values, with pixels as bytes
     in base64:
         prediction: the task's description of the prediction.
+        texts: the same as texts by key.
         picture: {shape, pixels}, the task's drawing of the prediction.
         classes: [{name, probability}], the most probable first, if there are probabilities.
         image: {shape, pixels}, the network's input (h, w, c), for an image.
@@ -80,14 +82,23 @@ def make_answer(trained: Trained) -> Callable[[bytes], dict[str, Any]]:
         explained = task.explain(state, batch) if task.explain else {}
         return task.predict(state, batch), explained
 
-    def look(example: dict[str, np.ndarray], back: Any) -> dict[str, Any]:
+    def look(example: dict[str, np.ndarray], back: Any) -> tuple:
         batch = {name: x[None] for name, x in example.items()}
         found = jax.device_get(program(trained.state, batch))
         prediction, explained = jax.tree.map(lambda x: x[0], found)
         check_finite_predictions(prediction)
+        return (example, prediction, back), explained
+
+    def answer(file: bytes) -> dict[str, Any]:
+        examples = task.read(file)
+        found = [look(*one) for one in (examples if task.join else examples[:1])]
+        explained = found[0][1]
+        parts = [part for part, _ in found]
+        example, prediction, back = task.join(parts) if task.join else parts[0]
         values = task.describe(example, prediction, back)
         answer = {
             "prediction": values,
+            "texts": texts(values),
             "picture": _to_picture(task.draw(example, prediction, back)),
         }
         if "probabilities" in values:
@@ -100,10 +111,6 @@ def make_answer(trained: Trained) -> Callable[[bytes], dict[str, Any]]:
             features = by_depth(explained["features"]).items()
             answer["features"] = [_to_maps(name, x) for name, x in features]
         return answer
-
-    def answer(file: bytes) -> dict[str, Any]:
-        example, back = task.read(file)[0]
-        return look(example, back)
 
     # Compiles before the first request.
     blank = padding({name: spec.fields[name] for name in task.inputs}, 1)

@@ -6,28 +6,39 @@ from typing import Any
 
 
 def in_text(values: dict[str, Any]) -> str:
-    """Returns a description as text: probabilities and objects in %, else "key value".
+    """Returns a description as text: probabilities, objects and areas in %, else "key value".
 
     Numbers have four digits. With probabilities, "class" is left out: the predicted class is the
     first of them.
     """
-    parts = []
-    for key, value in values.items():
-        if key == "probabilities":
-            parts.append(", ".join(f"{name} {100 * x:.1f} %" for name, x in value.items()))
-        elif key == "objects":
-            parts.append(", ".join(map(_object, value)) or "no objects")
-        elif key != "class" or "probabilities" not in values:
-            shown = json.dumps(
-                _with_numbers(value, lambda x: float(f"{x:.4g}")), ensure_ascii=False
-            )
-            parts.append(f"{key} {value if isinstance(value, str) else shown}")
-    return "; ".join(parts)
+    return "; ".join(
+        text if key in _LISTS else f"{key} {text}"
+        for key, text in texts(values).items()
+        if key != "class" or "probabilities" not in values
+    )
+
+
+def texts(values: dict[str, Any]) -> dict[str, str]:
+    """Returns the values of a description as texts, see `in_text`."""
+    return {key: _LISTS.get(key, _plain)(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return json.dumps(_with_numbers(value, lambda x: float(f"{x:.4g}")), ensure_ascii=False)
 
 
 def _object(value: dict[str, Any]) -> str:
     corners = ", ".join(f"{x:.0f}" for x in value["box"])
     return f"{value['class']} {100 * value['score']:.1f} % at ({corners})"
+
+
+_LISTS: dict[str, Callable[[Any], str]] = {
+    "probabilities": lambda value: ", ".join(f"{x} {100 * y:.1f} %" for x, y in value.items()),
+    "objects": lambda value: ", ".join(map(_object, value)) or "no objects",
+    "areas": lambda value: ", ".join(f"{x['class']} {100 * x['share']:.1f} %" for x in value),
+}
 
 
 def rounded(value: Any) -> Any:

@@ -11,6 +11,18 @@ from cv_jax.data.fields import Examples, Field
 VAL_IS_TEST = "data    the val images are test: the data set has no test images of its own"
 
 
+class Masks(NamedTuple):
+    """The encoded masks of a data set's images, in the same order.
+
+    Attributes:
+        source: the mask files or records.
+        numbers: (256,) int16, the class of each value of a mask file; IGNORED; -1: no class.
+    """
+
+    source: Source
+    numbers: np.ndarray
+
+
 class Listing(NamedTuple):
     """The images of a data set, m of them, in the order of the source.
 
@@ -24,6 +36,7 @@ class Listing(NamedTuple):
         split: (m,) texts: "train", "val", "test", or "" where the source does not say.
         split_file: the CSV file that keeps the splits chosen here; None: every split is known.
         notes: lines that the log shows at the start.
+        masks: the masks of the field `mask`, whose shape is not known yet; None: no such field.
     """
 
     name: str
@@ -35,6 +48,7 @@ class Listing(NamedTuple):
     split: np.ndarray
     split_file: Path | None = None
     notes: tuple[str, ...] = ()
+    masks: Masks | None = None
 
 
 def classes_of(names: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:

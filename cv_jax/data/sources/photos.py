@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,16 @@ from cv_jax.data.cache import cached, replaced
 from cv_jax.data.dataset import SPLITS, Stored
 from cv_jax.data.decode import find_crop
 from cv_jax.data.encoded import Decoding, Encoded, num_cores
-from cv_jax.data.fields import Examples, Field, has_kind, image_field, num_examples, take
+from cv_jax.data.fields import (
+    IGNORED,
+    Examples,
+    Field,
+    has_kind,
+    image_field,
+    is_whole,
+    num_examples,
+    take,
+)
 from cv_jax.data.read_image import (
     STRIDE,
     Facts,
@@ -30,6 +40,7 @@ from cv_jax.data.read_image import (
     read_facts,
     read_image,
 )
+from cv_jax.data.read_mask import letterbox_mask, read_mask_size
 from cv_jax.data.sources.listing import Listing, some
 from cv_jax.data.splits import choose_val
 from cv_jax.data.statistics import histogram
@@ -70,11 +81,12 @@ def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
             f"config.data.crop={data.crop!r} draws another crop in every epoch, so "
             "config.data.decode='once' cannot keep the images: set it to 'auto'."
         )
-    if has_kind(listing.fields, "boxes") and (crop or data.eval_crop != 1):
+    if is_whole(listing.fields) and (crop or data.eval_crop != 1):
         key = "crop" if crop else "eval_crop"
+        what = "boxes" if has_kind(listing.fields, "boxes") else "masks"
         raise UserError(
-            f"config.data.{key}={data[key]!r} would cut boxes off: images with boxes are read "
-            f"whole. Set it to {PHOTO_KEYS[key]!r}; config.augment can crop images with boxes."
+            f"config.data.{key}={data[key]!r} would cut {what} off: images with {what} are read "
+            f"whole. Set it to {PHOTO_KEYS[key]!r}; config.augment can crop images with {what}."
         )
     decode = "always" if crop else data.decode
     settings = f"{data.size} {data.eval_crop} {decode}"
@@ -102,10 +114,17 @@ def load_photos(listing: Listing, data: ml_collections.ConfigDict) -> Stored:
 def _fit(
     listing: Listing, shape: tuple[int, int, int], share: float
 ) -> Callable[[bytes], np.ndarray]:
-    """Returns how an image becomes (h, w, c): cropped at the centre, or whole if it has boxes."""
-    if has_kind(listing.fields, "boxes"):
+    """Returns how an image becomes (h, w, c): cropped at the centre, or whole, see `is_whole`."""
+    if is_whole(listing.fields):
         return lambda data: letterbox_image(data, shape)[0]
     return partial(read_image, image_shape=shape, share=share)
+
+
+def _fit_mask(listing: Listing, size: tuple[int, int]) -> Callable[[bytes], np.ndarray] | None:
+    """Returns how a mask becomes (h, w); None without masks."""
+    if listing.masks is None:
+        return None
+    return partial(letterbox_mask, numbers=listing.masks.numbers, size=size)
 
 
 def _identity(listing: Listing) -> str:
@@ -120,12 +139,17 @@ def _identity(listing: Listing) -> str:
 def _with_encoded(stored: Stored, listing: Listing, decoding: Decoding) -> Stored:
     """Puts the images in the place of what the cache keeps of them."""
     digests = np.zeros(len(listing.source), np.uint64)
+    size = decoding.shape[:2]
+    of_mask = replace(decoding, shape=size, fit=_fit_mask(listing, size), crop=None, fill=IGNORED)
 
     def encoded(split):
         digests[split["position"]] = split["digest"]
         others = {name: x for name, x in split.items() if name not in _INDEX}
         image = Encoded(listing.source, decoding, split["position"], digests)
-        return {"image": image, **others}
+        if listing.masks is None:
+            return {"image": image, **others}
+        mask = Encoded(listing.masks.source, of_mask, split["position"], digests)
+        return {"image": image, "mask": mask, **others}
 
     train, test = encoded(stored.train), encoded(stored.test)
     return stored._replace(
@@ -158,17 +182,16 @@ def _read(listing: Listing, size: int, share: float, decode: str) -> Stored:
     for name, chosen in positions.items():
         if name == "train" and not (few or once):
             chosen = chosen[:: -(-len(chosen) // MEASURED)]
-        fit = _fit(listing, shape, share)
-        images, found = _decode(listing, chosen, fit, shape if once else None, seen.problems)
+        decoded[name], found = _decode(listing, chosen, shape, share, once, seen.problems)
         positions[name] = np.setdiff1d(positions[name], list(seen.problems))
-        decoded[name] = images
         counts += found if name == "train" else 0
     splits = {}
     for name, chosen in positions.items():
-        of_image = {"position": chosen, "digest": seen.digest[chosen]}
-        image = {"image": decoded[name]} if once else of_image
-        splits[name] = {**image, **take(seen.columns, chosen)}
+        index = {"position": chosen, "digest": seen.digest[chosen]}
+        splits[name] = {**(decoded[name] if once else index), **take(seen.columns, chosen)}
     fields = {"image": image_field(shape), **({} if once else _INDEX), **listing.fields}
+    if listing.masks:
+        fields["mask"] = fields["mask"]._replace(shape=shape[:2])
     _require_examples(listing, splits, seen.problems)
     return Stored(
         fields=fields,
@@ -186,7 +209,10 @@ def _look(listing: Listing) -> _Seen:
     def look(position):
         data, values = listing.source.example(position)
         digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-        return read_facts(data), digest, values
+        facts = read_facts(data)
+        if listing.masks:
+            _check_mask(listing.masks.source.read(position), facts.size)
+        return facts, digest, values
 
     count = len(listing.source)
     facts, problems, digest = {}, {}, np.zeros(count, np.uint64)
@@ -201,6 +227,13 @@ def _look(listing: Listing) -> _Seen:
     return _Seen(facts, digest, columns, problems)
 
 
+def _check_mask(data: bytes, size: tuple[int, int]) -> None:
+    found = read_mask_size(data)
+    if found != size:
+        shown = ["{}x{}".format(*reversed(one)) for one in (found, size)]
+        raise UserError(f"its mask is of {shown[0]} pixels, and it has {shown[1]}")
+
+
 def _shape(listing: Listing, size: int, seen: _Seen) -> tuple[int, int, int]:
     """Returns (h, w, c) of the decoded images; grey if all images are."""
     facts = seen.facts
@@ -211,7 +244,7 @@ def _shape(listing: Listing, size: int, seen: _Seen) -> tuple[int, int, int]:
             f"{listing.source.name(position)} ({why}): is it the right config.data.dir?"
         )
     channels = 1 if all(found.grey for found in facts.values()) else 3
-    if has_kind(listing.fields, "boxes"):
+    if is_whole(listing.fields):
         sizes = np.array([found.size for found in facts.values()])
         if size:
             sizes = np.array([letterbox_size(one, (size, size)) for one in sizes])
@@ -240,34 +273,41 @@ def _scale_boxes(listing: Listing, seen: _Seen, size: tuple[int, int]) -> None:
 def _decode(
     listing: Listing,
     chosen: np.ndarray,
-    fit: Callable[[bytes], np.ndarray],
-    shape: tuple[int, int, int] | None,
+    shape: tuple[int, int, int],
+    share: float,
+    keep: bool,
     problems: dict[int, str],
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """Decodes images and adds the broken ones to `problems`.
+) -> tuple[Examples, np.ndarray]:
+    """Decodes images, with their masks, and adds the broken ones to `problems`.
 
     Returns:
-        the images without the broken ones, if their `shape` is given; and their histogram.
+        the images and masks without the broken ones, empty unless `keep`; and the histogram of the
+        images.
     """
+    fit, fit_mask = _fit(listing, shape, share), _fit_mask(listing, shape[:2])
 
     def decode(position):
-        return fit(listing.source.read(position))
+        found = {"image": fit(listing.source.read(position))}
+        if fit_mask:
+            found["mask"] = fit_mask(listing.masks.source.read(position))
+        return found
 
-    images = None if shape is None else np.empty((len(chosen), *shape), np.uint8)
+    shapes = {"image": shape, **({"mask": shape[:2]} if fit_mask else {})}
+    kept = {name: np.empty((len(chosen), *x), np.uint8) for name, x in shapes.items() if keep}
     counts, part, good = 0, [], 0
-    for position, image in _in_threads(decode, chosen, f"Decoding {listing.name}"):
-        if isinstance(image, UserError):
-            problems[int(position)] = str(image)
+    for position, found in _in_threads(decode, chosen, f"Decoding {listing.name}"):
+        if isinstance(found, UserError):
+            problems[int(position)] = str(found)
             continue
-        if images is not None:
-            images[good] = image
-        part.append(image)
+        for name, array in kept.items():
+            array[good] = found[name]
+        part.append(found["image"])
         good += 1
         if len(part) == _PART:
             counts, part = counts + histogram(np.stack(part)), []
     if part:
         counts = counts + histogram(np.stack(part))
-    return (None if images is None else images[:good]), counts
+    return take(kept, slice(good)), counts
 
 
 def _in_threads(

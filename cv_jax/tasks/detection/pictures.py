@@ -62,7 +62,7 @@ def draw(
     letter-boxing added is cut away. Small images are magnified by a whole number.
     """
     image = draw_image(example)
-    times = max(1, round(LEGIBLE / max(image.shape)))
+    times = max(1, round(LEGIBLE / max(image.shape[:2])))
     if back:
         w, h = (np.linalg.inv(back.matrix) @ [*back.size[::-1], 1])[:2].round().astype(int)
         image = image[:h, :w]

@@ -116,7 +116,7 @@ def _on_test(trained: Trained) -> dict[str, Any] | None:
 def _photograph(data: dict[str, Any]) -> tuple[str, str]:
     """Returns `photograph` for a data set as JSON values; two empty texts without images."""
     image = data["fields"].get("image")
-    whole = any(field["kind"] == "boxes" for field in data["fields"].values())
+    whole = any(field["kind"] in ("boxes", "mask") for field in data["fields"].values())
     return photograph(image["shape"], data["eval_crop"], whole) if image else ("", "")
 
 

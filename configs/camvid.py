@@ -1,0 +1,40 @@
+"""Streets seen from a car (CamVid): 11 classes, by a narrow ResNet-18 from scratch.
+
+    python train.py --config=configs/camvid.py --config.data.dir=CAMVID
+
+CAMVID holds {train,val,test}/{images,labels}: 367, 101 and 233 images of 480x360 pixels, with masks
+of the values 0 to 10, and 11 for void.
+"""
+
+import ml_collections
+
+from cv_jax.config.base import base_config, choose
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = base_config()
+    config.task = "segmentation"
+    config.method = "pixels(width=64)"
+    config.model = "resnet18(stem='imagenet', width=32)"
+    config.epochs = 80.0
+    config.batch_size = 8
+    config.eval_batch_size = 16
+    config.augment = (
+        "flip|affine(scale=(0.6, 1.6), translate=40)|random_crop((240, 320))"
+        "|color_jitter(0.3, 0.3, 0.3, 0.05)"
+    )
+    config.tta = "mirror"
+
+    config.data.name = "camvid"
+    config.data.num_val = -1
+
+    config.optim.name = "adamw"
+    config.optim.lr = 2e-3
+    config.optim.lr_batch_size = 0
+    config.optim.weight_decay = 0.05
+    config.optim.schedule = "cosine"
+    config.optim.warmup = "2 epochs"
+    config.optim.clip_norm = 10.0
+    config.optim.ema = 0.99
+    config.log_every = config.eval_every = config.checkpoint_every = "10 epochs"
+    return choose(config, arg)
