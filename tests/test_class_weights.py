@@ -68,3 +68,9 @@ def test_the_loss_is_the_weighted_mean():
 def test_light_examples_alone_have_a_mean_too():
     found = of_examples(jnp.float32([2, 4]), jnp.float32([0.1, 0.3]))
     np.testing.assert_allclose(found.mean(), 3.5, rtol=1e-6)
+
+
+def test_the_weights_called_sqrt_are_the_roots_of_the_balanced_ones():
+    spec = random_dataset().spec._replace(label_counts=(1, 4, 0, 15))
+    expected = np.sqrt(np.array([20 / 4, 20 / 16, 0, 20 / 60]))
+    np.testing.assert_allclose(make_class_weights("sqrt", spec), expected, rtol=1e-6)

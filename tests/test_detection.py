@@ -405,17 +405,20 @@ def test_mistakes_are_found():
 
 
 def evaluations():
-    """Prints the numbers after some steps on the devices that there are."""
+    """Prints the numbers after some steps of a detector and a segmenter on the devices here."""
     import tempfile
 
     from cv_jax.runtime.startup import prepare_jax
+    from tests.test_segmentation import masks_config
 
     prepare_jax()
-    with tempfile.TemporaryDirectory() as folder:
-        config = shapes_config(steps=2, eval_every="never", checkpoint_every="never").unlock()
+    found = {}
+    for make_config in (shapes_config, masks_config):
+        config = make_config(steps=2, eval_every="never", checkpoint_every="never").unlock()
         config.optim.name, config.augment = "sgd", ""  # Adam makes steps of rounding errors
-        result = train.run(config.lock(), epath.Path(folder) / "run")
-    print("RESULT", json.dumps({k: v["values"] for k, v in result["test"].items() if k != "count"}))
+        with tempfile.TemporaryDirectory() as folder:
+            found |= train.run(config.lock(), epath.Path(folder) / "run")["test"]
+    print("RESULT", json.dumps({k: v["values"] for k, v in found.items() if k != "count"}))
 
 
 @pytest.mark.slow
@@ -425,6 +428,7 @@ def test_one_two_and_eight_devices_give_the_same_numbers():
         for count in (1, 2, 8)
     )
     for other in others:
+        assert {"AP50", "mIoU", "boundary_f1"} <= one.keys()
         for name, values in one.items():
             np.testing.assert_allclose(other[name], values, rtol=1e-4, err_msg=name)
 

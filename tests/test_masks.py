@@ -1,16 +1,20 @@
 """Images with masks: exact classes from folders and from VOC, and what is wrong in data sets."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
+from cv_jax.data import load as load_module
 from cv_jax.data import load_dataset
 from cv_jax.data.encoded import Encoded, read_training
 from cv_jax.data.read_mask import decode_mask, letterbox_mask, mask_numbers
+from tests.test_data import prepare_tiny
 from tests.test_folder import encoded
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -227,6 +231,31 @@ def test_vocs_own_layout(root):
     assert data.spec.fields["mask"].names[20] == "tvmonitor"
     np.testing.assert_array_equal(data.test["mask"], [random_mask(ord("b"), values=(0, 20, 255))])
     assert any("the val images are test" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("decode", ["once", "always"])
+def test_masks_of_tfds(root, monkeypatch, decode):
+    names = ("pet", "background", "border")
+    monkeypatch.setitem(load_module.TFDS_MASKS, "pets", ("tiny", "segmentation_mask", names, 1))
+    features = {
+        "image": tfds.features.Image(encoding_format="png"),
+        "segmentation_mask": tfds.features.Image(
+            shape=(None, None, 1), use_colormap=True, encoding_format="png"
+        ),
+    }
+    masks = {seed: random_mask(seed, values=(1, 2, 3)) for seed in range(3)}
+
+    def example(seed):
+        image = np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), np.uint8)
+        files = {"image": image, "segmentation_mask": masks[seed]}
+        return {k: BytesIO(encoded(Image.fromarray(x), "PNG")) for k, x in files.items()}
+
+    root.mkdir()
+    prepare_tiny(root, features, {"train": [example(0), example(1)], "test": [example(2)]})
+    data = load(root, "pets", decode=decode)
+    assert data.spec.fields["mask"].names == names
+    np.testing.assert_array_equal(data.train["mask"], [masks[0] - 1, masks[1] - 1])
+    np.testing.assert_array_equal(data.test["mask"], [masks[2] - 1])
 
 
 def test_label_fraction_keeps_some_of_the_images(root):

@@ -5,14 +5,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
+import train
+from configs.shapes_masks import get_config
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
 from cv_jax.data import Field, image_field
 from cv_jax.data.fields import mask_field
 from cv_jax.data.read_image import Back
+from cv_jax.data.sources.shapes import load_shapes
 from cv_jax.models import build_model
 from cv_jax.models.segmenter import Segmenter
 from cv_jax.tasks import build_task
@@ -20,6 +24,10 @@ from cv_jax.tasks.segmentation import losses, scores
 from cv_jax.tasks.segmentation.panels import make_panels
 from cv_jax.tasks.segmentation.pictures import describe, draw, mask_in_file, palette, to_image
 from cv_jax.tasks.segmentation.windows import cuts, join, make_read_windows, starts
+from cv_jax.tools.export import command as export
+from cv_jax.tools.export.formats import read as read_format
+from cv_jax.trained.load import load_trained, make_predict
+from cv_jax.trained.words import in_text
 from tests.conftest import random_dataset
 from tests.test_folder import encoded
 
@@ -346,6 +354,66 @@ def test_the_report_names_the_worst_image_and_what_is_confused():
 
 
 # ---- The task
+
+
+def masks_config(**leaves):
+    config = get_config()
+    few = {"steps": 12, "batch_size": 16, "log_every": "4 steps", "eval_batch_size": 32}
+    config.update({**few, "model": "unet(width=4, levels=2)", **leaves})
+    config.data.limit, config.data.num_val = 96, 32
+    return config.lock()
+
+
+def _run(workdir, **leaves):
+    return train.run(masks_config(**leaves), epath.Path(workdir))
+
+
+@pytest.mark.slow
+def test_a_segmenter_learns_predicts_and_is_exported(tmp_path):
+    """A run from its start to the files that others use."""
+    workdir = tmp_path / "run"
+    leaves = {"model": "unet(width=8, levels=3)", "method": "pixels(dice=1.0)", "steps": 80}
+    result = _run(workdir, eval_every="80 steps", checkpoint_every="never", **leaves)
+    assert result["headline"] == "mIoU"
+    baseline = result["baseline"]["test"]["mIoU"]
+    assert baseline == pytest.approx(0.224, abs=0.01)  # all is background
+    assert result["test"]["mIoU"]["mean"] > 1.3 * baseline
+    assert {"iou/disc", "pixel_accuracy", "boundary_f1"} <= result["test"].keys()
+
+    trained = load_trained(epath.Path(workdir))
+    test = {name: x[:32] for name, x in load_shapes().test.items()}
+    found = make_predict(trained, 32)({"image": test["image"]})
+    np.testing.assert_allclose(np.asarray(found["shares"]).sum(1), 1, rtol=1e-5)
+
+    # A file of 160x96 pixels is seen in windows; its mask has the file's size.
+    file = encoded(Image.fromarray(np.concatenate(list(test["image"][:3]), 1)[:, :160]), "PNG")
+    parts = trained.task.read(file)
+    images = np.stack([example["image"] for example, _ in parts])
+    predictions = jax.device_get(make_predict(trained, len(images))({"image": images}))
+    rows = [{name: x[i] for name, x in predictions.items()} for i in range(len(parts))]
+    whole = trained.task.join([(e, row, b) for (e, b), row in zip(parts, rows, strict=True)])
+    assert trained.task.mask(*whole[1:]).size == (160, 64)
+    said = trained.task.describe(*whole)
+    assert sum(area["pixels"] for area in said["areas"]) == 160 * 64
+    assert in_text(said).startswith(f"background {100 * said['areas'][0]['share']:.1f} %")
+    assert trained.task.draw(*whole).shape == (128, 320, 3)
+
+    for name in ("stablehlo", "onnx"):
+        path = epath.Path(tmp_path / name)
+        export.write(epath.Path(workdir), trained, name, path)
+        ours = export.own_predict(trained)
+        report = export.compare(ours, read_format(name, path), test, trained, 16)
+        assert report["equal"] == report["of"] == 32
+
+
+@pytest.mark.slow
+def test_going_on_is_exact_to_the_bit(tmp_path):
+    whole = _run(tmp_path / "whole", eval_every="never", checkpoint_every="6 steps")
+    _run(tmp_path / "parts", steps=6, eval_every="never", checkpoint_every="6 steps")
+    again = _run(tmp_path / "parts", eval_every="never", checkpoint_every="6 steps")
+    assert again["test"] == whole["test"]
+    a, b = (load_trained(epath.Path(tmp_path / name)) for name in ("whole", "parts"))
+    chex.assert_trees_all_equal(a.state.params, b.state.params)
 
 
 def _spec(names=NAMES, counts=(5, 5, 5), **changes):

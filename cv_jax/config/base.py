@@ -97,7 +97,8 @@ def base_config() -> ml_collections.ConfigDict:
     config.dtype = "auto"  # compute dtype: float32, bfloat16; auto: bfloat16 on TPU and GPU
     config.label_smoothing = 0.0  # in [0, 1)
     # Weights of the classes in the training loss; "": all 1. "balanced": class i of n has weight
-    # m / (n m_i), where m_i of the m training examples are of this class.
+    # m / (n m_i), where m_i of the m training examples (pixels) are of this class. "sqrt": the
+    # square root of that.
     config.class_weights = ""
     config.tta = "none"  # views in the final evaluation: none, mirror, mirror_translate
     config.log_every = "1 epoch"

@@ -135,7 +135,10 @@ RULES: dict[str, _Rule] = {
     "histograms_every": _DURATION,
     "keep_checkpoints": _ABOVE_0,
     "label_smoothing": _BELOW_1,
-    "class_weights": (lambda v: v in ("", "balanced"), "must be '' or 'balanced'"),
+    "class_weights": (
+        lambda v: v in ("", "balanced", "sqrt"),
+        "must be '', 'balanced' or 'sqrt'",
+    ),
     "data.num_val": (lambda v: v >= -1, "must be 0 or more, or -1 for the official val"),
     "data.val_fraction": _BELOW_1,
     "data.limit": _NOT_NEGATIVE,

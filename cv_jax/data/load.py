@@ -33,6 +33,10 @@ MASKS = {
     "masks": list_masks,
     "voc_masks": list_voc_masks,
 }
+# Masks of TFDS, by name: the data set, its feature, the classes, and the value of the first class.
+TFDS_MASKS = {
+    "pet_masks": ("oxford_iiit_pet", "segmentation_mask", ("pet", "background", "border"), 1)
+}
 
 
 def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
@@ -40,9 +44,9 @@ def load_dataset(config_data: ml_collections.ConfigDict) -> Dataset:
 
     Args:
         config_data: the config's `data`, with these keys:
-            name: one of OWN or MASKS; "folder"; "voc"; "coco"; "module:function" of your own
-                (() -> Stored); or the TFDS name of a data set of image classification or of
-                objects with boxes.
+            name: one of OWN, MASKS or TFDS_MASKS; "folder"; "voc"; "coco"; "module:function" of
+                your own (() -> Stored); or the TFDS name of a data set of image classification or
+                of objects with boxes.
             dir: of "folder", the directory of the class folders, or a CSV file; of "voc",
                 "coco" and MASKS, see `sources.voc`, `sources.coco` and `sources.masks`. Else
                 TFDS's data directory; "": TFDS_DATA_DIR or ~/tensorflow_datasets.
@@ -105,6 +109,11 @@ def _load(data: ml_collections.ConfigDict) -> Stored:
     if name in OWN or names_code(name):
         _require_no_photo_keys(data)
         return find(name, OWN, "config.data.name")()
+    if name in TFDS_MASKS:
+        from cv_jax.data.sources.tfds_photos import list_prepared_masks  # here: as below
+
+        name, *of_masks = TFDS_MASKS[name]
+        return load_photos(list_prepared_masks(_find_tfds(name, data.dir), *of_masks), data)
     directory = _find_tfds(name, data.dir)
     if _has_objects(directory):
         from cv_jax.data.sources.tfds_photos import list_prepared_objects  # here: as below

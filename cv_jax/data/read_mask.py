@@ -12,13 +12,13 @@ from cv_jax.data.read_image import MAX_PIXELS, letterbox_size
 _GREY = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
-def mask_numbers(num_classes: int, ignored: tuple[int, ...] = ()) -> np.ndarray:
+def mask_numbers(num_classes: int, ignored: tuple[int, ...] = (), first: int = 0) -> np.ndarray:
     """Returns (256,) int16: the class of each value of a mask file, -1 for values of no class.
 
-    Value i is class i; 255 and the values `ignored` are IGNORED.
+    The value of class 0 is `first`, and so on; 255 and the values `ignored` are IGNORED.
     """
     numbers = np.full(256, -1, np.int16)
-    numbers[:num_classes] = np.arange(num_classes)
+    numbers[first : first + num_classes] = np.arange(num_classes)
     numbers[[*ignored, IGNORED]] = IGNORED
     return numbers
 

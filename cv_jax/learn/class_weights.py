@@ -13,7 +13,8 @@ def make_class_weights(text: str, spec: DataSpec) -> np.ndarray | None:
     """Returns the weights (n,) float32 of the classes; None for "".
 
     Args:
-        text: the value of `config.class_weights`: "", or "balanced" for `balanced_weights`.
+        text: the value of `config.class_weights`: "", "balanced" for `balanced_weights`, or "sqrt"
+            for their square roots.
         spec: describes the data set.
 
     Raises:
@@ -26,7 +27,8 @@ def make_class_weights(text: str, spec: DataSpec) -> np.ndarray | None:
             f"config.class_weights={text!r} needs the number of training examples of each class, "
             f"which is not known for the data set {spec.name!r}: set config.class_weights=''."
         )
-    return balanced_weights(spec.label_counts)
+    weights = balanced_weights(spec.label_counts)
+    return np.sqrt(weights) if text == "sqrt" else weights
 
 
 def balanced_weights(label_counts: Sequence[int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Lists the encoded images of a prepared TFDS data set. Imports TFDS, which is slow."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +12,10 @@ from tqdm import trange
 from cv_jax.config.errors import UserError, first_line
 from cv_jax.data.cache import cached
 from cv_jax.data.dataset import Stored
-from cv_jax.data.fields import label_field, take
+from cv_jax.data.fields import label_field, mask_field, take
 from cv_jax.data.read_image import read_facts
-from cv_jax.data.sources.listing import VAL_IS_TEST, Listing
+from cv_jax.data.read_mask import mask_numbers
+from cv_jax.data.sources.listing import VAL_IS_TEST, Listing, Masks
 from cv_jax.data.sources.objects import Annotation, box_columns
 from cv_jax.data.sources.tfds_reader import known_splits, open_builder, open_prepared, read_split
 from cv_jax.data.sources.tfrecord import record_spans
@@ -75,6 +76,36 @@ def list_prepared_objects(directory: Path) -> Listing:
         columns={name: np.concatenate([part[name] for part in parts]) for name in found.fields},
         split=split,
         notes=tuple(notes),
+    )
+
+
+def list_prepared_masks(directory: Path, key: str, names: Sequence[str], first: int) -> Listing:
+    """Lists the records of a data set with a mask in the feature `key`, as PNG of one channel.
+
+    The splits are those of `tfds_reader.read_prepared`.
+
+    Args:
+        directory: as `list_prepared`.
+        key: the feature.
+        names: the classes.
+        first: the value of the first class in the masks.
+
+    Raises:
+        UserError: as `tfds_reader.open_prepared`.
+    """
+    builder = open_builder(directory)
+    splits = known_splits(builder.info)
+    records, split = _records(builder, splits, "image")
+    masks, _ = _records(builder, splits, key)
+    return Listing(
+        name=builder.info.full_name,
+        root=directory,
+        identity="",
+        source=records,
+        fields={"mask": mask_field(names)},
+        columns={},
+        split=split,
+        masks=Masks(masks, mask_numbers(len(names), first=first)),
     )
 
 

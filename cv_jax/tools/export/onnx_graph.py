@@ -216,11 +216,25 @@ class _Graph:
         positions = self.node("Cast", [positions], to=onnx.TensorProto.INT64)
         return self.node("GatherND", [x, positions], batch_dims=1)
 
+    def _argmax(self, x, out, axes, **_):
+        positions = self.node("ArgMax", [x], axis=axes[0], keepdims=0)
+        return self.node("Cast", [positions], to=helper.np_dtype_to_tensor_dtype(out.dtype))
+
     def _dot_general(self, x, y, shapes, dimension_numbers, **_):
-        (contracted, batch) = dimension_numbers
-        _require(len(shapes[1]) == 2)
-        _require([*map(list, contracted), *map(list, batch)] == [[len(shapes[0]) - 1], [0], [], []])
-        return self.node("MatMul", [x, y])
+        """Multiplies with a matrix: on the right, as a dense layer, or on the left, as a resize."""
+        ((of_x,), (of_y,)), batch = dimension_numbers
+        _require(batch == ((), ()))
+        if len(shapes[1]) == 2:
+            return self.node("MatMul", [self._last(x, of_x, shapes[0]), y if of_y == 0 else y.T])
+        _require(len(shapes[0]) == 2 and not isinstance(x, str))
+        y = self.node("MatMul", [self._last(y, of_y, shapes[1]), x if of_x == 0 else x.T])
+        rank = len(shapes[1])
+        return self.node("Transpose", [y], perm=[rank - 1, *range(rank - 1)])
+
+    def _last(self, x, axis, shape):
+        """Moves an axis to the end."""
+        order = [*(i for i in range(len(shape)) if i != axis), axis]
+        return x if order == sorted(order) else self.node("Transpose", [x], perm=order)
 
     def _conv_general_dilated(
         self, x, kernel, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, **p
