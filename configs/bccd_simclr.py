@@ -5,6 +5,10 @@
         --config.init_from=runs/simclr:backbone
 
 The backbone is that of configs/bccd.py. Views have 96 pixels a side.
+
+Measured, one seed, 567 s: a corner finds 11.5 % of the val images (results/bccd_simclr.json). The
+detector that starts from it is as good as one from scratch: after 20 of its 60 epochs, AP50 differs
+by 0.56 points (95 % interval -1.42 to 2.54, n = 3 each).
 """
 
 import ml_collections

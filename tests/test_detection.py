@@ -369,6 +369,8 @@ def test_a_detector_learns_predicts_and_is_exported(tmp_path):
     said = trained.task.describe(example, one, back)
     assert said == {"objects": [{"class": "square", "score": 0.9, "box": [16, 16, 32, 96]}]}
     assert trained.task.draw(example, one, back).shape == (192, 256, 3)
+    above = trained.task.at_threshold(0.95)["describe"]
+    assert above(example, one, back) == {"objects": []}
     assert in_text(said) == "square 90.0 % at (16, 16, 32, 96)"
     shown = [panel.title for panel in trained.task.panels(test, _all(trained, test))]
     assert shown[:2] == ["Detections", "Precision and recall of each class"]

@@ -192,3 +192,16 @@ def test_a_mistake_gets_one_sentence(run_predict, arguments, message):
     assert (code, lines) == (2, [])
     assert err.startswith("predict: ")
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("--threshold=0.5", "--threshold=0.5 has no effect: config.task='classification' predicts"),
+        ("--masks=m", "--masks: config.task='classification' predicts no masks: leave it out"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(run_predict, digits_files, argument, says):
+    code, lines, err = run_predict(f"--dir={digits_files}", argument)
+    assert (code, lines) == (2, [])
+    assert says in err

@@ -62,6 +62,8 @@ class Task(NamedTuple):
             None for an example of the data set.
         mask: (prediction, back) -> a Pillow image of the file's size, whose pixels are classes;
             None for a task without masks.
+        at_threshold: the least score that counts -> {"describe": ..., ...}, the attributes of the
+            task that depend on it; None for a task whose predictions have no score.
         explain: (state, batch) -> {"saliency": (b, h, w), "features": {name: (b, h, w, c)}} that
             explain a prediction; None: no explanation.
         panels: (examples, predictions) of test -> Panels for a report; None: no panels.
@@ -88,6 +90,7 @@ class Task(NamedTuple):
     describe: Callable | None = None
     draw: Callable | None = None
     mask: Callable | None = None
+    at_threshold: Callable | None = None
     explain: Callable | None = None
     panels: Callable | None = None
     baseline: Callable | None = None

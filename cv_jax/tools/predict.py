@@ -7,9 +7,10 @@ Prints a line for each file. For a classifier the line has the classes with thei
 most probable first; for a detector the objects with their boxes, the highest score first.
 `cv_jax.data.read_image` fits images of any kind and size to the network.
 Predictions use the test-time views of the run's final evaluation; --tta=none uses one view, which
-is faster. A file that cannot be read, for example a text file, a pipe, a broken link or a
-directory, gets a line on stderr, or with --json an "error"; the other files are predicted. Control
-characters and bytes that are not UTF-8 are escaped in names.
+is faster. A detector's objects have at least the score --threshold, or that of config.method.
+A file that cannot be read, for example a text file, a pipe, a broken link or a directory, gets a
+line on stderr, or with --json an "error"; the other files are predicted. Control characters and
+bytes that are not UTF-8 are escaped in names.
 
 A network predicts something for any input. Therefore stderr first says what the network was trained
 on, and an image unlike the training images is marked (see cv_jax/data/typical.py). --inputs=DIR
@@ -269,16 +270,30 @@ def main() -> None:
     parser.add_argument("--top", type=int, help="entries of a prediction to show")
     for flag, what in _FOLDERS.items():
         parser.add_argument(f"--{flag}", type=path_argument, help=f"a directory for {what}")
+    parser.add_argument("--threshold", type=float, help="least score of an object, 0 to 1")
     parser.add_argument("--json", action="store_true", help="print JSON, a line for each file")
     arguments = parser.parse_args()
     if arguments.top is not None and arguments.top < 1:
         parser.error(f"--top={arguments.top} must be above 0")
+    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
+        parser.error(f"--threshold={arguments.threshold} must be between 0 and 1")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     files = find_files(arguments.files, arguments.dir)
     prepare_jax()
     check_platform()
     trained = load_trained(work_directory(arguments.workdir), arguments.run, arguments.tta)
+    if arguments.threshold is not None:
+        trained = _at_threshold(trained, arguments.threshold)
     sys.exit(_print_predictions(files, trained, arguments))
+
+
+def _at_threshold(trained: Trained, threshold: float) -> Trained:
+    if trained.task.at_threshold is None:
+        raise UserError(
+            f"--threshold={threshold} has no effect: config.task={trained.config.task!r} predicts "
+            "no objects with scores. Leave it out."
+        )
+    return trained._replace(task=trained.task._replace(**trained.task.at_threshold(threshold)))
 
 
 _FOLDERS = {

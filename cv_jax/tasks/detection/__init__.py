@@ -122,6 +122,13 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             partial(predict, views=views), list, scores.add, partial(scores.finish, names)
         )
 
+    def at_threshold(threshold):
+        return {
+            "describe": partial(describe, names, threshold),
+            "draw": partial(draw, names, threshold),
+            "panels": make_panels(names, threshold),
+        }
+
     return Task(
         init=init,
         train_step=training.train_step,
@@ -141,9 +148,8 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
             "classes": "numbers in the order of the class names",
         },
         read=make_read(spec),
-        describe=partial(describe, names, method.threshold),
-        draw=partial(draw, names, method.threshold),
-        panels=make_panels(names, method.threshold),
+        **at_threshold(method.threshold),
+        at_threshold=at_threshold,
         baseline=partial(scores.frequent_places, names, method.count),
     )
 
