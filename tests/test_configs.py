@@ -70,7 +70,7 @@ def _smoke(path):
     config.batch_size = 16 if config.select else 4
     config.eval_batch_size, config.data.limit = 8, 2 * config.batch_size
     config.init_from = ""  # of a run that is not here
-    if config.task == "detection":
+    if config.task in ("detection", "segmentation"):
         data = base_config().data
         data.name, data.num_val = "shapes", 8
         return config, limit_examples(load_dataset(data), config.data.limit)

@@ -45,6 +45,8 @@ PUBLISHED = [
     ("resnet18(stem='imagenet')", 224, 1000, 11_689_512),  # torchvision
     ("resnet50", 32, 10, 23_520_842),  # kuangliu/pytorch-cifar
     ("resnet50(stem='imagenet')", 224, 1000, 25_557_032),  # torchvision
+    # By hand: 9 * 216,160 + 2 * 1,408, and a head of 2,570
+    ("unet", 32, 10, 1_950_826),
     # timm's vit_tiny_patch16_224, 5,717,416, without class token and 197 learned positions
     ("vit(192, 12, 3)", 224, 1000, 5_717_416 - 192 - 197 * 192),
     # timm's vit_small_patch16_224, 22,050,664, without these; then without the token's position

@@ -245,7 +245,7 @@ def test_a_unet_has_a_feature_for_every_pixel(size):
         jax.ShapeDtypeStruct((1, *size, 3), jnp.float32),
     )
     assert shape[1]["pixels"].shape == (1, *size, 4)
-    assert shape[1]["down3"].shape == (1, size[0] // 4, size[1] // 4, 16)
+    assert shape[1]["group3"].shape == (1, size[0] // 4, size[1] // 4, 16)
 
 
 # ---- Large images

@@ -12,6 +12,7 @@ from cv_jax.data.fields import (
     image_field,
     label_field,
     labels_field,
+    mask_field,
     points_field,
     values_field,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "label_field",
     "labels_field",
     "load_dataset",
+    "mask_field",
     "points_field",
     "values_field",
 ]

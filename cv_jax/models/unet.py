@@ -27,11 +27,11 @@ class UNet(nn.Module):
         """Returns logits of the image, and features; "pixels" (b, h, w, width) for each pixel."""
         x, features = x.astype(self.dtype), {}
         for i in range(self.levels):  # b 64 96 32, b 32 48 64, b 16 24 128, b 8 12 256
-            x = _two(max_pool(x, 2) if i else x, self.width * 2**i, f"down{i + 1}", train)
-            features[f"down{i + 1}"] = x
+            x = _two(max_pool(x, 2) if i else x, self.width * 2**i, f"group{i + 1}", train)
+            features[f"group{i + 1}"] = x
         features["pooled"] = global_avg_pool(x)  # b 256
         for i in reversed(range(self.levels - 1)):  # b 16 24 128, b 32 48 64, b 64 96 32
-            same = features[f"down{i + 1}"]
+            same = features[f"group{i + 1}"]
             x = jnp.concatenate([double(x, same.shape[1:3]), same], axis=-1)
             x = _two(x, self.width * 2**i, f"up{i + 1}", train)
         features["pixels"] = x
