@@ -39,6 +39,7 @@ ONE_OF_EACH = {
     "random_erasing": "random_erasing(0.9)",
     "color_jitter": "color_jitter(0.4, 0.4, 0.4, 0.1, p=0.9)",
     "grayscale": "grayscale(0.5)",
+    "stain_jitter": "stain_jitter(0.1)",
     "randaugment": "randaugment",
     "mixup": "mixup",
     "cutmix": "cutmix",
@@ -102,6 +103,8 @@ def test_every_op_is_tested_here():
 @pytest.mark.parametrize("shape", [(5, 7, 10, 3), (1, 9, 6, 1)], ids=str)
 @pytest.mark.parametrize("text", TEXTS)
 def test_shapes_dtypes_and_range_stay(text, shape):
+    if text == "stain_jitter(0.1)":
+        shape = (*shape[:3], 3)  # it needs three channels
     batch = make_batch(*shape_for(text, shape))
     out = jitted(text)(KEY, batch)
     size = (8, 8) if text == "random_crop(8)" else shape_for(text, shape)[1:3]
@@ -840,3 +843,31 @@ def test_labels_of_several_classes_and_values_mix_as_the_image_does():
     for text in ("cutmix", "mixup_or_cutmix"):
         with pytest.raises(UserError, match=f"'{text}': .* cannot mix target: remove it"):
             make_augment(text, fields)
+
+
+# --- Stains ---
+
+
+def test_stains_change_as_the_formula_says():
+    image = np.random.default_rng(0).uniform(0.1, 0.9, (3, 4, 5, 3))
+    out = make_augment("stain_jitter(0.2)")(KEY, make_batch(image=image))["image"]
+    stains = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+    before, after = (-np.log(np.float64(x)) @ np.linalg.inv(stains) for x in (image, out))
+    inside = ((out > 0) & (out < 1)).all(-1)
+    for i in range(3):
+        for k in range(3):
+            x, y = before[i, ..., k][inside[i]], after[i, ..., k][inside[i]]
+            scale, shift = np.polyfit(x, y, 1)
+            np.testing.assert_allclose(y, scale * x + shift, atol=1e-4)
+            assert abs(scale - 1) <= 0.2 + 1e-3
+            assert abs(shift) <= 0.2 + 1e-3
+    same = make_augment("stain_jitter(0)")(KEY, make_batch(image=image))["image"]
+    np.testing.assert_allclose(same, image, atol=1e-5)
+    white = make_augment("stain_jitter(0)")(KEY, make_batch(image=np.ones((1, 2, 2, 3))))["image"]
+    np.testing.assert_allclose(white, 1, atol=1e-6)
+
+
+def test_stains_need_three_channels():
+    with pytest.raises(UserError, match="'stain_jitter' needs images of 3 channels; these have 1"):
+        make_augment("stain_jitter")(KEY, make_batch(2, 4, 4, 1))

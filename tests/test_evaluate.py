@@ -161,6 +161,17 @@ def test_views_against_numpy():
     np.testing.assert_allclose(got, (mirror + moved) / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_the_views_of_a_square_are_its_eight_turns_and_mirrorings():
+    rng = np.random.default_rng(1)
+    image, weights = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 5, 3), (5, 5)))
+    turns = [np.rot90(x, k, (1, 2)) for x in (image, image[:, ::-1]) for k in range(4)]
+    expected = np.mean([np.einsum("bhwc,hw->bc", x, weights) for x in turns], axis=0)
+    got = find_tta("square")(_pixel_sum(weights), image)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="'square' needs square images; these have 4x5 pixels"):
+        find_tta("square")(_pixel_sum(weights), image[:, :4])
+
+
 def test_an_unknown_view_is_named():
     with pytest.raises(UserError, match=r"config\.tta='miror'.*'mirror'.*mirror_translate"):
         find_tta("miror")

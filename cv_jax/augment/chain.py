@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from cv_jax.augment.colour import color_jitter, grayscale
+from cv_jax.augment.colour import color_jitter, grayscale, stain_jitter
 from cv_jax.augment.common import (
     IMAGE_AND_LABEL,
     SPATIAL_AXES,
@@ -158,6 +158,7 @@ AUGMENTATIONS: dict[str, Callable[..., Augment]] = {
         random_erasing,
         color_jitter,
         grayscale,
+        stain_jitter,
         randaugment,
         mixup,
         cutmix,

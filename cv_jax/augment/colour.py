@@ -15,6 +15,7 @@ from cv_jax.augment.common import (
     select,
 )
 from cv_jax.config.calls import require
+from cv_jax.config.errors import UserError
 
 
 def color_jitter(
@@ -68,6 +69,53 @@ def color_jitter(
     return op
 
 
+def stain_jitter(strength: float = 0.05, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
+    """Changes the amounts of the stains haematoxylin, eosin and residual of a tissue image.
+
+        s = -log(image) M^-1,   s'_k = a_k s_k + b_k,   image' = exp(-s' M)
+
+    The rows of M are the colours of the stains in optical density (A. Ruifrok and D. Johnston,
+    "Quantification of histochemical staining by color deconvolution", 2001, with DAB as the third).
+    For each image and stain, a_k is uniform in [1 - strength, 1 + strength] and b_k in [-strength,
+    strength], as in D. Tellez et al., https://arxiv.org/abs/1902.06543, section 3.1; there, 0.05 is
+    called light and 0.2 strong. The result is clipped to [0, 1]. Only images of three channels can
+    be changed.
+
+    Args:
+        strength: 0 to 1.
+    """
+    require(lambda: 0 <= strength <= 1, f"strength={strength} must lie in [0, 1]")
+
+    def op(key, batch):
+        draws = jax.random.uniform(key, (2, num_rows(batch, fields), 1, 1, 3), minval=-1, maxval=1)
+        scale, shift = 1 + strength * draws[0], strength * draws[1]
+
+        def change(image):
+            if image.shape[-1] != 3:
+                raise UserError(
+                    f"config.augment: 'stain_jitter' needs images of 3 channels; these have "
+                    f"{image.shape[-1]}: remove it."
+                )
+            density = -jnp.log(jnp.maximum(image, 1 / 255))  # a black pixel has a finite density
+            stains = _mix(density, np.linalg.inv(_STAINS))
+            return jnp.clip(jnp.exp(-_mix(scale * stains + shift, _STAINS)), 0, 1)
+
+        return {**batch, **_map_colours(change, batch, fields)}
+
+    return op
+
+
+# Optical density in red, green and blue of haematoxylin, eosin and DAB; rows of length 1.
+_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+_STAINS /= np.linalg.norm(_STAINS, axis=1, keepdims=True)
+
+
+def _mix(image, matrix):
+    """Returns image @ matrix of three channels, by slices: see `_grey`."""
+    columns = matrix.astype(np.float32)[:, None, None, None]
+    return sum(image[..., i : i + 1] * columns[i] for i in range(3))
+
+
 def grayscale(p: float = 0.2, *, fields: Fields = IMAGE_AND_LABEL) -> Augment:
     """Makes an image grey with probability p; `color_jitter` defines grey."""
     require(lambda: 0 <= p <= 1, f"p={p} must lie in [0, 1]")
@@ -102,8 +150,7 @@ _QUARTER_TURN = np.linalg.solve(_YIQ, np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]
 
 def _turn_hue(image, angle):
     grey = _grey(image)
-    columns = _QUARTER_TURN.T.astype(np.float32)[:, None, None, None]
-    turned = sum(image[..., i : i + 1] * columns[i] for i in range(3))
+    turned = _mix(image, _QUARTER_TURN.T)
     return grey + jnp.cos(angle) * (image - grey) + jnp.sin(angle) * turned
 
 

@@ -100,7 +100,7 @@ def base_config() -> ml_collections.ConfigDict:
     # m / (n m_i), where m_i of the m training examples (pixels) are of this class. "sqrt": the
     # square root of that.
     config.class_weights = ""
-    config.tta = "none"  # views in the final evaluation: none, mirror, mirror_translate
+    config.tta = "none"  # views in the final evaluation: none, mirror, mirror_translate, square
     config.log_every = "1 epoch"
     config.eval_every = "1 epoch"  # evaluations on val
     # The training ends early once no run has improved its headline on val for this long. Schedules

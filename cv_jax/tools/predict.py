@@ -51,6 +51,7 @@ from cv_jax.trained.load import (
     load_trained,
     make_predict,
 )
+from cv_jax.trained.point import Point, read_point, with_point
 from cv_jax.trained.words import in_text, rounded
 from cv_jax.workdir.bucket import work_directory
 
@@ -284,6 +285,8 @@ def main() -> None:
     trained = load_trained(work_directory(arguments.workdir), arguments.run, arguments.tta)
     if arguments.threshold is not None:
         trained = _at_threshold(trained, arguments.threshold)
+    if point := read_point(work_directory(arguments.workdir), trained):
+        trained = _at_point(trained, point)
     sys.exit(_print_predictions(files, trained, arguments))
 
 
@@ -294,6 +297,15 @@ def _at_threshold(trained: Trained, threshold: float) -> Trained:
             "no objects with scores. Leave it out."
         )
     return trained._replace(task=trained.task._replace(**trained.task.at_threshold(threshold)))
+
+
+def _at_point(trained: Trained, point: Point) -> Trained:
+    """Returns the network with descriptions that say whether an image is positive."""
+
+    def describe(*arguments):
+        return with_point(trained.task.describe(*arguments), point)
+
+    return trained._replace(task=trained.task._replace(describe=describe))
 
 
 _FOLDERS = {

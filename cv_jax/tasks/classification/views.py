@@ -26,10 +26,22 @@ def _mirror_translate(apply: _Logits, image: jax.Array) -> jax.Array:
     return _mirror(apply, image) / 2 + (shifted[0] + shifted[1]) / 4
 
 
+def _square(apply: _Logits, image: jax.Array) -> jax.Array:
+    if image.shape[1] != image.shape[2]:
+        raise UserError(
+            f"config.tta='square' needs square images; these have {image.shape[1]}x"
+            f"{image.shape[2]} pixels: choose 'mirror'."
+        )
+    both = [image, jnp.swapaxes(image, 1, 2)]  # a quarter turn transposes and mirrors
+    mirrored = [jnp.flip(x, axes) for x in both for axes in ((), 1, 2, (1, 2))]
+    return sum(map(apply, mirrored)) / 8
+
+
 TTA = {
     "none": lambda apply, image: apply(image),
     "mirror": _mirror,
     "mirror_translate": _mirror_translate,
+    "square": _square,
 }
 
 
@@ -41,7 +53,8 @@ def find_tta(name: str) -> Callable[[_Logits, jax.Array], jax.Array]:
     Args:
         name: "none"; "mirror", the image and its mirror image; "mirror_translate", in addition
             both shifted by one pixel (reflected at the border) up-left and down-right, where the
-            unshifted pair weighs one half (arXiv 2404.00498).
+            unshifted pair weighs one half (arXiv 2404.00498); "square", the eight rotations and
+            mirror images of a square, for images without up and down.
 
     Raises:
         UserError: the name is unknown.
