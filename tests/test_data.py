@@ -1043,3 +1043,19 @@ def test_real_cifar10_has_its_published_statistics(cifar10_dir):
     assert isinstance(again.train["image"].base, np.memmap)
     val = load_dataset(config_of("cifar10", cifar10_dir, num_val=5000)).val
     np.testing.assert_array_equal(np.bincount(val["label"]), [500] * 10)
+
+
+def test_a_fifth_of_a_data_set_with_train_alone_becomes_test(tmp_path, own_cache):
+    labels = [i % 3 for i in range(30)]
+    images = random_images(30)
+    prepare_tiny(tmp_path, features_of(), {"train": examples_of(images, labels)})
+    config = base_config()
+    config.data.update({"name": "tiny", "dir": str(tmp_path), "size": 6})
+    data, again = load_dataset(config.data), load_dataset(config.data)
+    assert (data.spec.num_train, data.spec.num_test) == (24, 6)
+    np.testing.assert_array_equal(np.bincount(data.test["label"]), [2, 2, 2])
+    np.testing.assert_array_equal(data.test["image"], again.test["image"])
+    assert "data    test is chosen by class, a fifth of the images" in data.notes
+    config.data.size = 0
+    with pytest.raises(UserError, match=r"config\.data\.size makes a fifth test"):
+        load_dataset(config.data)

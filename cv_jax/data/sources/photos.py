@@ -338,14 +338,12 @@ def assign_splits(listing: Listing, columns: Examples, good: np.ndarray) -> np.n
 
     Where the source does not say, a fifth becomes test: stratified by class, or whole groups. The
     choice is kept in `listing.split_file`, and only images that are new there are assigned: to the
-    split of their group, if some of its images have one.
+    split of their group, if some of its images have one. Without a file, the images never change.
     """
     split = np.full(len(listing.split), "", "<U5")
     split[good] = listing.split[good]
-    if listing.split_file is None:
-        return split
     name = listing.source.name
-    kept = _read_splits(listing.split_file)
+    kept = _read_splits(listing.split_file) if listing.split_file else {}
     for position in good:
         split[position] = split[position] or kept.get(name(position), "")
     if any(split[good] == ""):
@@ -354,7 +352,8 @@ def assign_splits(listing: Listing, columns: Examples, good: np.ndarray) -> np.n
         new = good[split[good] == ""]
         is_test = _choose_test(listing, columns, new, others=len(new) < len(good))
         split[new] = np.where(is_test, "test", "train")
-        _write_splits(listing.split_file, {name(i): split[i] for i in good})
+        if listing.split_file:
+            _write_splits(listing.split_file, {name(i): split[i] for i in good})
     return split
 
 
@@ -446,10 +445,11 @@ def _notes(
     if "group" in listing.fields and (count := _num_divided(splits)):
         groups = "groups have" if count > 1 else "group has"
         yield f"data    {count:,} {groups} images in two splits"
-    if listing.split_file is not None:
+    if not all(listing.split):
         by = [f"by {by}" for by in ("group", "label") if by in listing.fields]
         how = (*by, "at random")[0].replace("label", "class")
-        see = f": see {listing.split_file}" if listing.split_file.exists() else ""
+        file = listing.split_file
+        see = f": see {file}" if file and file.exists() else ""
         yield f"data    test is chosen {how}, a fifth of the images{see}"
 
 

@@ -66,8 +66,12 @@ class Prepared(NamedTuple):
     splits: dict[str, str]
 
 
-def open_prepared(directory: Path) -> Prepared:
+def open_prepared(directory: Path, train_alone: bool = False) -> Prepared:
     """Opens a data set, without reading a record; see `read_prepared`.
+
+    Args:
+        directory: see `read_prepared`.
+        train_alone: see `known_splits`.
 
     Raises:
         UserError: the directory is damaged, or the data set is not image classification with
@@ -75,7 +79,7 @@ def open_prepared(directory: Path) -> Prepared:
     """
     builder = open_builder(directory)
     image_key, label_key = _supervised(builder.info)
-    return Prepared(builder, image_key, label_key, known_splits(builder.info))
+    return Prepared(builder, image_key, label_key, known_splits(builder.info, train_alone))
 
 
 def open_builder(directory: Path) -> tfds.core.DatasetBuilder:
@@ -92,19 +96,26 @@ def open_builder(directory: Path) -> tfds.core.DatasetBuilder:
         ) from error
 
 
-def known_splits(info: tfds.core.DatasetInfo) -> dict[str, str]:
+def known_splits(info: tfds.core.DatasetInfo, train_alone: bool = False) -> dict[str, str]:
     """Returns {our split: TFDS's split}, see `read_prepared`.
+
+    Args:
+        info: describes the data set.
+        train_alone: whether a data set with train alone has the split "", which is to be divided.
 
     Raises:
         UserError: TFDS has no train, or neither test nor validation.
     """
     names = info.splits.keys()
+    if train_alone and set(names) == {"train"}:
+        return {"": "train"}
     test = "test" if "test" in names else "validation"
     for split in ("train", test):
         if split not in names or not info.splits[split].num_examples:
             raise UserError(
                 f"{info.full_name} has no examples in a split {split!r}, only in "
-                f"{', '.join(sorted(names))}. Choose a data set with train, and test or validation."
+                f"{', '.join(sorted(names))}. Choose a data set with train, and test or "
+                "validation; of images with train alone, config.data.size makes a fifth test."
             )
     splits = {"train": "train", "test": test}
     if test == "test" and "validation" in names:
