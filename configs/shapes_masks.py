@@ -13,8 +13,9 @@ from cv_jax.config.base import base_config, choose
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base_config()
     config.task = "segmentation"
-    config.model = "unet(width=8, levels=3)"
-    config.epochs = 12.0
+    config.method = "pixels(dice=1.0)"
+    config.model = "unet(width=8, levels=4)"
+    config.epochs = 30.0
     config.batch_size = 32
     config.eval_batch_size = 128
     config.augment = "flip|affine(scale=(0.8, 1.2), translate=8)"
@@ -28,5 +29,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optim.weight_decay = 0.01
     config.optim.schedule = "cosine"
     config.optim.warmup = "1 epoch"
-    config.log_every = config.eval_every = config.checkpoint_every = "4 epochs"
+    config.log_every = config.eval_every = config.checkpoint_every = "5 epochs"
     return choose(config, arg)

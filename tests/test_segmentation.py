@@ -330,6 +330,9 @@ def test_a_picture_has_the_colours_of_the_classes():
     picture = draw(NAMES, {"image": image, "mask": np.uint8([[0, 1, 255]] * 2)})
     times = picture.shape[0] // 2
     np.testing.assert_array_equal(picture[0, ::times], [[114, 50, 50], [50, 114, 50], [100] * 3])
+    names = ("background", "road", "car")
+    picture = draw(names, {"image": image, "mask": np.uint8([[0, 1, 255]] * 2)})
+    np.testing.assert_array_equal(picture[0, ::times], [[100] * 3, [50, 114, 50], [100] * 3])
     back = Back((2, 2), np.eye(3))
     assert draw(NAMES, {"image": image}, {"mask": np.zeros((2, 3), np.uint8)}, back).shape[:2] == (
         256,

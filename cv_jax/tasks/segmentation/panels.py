@@ -80,6 +80,8 @@ def _confused(names, counts):
     order = np.argsort(-share, axis=None, kind="stable")[:10]
     pairs = [np.unravel_index(i, share.shape) for i in order]
     shown = [
-        f"{100 * share[i, j]:.0f} % of {names[i]} as {names[j]}" for i, j in pairs if share[i, j]
+        f"{100 * share[i, j]:.0f} % of {names[i]} as {names[j]}"
+        for i, j in pairs
+        if share[i, j] >= 0.005
     ]
     return f"{', '.join(shown)}." if shown else "None."

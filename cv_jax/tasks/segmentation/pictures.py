@@ -77,9 +77,9 @@ def draw(
 ) -> np.ndarray:
     """Draws the image with the predicted classes over it, or else those of the data set.
 
-    Every class has its colour of `palette`, from 1 on; ignored pixels have the image's own. The
-    part of the picture that letter-boxing added is cut away; small images are magnified by a whole
-    number. Returns (h, w, 3) uint8.
+    Every class has its colour of `palette`, from 1 on. Pixels that are ignored, or of a class
+    called "background", keep the colour of the image. The part of the picture that letter-boxing
+    added is cut away; small images are magnified by a whole number. Returns (h, w, 3) uint8.
     """
     image = draw_image(example).astype(np.float32)
     mask = np.asarray((example if prediction is None else prediction)["mask"])
@@ -88,7 +88,8 @@ def draw(
         w, h = corner[:2].round().astype(int)
         image, mask = image[:h, :w], mask[:h, :w]
     colours = palette(len(names) + 1)[1:]
-    known = mask != IGNORED
+    plain = (IGNORED, *(i for i, name in enumerate(names) if name == "background"))
+    known = ~np.isin(mask, plain)
     image[known] += OPACITY * (colours[mask[known]] - image[known])
     times = max(1, round(LEGIBLE / max(image.shape[:2])))
     return image.round().astype(np.uint8).repeat(times, 0).repeat(times, 1)
