@@ -16,12 +16,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.task = "segmentation"
     config.method = "pixels(width=64, dice=1.0)"
     config.model = "resnet18(stem='imagenet', width=32)"
-    config.epochs = 80.0
+    config.epochs = 100.0
     config.batch_size = 8
     config.eval_batch_size = 16
     config.augment = (
         "flip|affine(scale=(0.6, 1.6), translate=40)|random_crop((192, 256))"
-        "|color_jitter(0.3, 0.3, 0.3, 0.05)"
+        "|color_jitter(0.5, 0.5, 0.5, 0.1)"
     )
     config.class_weights = "sqrt"
     config.tta = "mirror"

@@ -144,6 +144,7 @@ def test_intermediates_have_the_documented_shapes():
             "pooled": (1, 256),
         },
         "resnet50(stem='imagenet')": {
+            "stem_conv": (1, 16, 16, 64),
             "stem": (1, 8, 8, 64),
             "group1": (1, 8, 8, 256),
             "group2": (1, 4, 4, 512),

@@ -38,13 +38,14 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x = x.astype(self.dtype)
+        x, features = x.astype(self.dtype), {}
         if self.stem == "imagenet":
             x = nn.relu(batch_norm(conv(x, self.width, 7, 2, "stem"), train, name="stem_norm"))
+            features["stem_conv"] = x  # twice the height and width of the next map
             x = max_pool(x, 3, strides=2, padding=1)
         else:
             x = nn.relu(batch_norm(conv(x, self.width, 3, 1, "stem"), train, name="stem_norm"))
-        features = {"stem": x}  # b 32 32 64
+        features["stem"] = x  # b 32 32 64
         block = BottleneckBlock if self.bottleneck else BasicBlock
         for i, depth in enumerate(self.depths):
             for j in range(depth):

@@ -1,7 +1,7 @@
 """A segmenter: a class for every pixel, from the features of any backbone.
 
 A backbone with a feature for every pixel, such as `unet`, needs only a 1x1 convolution. Maps of
-other backbones are merged by `pyramid` to a quarter of the resolution; the logits are interpolated.
+other backbones are merged by `pyramid` to a part of the resolution; the logits are interpolated.
 """
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ class Segmenter(nn.Module):
     backbone: nn.Module  # without a head
     num_classes: int
     width: int  # channels of the pyramid
+    stride: int = STRIDE  # pixels between two places of the pyramid's finest map
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -27,7 +28,7 @@ class Segmenter(nn.Module):
         if "pixels" in features:
             y = features["pixels"]
         else:
-            coarse = tuple(-(-side // STRIDE) for side in size)
+            coarse = tuple(-(-side // self.stride) for side in size)
             y = pyramid(features, coarse, self.width, train)  # b 60 80 width
             y = block(y, self.width, 3, "head", train)
         logits = layers.conv(y, self.num_classes, 1, name="logits", use_bias=True)

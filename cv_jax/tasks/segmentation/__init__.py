@@ -39,22 +39,27 @@ class Method(NamedTuple):
     """How a segmenter learns, see `pixels_method`."""
 
     width: int
+    stride: int
     dice: float
     focus: float
 
 
-def pixels_method(width: int = 64, dice: float = 0.0, focus: float = 0.0) -> Method:
+def pixels_method(
+    width: int = 64, stride: int = 4, dice: float = 0.0, focus: float = 0.0
+) -> Method:
     """Learns the class of every pixel by cross-entropy.
 
     Args:
         width: channels of the pyramid; without effect on a backbone such as unet.
+        stride: pixels between two places of the pyramid's finest map, 1, 2, 4 or 8; as `width`.
         dice: weight of the Dice loss beside the cross-entropy, see `losses.dice`.
         focus: the exponent of the focal loss, see `losses.cross_entropy`; 0: cross-entropy.
     """
     require(lambda: dice >= 0, f"dice={dice} must be 0 or more")
     require(lambda: 0 <= focus <= 10, f"focus={focus} must lie in [0, 10]")
+    require(lambda: stride in (1, 2, 4, 8), f"stride={stride} must be 1, 2, 4 or 8")
     (width,) = checked_widths((width,))
-    return Method(width, dice, focus)
+    return Method(width, stride, dice, focus)
 
 
 METHODS = {"pixels": pixels_method}
@@ -67,7 +72,8 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     names, n = field.names, len(field.names)
     method = build_one(config.method or "pixels", METHODS, "config.method")
     _check(config, spec)
-    model = Segmenter(build_model(config.model, 0, compute_dtype(config.dtype)), n, method.width)
+    backbone = build_model(config.model, 0, compute_dtype(config.dtype))
+    model = Segmenter(backbone, n, method.width, method.stride)
     augmented = make_augmented(config.augment, spec.fields)
     normalize = make_normalize(spec, config.data.normalize, config.data.normalize_by)
     initial = make_initial(config, model, normalize, spec)
