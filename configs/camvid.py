@@ -4,6 +4,12 @@
 
 CAMVID holds {train,val,test}/{images,labels}: 367, 101 and 233 images of 480x360 pixels, with masks
 of the values 0 to 10, and 11 for void.
+
+Measured, one seed, 25 minutes on 2 cores: a mean IoU of 53.27 % on test and 61.21 % on val, and
+17.03 % for the class most frequent at each place (results/camvid.json). ENet reaches 51.3 %
+(A. Paszke et al., https://arxiv.org/abs/1606.02147). For a GPU, add
+--config.model="resnet18(stem='imagenet')" --config.method="pixels(width=128, stride=2, dice=1.0)"
+and --config.epochs=300, which nobody has measured.
 """
 
 import ml_collections

@@ -126,7 +126,7 @@ def test_the_calibration_error_by_hand():
 def test_a_point_divides_logits_and_says_what_is_positive():
     logits = np.array([2.0, 1.0, 0.0])
     shares = dict(zip("abc", softmax(logits), strict=True))
-    point = Point("seed=0", 7, "b", temperature=2.0, threshold=0.3)
+    point = Point("seed=0", 7, "none", "b", temperature=2.0, threshold=0.3)
     found = with_point({"class": "a", "probabilities": shares}, point)
     np.testing.assert_allclose(list(found["probabilities"].values()), softmax(logits / 2))
     assert found["positive"] == (softmax(logits / 2)[1] >= 0.3)
@@ -166,6 +166,7 @@ def test_a_network_is_assessed_and_predict_uses_its_point(run_tool, tmp_path):
     point = read_point(run_tool.workdir, trained)
     assert point.positive == "8"
     assert read_point(run_tool.workdir, trained._replace(name="seed=1")) is None
+    assert read_point(run_tool.workdir, trained._replace(tta="mirror")) is None
 
     from PIL import Image
 
@@ -198,6 +199,14 @@ def test_images_that_look_alike_have_one_hash():
     same = hashes == assess._hashes(brighter)
     assert same.mean() >= 0.9
     assert not np.isin(assess._hashes(images[:, :, ::-1]), hashes).any()
+
+
+def test_plain_images_are_not_alike():
+    plain = np.full((2, 16, 16, 3), 255, np.uint8)
+    hashes = assess._hashes(plain)
+    assert hashes.tolist() == [0, 0]
+    assert assess._num_like(hashes, hashes) == 0
+    assert assess._num_like(np.uint64([0, 5, 6]), np.uint64([0, 5])) == 1
 
 
 def test_a_task_without_classes_is_refused():

@@ -76,8 +76,9 @@ def test_every_kind_of_mask_file_has_the_same_classes():
         "palette": paletted,
         "16 bits": Image.fromarray(mask.astype(np.uint16)),
         "equal channels": Image.merge("RGB", [grey] * 3),
+        "alpha": Image.merge("LA", [grey, Image.new("L", grey.size, 200)]),
     }
-    assert {image.mode for image in images.values()} == {"L", "P", "I;16", "RGB"}
+    assert {image.mode for image in images.values()} == {"L", "P", "I;16", "RGB", "LA"}
     for name, image in images.items():
         np.testing.assert_array_equal(
             decode_mask(encoded(image, "PNG"), numbers), mask, err_msg=name
@@ -122,20 +123,26 @@ def test_a_file_that_is_no_mask_says_so(data, says):
         decode_mask(data, mask_numbers(3))
 
 
-def test_masks_are_resized_by_pixel_centres_and_padded_with_255():
-    mask = np.uint8([[0, 1], [2, 0]])
-    data = encoded(Image.fromarray(mask), "PNG")
-    # A pixel stays under its object after a zoom by three.
-    np.testing.assert_array_equal(
-        letterbox_mask(data, mask_numbers(3), (6, 6)), mask.repeat(3, 0).repeat(3, 1)
-    )
-    wide = letterbox_mask(data, mask_numbers(3), (6, 12))
-    np.testing.assert_array_equal(wide[:, :6], mask.repeat(3, 0).repeat(3, 1))
-    assert (wide[:, 6:] == 255).all()
+def test_masks_shrink_by_pixel_centres_and_are_padded_with_255():
     # Shrinking takes the pixel at the centre, and makes no class that is not there.
     large = random_mask(1, (30, 30))
-    small = letterbox_mask(encoded(Image.fromarray(large), "PNG"), mask_numbers(3), (10, 10))
-    np.testing.assert_array_equal(small, large[1::3, 1::3])
+    data = encoded(Image.fromarray(large), "PNG")
+    small = letterbox_mask(data, mask_numbers(3), (10, 12))
+    np.testing.assert_array_equal(small[:, :10], large[1::3, 1::3])
+    assert (small[:, 10:] == 255).all()
+    # An image that fits keeps its pixels, and so does its mask.
+    whole = letterbox_mask(data, mask_numbers(3), (40, 50))
+    np.testing.assert_array_equal(whole[:30, :30], large)
+    assert (whole[30:] == 255).all()
+    assert (whole[:, 30:] == 255).all()
+
+
+def test_pixels_of_masks_decoded_when_needed_are_counted_in_some_of_them(root):
+    write(root, train="abcd", names=(*NAMES, "never"))
+    once, always = load(root), load(root, decode="always")
+    assert once.spec.pixel_counts[3] == 0
+    assert always.spec.pixel_counts == tuple(x + 1 for x in once.spec.pixel_counts)
+    assert once.spec.label_counts == ()
 
 
 # ---- Data sets
@@ -149,7 +156,7 @@ def test_a_folder_of_images_and_masks(root):
     np.testing.assert_array_equal(data.train["mask"], [random_mask(0), random_mask(1)])
     np.testing.assert_array_equal(data.test["mask"], [random_mask(9)])
     counts = np.bincount(data.train["mask"].ravel(), minlength=256)
-    assert data.spec.label_counts == tuple(counts[:3])
+    assert data.spec.pixel_counts == tuple(counts[:3])
     assert data.spec.summary == "12x8x3, mask of 3 classes"
     again = load(root)  # from the cache
     np.testing.assert_array_equal(again.train["mask"], data.train["mask"])
@@ -190,6 +197,9 @@ def test_images_of_different_sizes_are_letter_boxed_with_their_masks(root):
     add(root / "train", "c", random_mask(3, (6, 20)))
     whole = load(root)  # a canvas for all; sides are multiples of 4
     assert whole.spec.fields["mask"].shape == (12, 20)
+    np.testing.assert_array_equal(whole.train["mask"][0, :, :8], random_mask(0))
+    pixels = np.asarray(Image.open(root / "train/images/a.png"))
+    np.testing.assert_array_equal(whole.train["image"][0, :, :8], pixels)
     np.testing.assert_array_equal(whole.train["mask"][2, :6], random_mask(3, (6, 20)))
     assert (whole.train["mask"][2, 6:] == 255).all()
     small = load(root, size=8)

@@ -18,6 +18,7 @@ from cv_jax.data.fields import mask_field
 from cv_jax.data.read_image import Back
 from cv_jax.data.sources.shapes import load_shapes
 from cv_jax.models import build_model
+from cv_jax.models.pyramid import double
 from cv_jax.models.segmenter import Segmenter
 from cv_jax.tasks import build_task
 from cv_jax.tasks.segmentation import losses, scores
@@ -123,7 +124,7 @@ def test_a_boundary_that_is_near_enough_counts():
     assert values_of(np.zeros_like(mask), mask, NAMES[:2])["boundary_f1"] == 0
     uniform = np.zeros_like(mask)
     assert np.isnan(scores._mean(np.array([scores._f1(0, 0, 0, 0)])))
-    assert "boundary_f1" not in values_of(uniform, uniform)
+    assert np.isnan(values_of(uniform, uniform)["boundary_f1"])
 
 
 def test_the_interval_covers_what_other_images_would_give():
@@ -246,6 +247,25 @@ def test_a_unet_has_a_feature_for_every_pixel(size):
     )
     assert shape[1]["pixels"].shape == (1, *size, 4)
     assert shape[1]["group3"].shape == (1, size[0] // 4, size[1] // 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "index"),
+    [
+        (3, 6, [0, 0, 1, 1, 2, 2]),
+        (3, 5, [0, 0, 1, 1, 2]),
+        (3, 7, [0, 0, 1, 1, 2, 2, 2]),
+        (4, 4, [0, 1, 2, 3]),
+        (5, 6, [0, 1, 2, 2, 3, 4]),  # as of n94, whose maps have 15 and the pyramid 16 places
+    ],
+)
+def test_a_map_is_enlarged_to_its_whole_extent(here, there, index):
+    x = jnp.arange(here * 2.0).reshape(1, here, 1, 2)
+    out = double(jnp.broadcast_to(x, (1, here, here, 2)), (there, here))
+    np.testing.assert_array_equal(out[0, :, 0], x[0, np.array(index), 0])
+    assert out.shape == (1, there, here, 2)
+    turned = double(jnp.swapaxes(x, 1, 2), (1, there))
+    np.testing.assert_array_equal(turned[0, 0], x[0, np.array(index), 0])
 
 
 # ---- Large images
@@ -426,7 +446,7 @@ def _spec(names=NAMES, counts=(5, 5, 5), **changes):
         | {"mean": np.zeros(3, np.float32), "std": np.ones(3, np.float32)}
     )
     fields = {"image": image, "mask": mask_field(names, (8, 8)), **changes}
-    return spec._replace(fields=fields, label_counts=counts)
+    return spec._replace(fields=fields, pixel_counts=counts)
 
 
 def _config(**leaves):
@@ -444,6 +464,8 @@ def _config(**leaves):
         ({"method": "pixels(focus=99)"}, {}, "focus=99 must lie in"),
         ({"method": "circles"}, {}, "Unknown config.method 'circles'"),
         ({"label_smoothing": 0.1}, {}, "has no effect on config.task='segmentation'"),
+        ({"method": "pixels(dice=1.0)", "accumulate": 2}, {}, "one of the whole batch"),
+        ({"model": "unet(levels=5)"}, {}, "needs images of at least 16x16 pixels, but got 8x8"),
         ({}, {"counts": (9, 0, 0)}, "have only pixels of the class 'sky'"),
         ({}, {"mask": Field((), "int32", "label", names=NAMES)}, "of the kind 'mask'"),
         ({"model": "lenet", "augment": "circle"}, {}, "circle"),

@@ -30,8 +30,8 @@ class DataSpec(NamedTuple):
         typical: statistics of the training images; None: not measured.
         eval_crop: share of an image's sides that the centre crop keeps, see
             `read_image.fit_image`.
-        label_counts: number of training examples of each class of the field `label`, or of pixels
-            in the masks of `sample`; (): not known.
+        label_counts: number of training examples of each class of the field `label`; (): not known.
+        pixel_counts: number of pixels of each class of the field `mask`, see `count_pixels`.
     """
 
     name: str
@@ -44,6 +44,7 @@ class DataSpec(NamedTuple):
     typical: Typical | None = None
     eval_crop: float = 1.0
     label_counts: tuple[int, ...] = ()
+    pixel_counts: tuple[int, ...] = ()
 
     @property
     def num_labelled(self) -> int:
@@ -119,14 +120,15 @@ def spec_from_json(values: Mapping[str, Any]) -> DataSpec:
         name: np.broadcast_to(np.asarray(field.fill, field.dtype), (1, *field.shape))
         for name, field in fields.items()
     }
-    label_counts = tuple(values.get("label_counts", ()))  # older code did not count
+    # older code did not count
+    counted = {name: tuple(values.get(name, ())) for name in ("label_counts", "pixel_counts")}
     return DataSpec(
         **{
             **values,
             "fields": fields,
             "sample": sample,
             "typical": typical,
-            "label_counts": label_counts,
+            **counted,
         }
     )
 
@@ -233,16 +235,35 @@ def sample_of(examples: Examples) -> Examples:
 def count_labels(train: Examples, fields: Mapping[str, Field]) -> tuple[int, ...]:
     """Returns the number of examples of each class of the field `label`; () without this field.
 
-    Examples without a label, of value -1, do not count. Without this field, but with masks, it is
-    the number of pixels of each class in the masks of `sample_of` the examples.
+    Examples without a label, of value -1, do not count.
     """
-    if "label" not in fields and "mask" in fields:
-        found = np.bincount(np.asarray(sample_of(train)["mask"]).ravel(), minlength=IGNORED)
-        return tuple(found[: len(fields["mask"].names)].tolist())
     if "label" not in fields:
         return ()
     label = np.asarray(train["label"])
     return tuple(np.bincount(label[label >= 0], minlength=len(fields["label"].names)).tolist())
+
+
+def count_pixels(train: Examples, fields: Mapping[str, Field]) -> tuple[int, ...]:
+    """Returns the number of pixels of each class in the masks of train; () without masks.
+
+    Of masks that are decoded when needed, `some_masks` are counted, and every class once more: a
+    class that they lack may be in others.
+    """
+    if "mask" not in fields:
+        return ()
+    masks = some_masks(train["mask"])
+    parts = (masks[i : i + 100].ravel() for i in range(0, len(masks), 100))
+    found = sum(np.bincount(part, minlength=IGNORED) for part in parts)
+    found = found[: len(fields["mask"].names)] + isinstance(train["mask"], Encoded)
+    return tuple(found.tolist())
+
+
+def some_masks(masks: Any) -> np.ndarray:
+    """Returns masks (m, h, w): all of an array, or else 200, evenly spaced."""
+    if not isinstance(masks, Encoded):
+        return masks
+    count = min(len(masks), 200)
+    return np.asarray(masks[np.arange(count) * len(masks) // count])
 
 
 def counts(train: Examples, val: Examples, test: Examples) -> dict[str, int]:

@@ -107,6 +107,11 @@ def is_whole(fields: Mapping[str, Field]) -> bool:
     return has_kind(fields, "boxes", "mask")
 
 
+def enlarges(fields: Mapping[str, Field]) -> bool:
+    """Returns whether small images that are read whole are enlarged: those with masks are not."""
+    return has_kind(fields, "boxes")
+
+
 def has_kind(fields: Mapping[str, Field], *kinds: str) -> bool:
     """Returns whether any of the fields is of one of `kinds`."""
     return any(field.kind in kinds for field in fields.values())

@@ -123,10 +123,16 @@ def fit_image(
     return np.asarray(image).reshape(h, w, c), back
 
 
-def letterbox_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.ndarray, Back]:
+def letterbox_image(
+    data: bytes, image_shape: tuple[int, int, int], enlarge: bool = True
+) -> tuple[np.ndarray, Back]:
     """Decodes an image file and fits all of it into (h, w, c), at the top left, with black beside.
 
     As `fit_image`, but nothing is cropped: the image is resized to `letterbox_size`.
+
+    Args:
+        data, image_shape: see `fit_image`.
+        enlarge: whether an image smaller than (h, w) is enlarged.
 
     Returns:
         The image (h, w, c) uint8, and the map back to the file's own pixels.
@@ -137,7 +143,7 @@ def letterbox_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.
     h, w, c = image_shape
     image = decode_image(data, c)
     width, height = image.size
-    inner_h, inner_w = letterbox_size((height, width), (h, w))
+    inner_h, inner_w = letterbox_size((height, width), (h, w), enlarge)
     if image.size != (inner_w, inner_h):
         image = image.resize((inner_w, inner_h), Image.Resampling.BICUBIC)
     whole = np.zeros(image_shape, np.uint8)
@@ -146,11 +152,16 @@ def letterbox_image(data: bytes, image_shape: tuple[int, int, int]) -> tuple[np.
     return whole, Back((height, width), back)
 
 
-def letterbox_size(size: tuple[int, int], inside: tuple[int, int]) -> tuple[int, int]:
+def letterbox_size(
+    size: tuple[int, int], inside: tuple[int, int], enlarge: bool = True
+) -> tuple[int, int]:
     """Returns the largest (height, width) with the proportions of `size` that fits inside.
 
-    An image whose sides lack less than STRIDE pixels each is not enlarged, but keeps its pixels.
+    An image whose sides lack less than STRIDE pixels each is not enlarged, but keeps its pixels;
+    without `enlarge`, no image is.
     """
+    if not enlarge and all(side <= whole for whole, side in zip(inside, size, strict=True)):
+        return int(size[0]), int(size[1])
     if all(0 <= whole - side < STRIDE for whole, side in zip(inside, size, strict=True)):
         return int(size[0]), int(size[1])
     scale = min(inside[0] / size[0], inside[1] / size[1])

@@ -24,7 +24,7 @@ def mask_numbers(num_classes: int, ignored: tuple[int, ...] = (), first: int = 0
 
 
 def letterbox_mask(data: bytes, numbers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Decodes a mask and fits all of it into `size`, as `letterbox_image` does with its image.
+    """Decodes a mask and fits all of it into `size`, as `letterbox_image` without `enlarge`.
 
     A pixel gets the class of the nearest pixel of the file, measured between their centres.
 
@@ -40,7 +40,7 @@ def letterbox_mask(data: bytes, numbers: np.ndarray, size: tuple[int, int]) -> n
         UserError: the file cannot be read, or has a value that is no class.
     """
     mask = decode_mask(data, numbers)
-    h, w = letterbox_size(mask.shape, size)
+    h, w = letterbox_size(mask.shape, size, enlarge=False)
     if mask.shape != (h, w):
         mask = np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.NEAREST))
     whole = np.full(size, IGNORED, np.uint8)
@@ -55,6 +55,8 @@ def decode_mask(data: bytes, numbers: np.ndarray) -> np.ndarray:
         values = np.asarray(image)
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise UserError(f"its mask is damaged ({first_line(error)})") from error
+    if image.mode == "LA":
+        values = values[..., 0]
     if values.ndim == 3:
         if (values[..., :3] != values[..., :1]).any():
             raise UserError(

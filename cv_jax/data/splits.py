@@ -9,6 +9,7 @@ from cv_jax.data.dataset import (
     DataSpec,
     Stored,
     count_labels,
+    count_pixels,
     counts,
     sample_of,
 )
@@ -51,6 +52,7 @@ def hold_out(name: str, stored: Stored, num_val: int) -> Dataset:
         **counts(train, val, stored.test),
         sample=sample_of(train),
         label_counts=count_labels(train, fields),
+        pixel_counts=count_pixels(train, fields),
     )
     return Dataset(spec, train, val, stored.test, stored.notes)
 
@@ -118,8 +120,12 @@ def limit_examples(data: Dataset, count: int) -> Dataset:
 
     train, val, test = (cut(split) for split in (data.train, data.val, data.test))
     sample = sample_of(train)
-    labels = count_labels(train, data.spec.fields)
-    spec = data.spec._replace(**counts(train, val, test), sample=sample, label_counts=labels)
+    spec = data.spec._replace(
+        **counts(train, val, test),
+        sample=sample,
+        label_counts=count_labels(train, data.spec.fields),
+        pixel_counts=count_pixels(train, data.spec.fields),
+    )
     return data._replace(spec=spec, train=train, val=val, test=test)
 
 
@@ -159,6 +165,7 @@ def limit_labels(
         num_train=len(chosen),
         sample=sample_of(train),
         label_counts=count_labels(train, data.spec.fields),
+        pixel_counts=count_pixels(train, data.spec.fields),
     )
     return data._replace(spec=spec, train=train)
 
@@ -196,6 +203,7 @@ def _with_labelled(data: Dataset, chosen: np.ndarray) -> Dataset:
         sample=sample_of(train),
         num_unlabelled=len(label) - len(chosen),
         label_counts=count_labels(train, data.spec.fields),
+        pixel_counts=count_pixels(train, data.spec.fields),
     )
     return data._replace(spec=spec, train=train, val=val, test=test)
 

@@ -9,25 +9,29 @@ from cv_jax.config.errors import UserError
 from cv_jax.data import DataSpec
 
 
-def make_class_weights(text: str, spec: DataSpec) -> np.ndarray | None:
+def make_class_weights(
+    text: str, spec: DataSpec, counts: Sequence[int] | None = None
+) -> np.ndarray | None:
     """Returns the weights (n,) float32 of the classes; None for "".
 
     Args:
         text: the value of `config.class_weights`: "", "balanced" for `balanced_weights`, or "sqrt"
             for their square roots.
         spec: describes the data set.
+        counts: the number of training examples of each class; None: those of the field `label`.
 
     Raises:
         UserError: the numbers of labels in train are not known.
     """
     if not text:
         return None
-    if not spec.label_counts:
+    counts = spec.label_counts if counts is None else counts
+    if not counts:
         raise UserError(
             f"config.class_weights={text!r} needs the number of training examples of each class, "
             f"which is not known for the data set {spec.name!r}: set config.class_weights=''."
         )
-    weights = balanced_weights(spec.label_counts)
+    weights = balanced_weights(counts)
     return np.sqrt(weights) if text == "sqrt" else weights
 
 

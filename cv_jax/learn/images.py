@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cv_jax.data import DataSpec
-from cv_jax.data.fields import is_whole
+from cv_jax.data.fields import enlarges, is_whole
 from cv_jax.data.read_image import Back, fit_image, letterbox_image
 
 
@@ -20,7 +20,7 @@ def make_read(spec: DataSpec) -> Callable[[bytes], list[tuple[dict[str, np.ndarr
 
     def read(data: bytes) -> list[tuple[dict[str, np.ndarray], Back]]:
         if whole:
-            image, back = letterbox_image(data, spec.image_shape)
+            image, back = letterbox_image(data, spec.image_shape, enlarges(spec.fields))
         else:
             image, back = fit_image(data, spec.image_shape, spec.eval_crop)
         return [({"image": image}, back)]

@@ -167,16 +167,16 @@ def _without_labels(measure: Callable) -> Probes:
 
     def finish(fold):
         whole = {name: np.concatenate([part[name] for part in fold]) for name in fold[0]}
-        if not all(np.isfinite(x).all() for x in whole.values()):
-            return dict.fromkeys(("retrieval", "feature_spread", "feature_rank"), float("nan"))
+        finite = all(np.isfinite(x).all() for x in whole.values())
         features, first, second = (whole.pop(name) for name in ("features", "first", "second"))
         spread, rank = spread_and_rank(jnp.asarray(features))
-        return {
+        found = {
             "retrieval": found_again(first, second),
             "feature_spread": float(spread),
             "feature_rank": float(rank),
             **{name: float(values.mean()) for name, values in whole.items()},
         }
+        return found if finite else dict.fromkeys(found, float("nan"))
 
     def chance(train, examples):
         del train

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cv_jax.config.errors import UserError
 from cv_jax.models import layers
@@ -72,13 +73,36 @@ def _maps(features: dict[str, jax.Array], size: tuple[int, int]) -> list[jax.Arr
 
 
 def double(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Repeats every value twice along height and width, and the last ones to get `size` (h, w)."""
-    for axis in (1, 2):
-        shape = [-1, *x.shape[1:]]
-        shape[axis] *= 2
-        # Not by `repeat`, which tools.export cannot write as ONNX.
-        x = jnp.concatenate([jnp.expand_dims(x, axis + 1)] * 2, axis=axis + 1).reshape(shape)
-    missing = [max(0, side - have) for side, have in zip(size, x.shape[1:3], strict=True)]
-    if any(missing):  # as of a map of 7 places below one of 15
-        x = jnp.pad(x, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
-    return x[:, : size[0], : size[1]]
+    """Enlarges maps (b, h, w, c) to `size` (h', w'), at most twice as large in each axis.
+
+    Where 2 h is h' or differs by one, as the map of a strided convolution does, every value is
+    repeated twice, and the last ones are cut or repeated again. Otherwise, a place takes the value
+    at the nearest place.
+    """
+    for axis, side in zip((1, 2), size, strict=True):
+        if abs(2 * x.shape[axis] - side) <= 1:
+            x = _repeat_twice(x, axis, side)
+        elif x.shape[axis] != side:
+            x = _nearest(x, axis, side)
+    return x
+
+
+def _repeat_twice(x: jax.Array, axis: int, side: int) -> jax.Array:
+    shape = list(x.shape)
+    shape[axis] *= 2
+    shape[0] = -1  # a program for any number of images
+    # Not by `repeat`, which tools.export cannot write as ONNX.
+    x = jnp.concatenate([jnp.expand_dims(x, axis + 1)] * 2, axis=axis + 1).reshape(shape)
+    if x.shape[axis] < side:  # as of a map of 7 places below one of 15
+        pads = [(0, 0)] * 4
+        pads[axis] = (0, 1)
+        x = jnp.pad(x, pads, mode="edge")
+    return jax.lax.slice_in_dim(x, 0, side, axis=axis)
+
+
+def _nearest(x: jax.Array, axis: int, side: int) -> jax.Array:
+    here = x.shape[axis]
+    nearest = ((np.arange(side) + 0.5) * here / side).astype(int)
+    chosen = jnp.asarray(np.eye(here)[nearest], x.dtype)  # a product, which ONNX has
+    moved = jnp.tensordot(x, chosen, ((axis,), (1,)), precision="highest")
+    return jnp.moveaxis(moved, -1, axis)

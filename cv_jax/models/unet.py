@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cv_jax.models import layers
-from cv_jax.models.layers import global_avg_pool, head, max_pool
+from cv_jax.models.layers import check_image_size, global_avg_pool, head, max_pool
 from cv_jax.models.pyramid import block, double
 
 
@@ -25,6 +25,7 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns logits of the image, and features; "pixels" (b, h, w, width) for each pixel."""
+        check_image_size(x, "unet", least=2 ** (self.levels - 1))
         x, features = x.astype(self.dtype), {}
         for i in range(self.levels):  # b 64 96 32, b 32 48 64, b 16 24 128, b 8 12 256
             x = _two(max_pool(x, 2) if i else x, self.width * 2**i, f"group{i + 1}", train)

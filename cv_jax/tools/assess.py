@@ -27,15 +27,21 @@ import cv2
 import numpy as np
 from scipy.special import log_softmax
 
-from cv_jax.config.errors import UserError, nearest
+from cv_jax.config.errors import UserError, first_line, nearest
 from cv_jax.data import Dataset, load_dataset
 from cv_jax.data.fields import Examples, num_examples, take
 from cv_jax.learn import diagnostics
 from cv_jax.learn.diagnostics import Estimate
 from cv_jax.runtime.startup import check_platform, prepare_jax
 from cv_jax.tools.command import add_run_arguments, command, make_parser
-from cv_jax.trained.load import Trained, check_finite_predictions, load_trained, make_predict
-from cv_jax.trained.point import FILE, Point, point_to_json
+from cv_jax.trained.load import (
+    Trained,
+    check_finite_predictions,
+    check_same_fields,
+    load_trained,
+    make_predict,
+)
+from cv_jax.trained.point import FILE, Point
 from cv_jax.workdir.bucket import work_directory
 from cv_jax.workdir.files import write_json
 
@@ -60,9 +66,15 @@ def assess(trained: Trained, data: Dataset, positive: str, specificity: float) -
     score = {split: _probabilities(x, temperature)[:, number] for split, x in logits.items()}
     found = diagnostics.levels(score["val"], data.val["label"] == number)
     threshold = diagnostics.threshold_at(found, specificity)
-    point = Point(trained.name, int(trained.state.step), positive, temperature, threshold)
+    if not np.isfinite(threshold):
+        raise UserError(
+            f"No threshold has a specificity of {specificity:g} on val: its most confident image "
+            "is a negative one, and there are too few. Lower --specificity, or enlarge val."
+        )
+    network = trained.name, int(trained.state.step), trained.tta
+    point = Point(*network, positive, temperature, threshold)
     known = _hashes(data.train["image"])
-    values: dict[str, Any] = {"point": point_to_json(point), "specificity": specificity}
+    values: dict[str, Any] = {"point": point._asdict(), "specificity": specificity}
     for split in ("val", "test"):
         examples = getattr(data, split)
         values[split] = {
@@ -71,7 +83,7 @@ def assess(trained: Trained, data: Dataset, positive: str, specificity: float) -
             **_estimates(score[split], examples, number, specificity),
             **_at_point(score[split], examples["label"] == number, threshold),
             **_calibration(logits[split], examples["label"], temperature),
-            "like_train": int(np.isin(_hashes(examples["image"]), known).sum()),
+            "like_train": _num_like(_hashes(examples["image"]), known),
         }
     return values
 
@@ -148,8 +160,7 @@ def _calibration(logits: np.ndarray, label: np.ndarray, temperature: float) -> d
 def _hashes(images: Any) -> np.ndarray:
     """Returns a number (m,) uint64 for each image: where its brightness rises to the right.
 
-    Images are shrunk to 8 rows of 9 grey pixels (difference hash). Images without any rise have
-    numbers of their own.
+    Images are shrunk to 8 rows of 9 grey pixels (difference hash). A plain image has 0.
     """
     bits = np.zeros((len(images), 64), bool)
     for start in range(0, len(images), PART):
@@ -158,6 +169,11 @@ def _hashes(images: Any) -> np.ndarray:
             small = cv2.resize(image, (9, 8), interpolation=cv2.INTER_AREA)
             row[:] = (small[:, 1:] > small[:, :-1]).ravel()
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+
+
+def _num_like(hashes: np.ndarray, known: np.ndarray) -> int:
+    """Returns how many images have a hash among the known ones; plain images do not count."""
+    return int((np.isin(hashes, known) & (hashes != 0)).sum())
 
 
 def in_lines(values: dict[str, Any]) -> list[str]:
@@ -215,11 +231,17 @@ def main() -> None:
     prepare_jax()
     check_platform()
     workdir = work_directory(arguments.workdir)
+    if workdir.suffix == ".safetensors":
+        raise UserError(f"--workdir={workdir} is a file: name a work directory, to write to it.")
     trained = load_trained(workdir, arguments.run, arguments.tta)
     data = load_dataset(trained.config.data)
+    check_same_fields(data.spec, trained.spec)
     values = assess(trained, data, arguments.positive, arguments.specificity)
     print("\n".join(in_lines(values)))
-    write_json(workdir / FILE, values)
+    try:
+        write_json(workdir / FILE, values)
+    except OSError as error:
+        raise UserError(f"{workdir / FILE} cannot be written ({first_line(error)}).") from error
 
 
 if __name__ == "__main__":

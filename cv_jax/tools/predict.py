@@ -57,6 +57,7 @@ from cv_jax.workdir.bucket import work_directory
 
 # Files in a call of the network; the next files are read meanwhile.
 MOST_AT_ONCE = 1000
+MOST_JOINED = 16  # the same for a task that cuts files into parts
 PART = 50  # files that a thread reads at a time
 MOST_SHOWN = 3  # entries of a table, such as the probabilities of classes
 
@@ -166,8 +167,9 @@ def _matched(
         rows += [take(part, i) for i in range(num_examples(part))]
     scores: list[float | None] = [None] * len(read)
     if trained.spec.typical and read and "image" in read[0]:
-        images = np.stack([example["image"] for example in read])
-        scores = score(images, trained.spec.typical).tolist()
+        parts = [read[i : i + PART] for i in range(0, len(read), PART)]  # windows take memory
+        images = (np.stack([example["image"] for example in part]) for part in parts)
+        scores = [x for part in images for x in score(part, trained.spec.typical).tolist()]
     left = iter(zip(rows, scores, strict=True))
     for file, one in zip(files, found, strict=True):
         if isinstance(one, str):
@@ -333,7 +335,8 @@ def _print_predictions(
                 f"--{flag}={folder} cannot be created ({first_line(error)}): choose another."
             ) from error
     print(_line("predict", _about(trained)), file=sys.stderr)
-    at_once = min(len(files), MOST_AT_ONCE)
+    # A large file may be hundreds of windows.
+    at_once = min(len(files), MOST_JOINED if trained.task.join else MOST_AT_ONCE)
     found = predict(files, trained, make_predict(trained, at_once), at_once)
     watched = sys.stderr.isatty() and len(files) > at_once
     bar = tqdm(found, total=len(files), unit="file", dynamic_ncols=True, disable=not watched)

@@ -105,7 +105,8 @@ def make_answer(trained: Trained) -> Callable[[bytes], dict[str, Any]]:
             shares = values["probabilities"].items()
             answer["classes"] = [{"name": name, "probability": x} for name, x in shares]
         if "image" in example:
-            answer |= {"image": _to_picture(example["image"]), **_likeness(example["image"], spec)}
+            seen = np.stack([example["image"] for example, _, _ in parts])
+            answer |= {"image": _to_picture(example["image"]), **_likeness(seen, spec)}
         if explained:
             answer["saliency"] = _to_maps("saliency", explained["saliency"][..., None])
             features = by_depth(explained["features"]).items()
@@ -118,10 +119,11 @@ def make_answer(trained: Trained) -> Callable[[bytes], dict[str, Any]]:
     return answer
 
 
-def _likeness(image: np.ndarray, spec: DataSpec) -> dict[str, Any]:
+def _likeness(images: np.ndarray, spec: DataSpec) -> dict[str, Any]:
+    """Returns the score of a file, the mean over the images that the network saw of it."""
     if not spec.typical:
         return {}
-    distance = float(score(image[None], spec.typical)[0])
+    distance = float(score(images, spec.typical).mean())
     return {"score": distance, "unlike": distance > spec.typical.threshold}
 
 

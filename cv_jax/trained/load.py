@@ -134,6 +134,14 @@ def check_finite_predictions(predictions: dict[str, Any]) -> None:
             )
 
 
+def check_same_fields(here: DataSpec, there: DataSpec) -> None:
+    """Raises UserError if the fields `here`, of a data set, are not those of a network `there`."""
+    for name, field in there.fields.items():
+        other = here.fields.get(name)
+        if other is None or (other.shape, other.names) != (field.shape, field.names):
+            raise UserError(f"its field {name!r} is not that of the network's training data.")
+
+
 def in_float32(trained: Trained) -> Trained:
     """Returns the same network, computed in float32."""
     task = _build(trained.config, trained.spec, tta=trained.tta, dtype="float32")

@@ -12,10 +12,10 @@ FILE = "assessment.json"  # in the work directory; cv_jax.tools.assess writes it
 
 
 class Point(NamedTuple):
-    """How a classifier is used.
+    """The operating point of one network.
 
     Attributes:
-        run, step: the network that the other values belong to.
+        run, step, tta: the network and its test-time views, to which the other values belong.
         positive: the class that is looked for.
         temperature: what logits are divided by, so that probabilities are calibrated.
         threshold: the least calibrated probability that is called positive.
@@ -23,18 +23,14 @@ class Point(NamedTuple):
 
     run: str
     step: int
+    tta: str
     positive: str
     temperature: float
     threshold: float
 
 
-def point_to_json(point: Point) -> dict[str, Any]:
-    """Returns an operating point as JSON values."""
-    return point._asdict()
-
-
 def read_point(workdir: epath.Path, trained: Trained) -> Point | None:
-    """Reads the operating point of a network; None if it has none.
+    """Reads the operating point of a network; None if there is none for it and its views.
 
     Raises:
         UserError: the file is damaged.
@@ -43,12 +39,13 @@ def read_point(workdir: epath.Path, trained: Trained) -> Point | None:
         return None
     try:
         point = Point(**read_json(workdir / FILE)["point"])
-    except (KeyError, TypeError) as error:
+        _ = float(point.temperature), float(point.threshold)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{workdir / FILE} has no operating point: run cv_jax.tools.assess again, or remove it."
         ) from error
-    of_network = point.run, point.step
-    return point if of_network == (trained.name, int(trained.state.step)) else None
+    network = trained.name, int(trained.state.step), trained.tta
+    return point if (point.run, point.step, point.tta) == network else None
 
 
 def with_point(values: dict[str, Any], point: Point) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from cv_jax.data.fields import (
     IGNORED,
     Examples,
     Field,
+    enlarges,
     has_kind,
     image_field,
     is_whole,
@@ -116,7 +117,7 @@ def _fit(
 ) -> Callable[[bytes], np.ndarray]:
     """Returns how an image becomes (h, w, c): cropped at the centre, or whole, see `is_whole`."""
     if is_whole(listing.fields):
-        return lambda data: letterbox_image(data, shape)[0]
+        return lambda data: letterbox_image(data, shape, enlarges(listing.fields))[0]
     return partial(read_image, image_shape=shape, share=share)
 
 
@@ -247,7 +248,9 @@ def _shape(listing: Listing, size: int, seen: _Seen) -> tuple[int, int, int]:
     if is_whole(listing.fields):
         sizes = np.array([found.size for found in facts.values()])
         if size:
-            sizes = np.array([letterbox_size(one, (size, size)) for one in sizes])
+            sizes = np.array(
+                [letterbox_size(one, (size, size), enlarges(listing.fields)) for one in sizes]
+            )
         return *(int(-(-side // STRIDE) * STRIDE) for side in sizes.max(0)), channels
     if size:
         return size, size, channels

@@ -115,7 +115,7 @@ def known_splits(info: tfds.core.DatasetInfo, train_alone: bool = False) -> dict
             raise UserError(
                 f"{info.full_name} has no examples in a split {split!r}, only in "
                 f"{', '.join(sorted(names))}. Choose a data set with train, and test or "
-                "validation; of images with train alone, config.data.size makes a fifth test."
+                "validation. For classes, config.data.size makes a fifth of train test."
             )
     splits = {"train": "train", "test": test}
     if test == "test" and "validation" in names:

@@ -71,13 +71,13 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     field = find_field(config, spec, "mask", "mask")
     names, n = field.names, len(field.names)
     method = build_one(config.method or "pixels", METHODS, "config.method")
-    _check(config, spec)
+    _check(config, spec, method)
     backbone = build_model(config.model, 0, compute_dtype(config.dtype))
     model = Segmenter(backbone, n, method.width, method.stride)
     augmented = make_augmented(config.augment, spec.fields)
     normalize = make_normalize(spec, config.data.normalize, config.data.normalize_by)
     initial = make_initial(config, model, normalize, spec)
-    class_weights = make_class_weights(config.class_weights, spec)
+    class_weights = make_class_weights(config.class_weights, spec, spec.pixel_counts)
 
     def prepare(batch, key):
         return augmented(batch, jax.random.split(key)[0])
@@ -151,13 +151,18 @@ def build(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     )
 
 
-def _check(config: ml_collections.ConfigDict, spec: DataSpec) -> None:
+def _check(config: ml_collections.ConfigDict, spec: DataSpec, method: Method) -> None:
     if config.tta not in VIEWS:
         raise UserError(
             f"config.tta={config.tta!r} is not for config.task='segmentation': choose one of "
             f"{', '.join(VIEWS)}."
         )
-    names, pixels = spec.fields["mask"].names, np.array(spec.label_counts)
+    if method.dice and config.accumulate > 1:
+        raise UserError(
+            f"config.method={config.method!r}: the Dice loss is one of the whole batch. Set "
+            "config.accumulate=1, or dice=0."
+        )
+    names, pixels = spec.fields["mask"].names, np.array(spec.pixel_counts)
     if np.count_nonzero(pixels) == 1:
         raise UserError(
             f"The masks of {spec.name!r} have only pixels of the class "

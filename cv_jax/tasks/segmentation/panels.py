@@ -43,8 +43,12 @@ def _numbers(names, counts):
     return (
         f"{', '.join(rows)}. The mean is {100 * found['mIoU']:.1f} %. Its 95 % interval, by a "
         f"bootstrap over these {len(counts.confusion):,} images, is {100 * low:.1f} to "
-        f"{100 * high:.1f} %. F1 of the boundaries: {100 * found['boundary_f1']:.1f} %."
+        f"{100 * high:.1f} %. F1 of the boundaries: {_percent(found['boundary_f1'])}."
     )
+
+
+def _percent(share):
+    return "unknown" if np.isnan(share) else f"{100 * share:.1f} %"
 
 
 def _colours(names):

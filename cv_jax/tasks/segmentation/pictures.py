@@ -1,4 +1,4 @@
-"""What a segmenter says of an image: areas by class, a mask in the file's pixels, a picture."""
+"""Describes and draws a segmenter's prediction: areas by class, a mask, a picture."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -11,15 +11,16 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from cv_jax.data.dataset import sample_of
+from cv_jax.data.dataset import some_masks
 from cv_jax.data.fields import IGNORED, Examples
 from cv_jax.workdir.metric import Metric
 
+RESAMPLES = 1000
 TOLERANCE = 0.0075  # of the diagonal: how far a boundary may be off
 
 
 class Counts(NamedTuple):
-    """What is counted in images; sums and NumPy's arithmetic keep it exact.
+    """Pixel counts of each image, in whole numbers.
 
     Attributes:
         confusion: (k, n, n) int64, pixels of each image by true class and predicted class.
@@ -56,6 +57,7 @@ def boundary_tolerance(size: Sequence[int]) -> int:
 
 def count(predicted: np.ndarray, masks: np.ndarray, n: int, boundaries: bool = True) -> Counts:
     """Counts the pixels of predicted classes (k, h, w) beside masks (k, h, w), both uint8."""
+    masks = np.asarray(masks)  # decoded once
     confusion = np.stack([_confusion(*pair, n) for pair in zip(masks, predicted, strict=True)])
     boundary = np.zeros((len(masks), n, 4), np.int64)
     if boundaries:
@@ -70,8 +72,11 @@ def joined(parts: Sequence[Counts]) -> Counts:
     return Counts(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def numbers(names: Sequence[str], counts: Counts) -> dict[str, float]:
-    """Returns the metrics of counts; the IoU of a class that is nowhere is NaN."""
+def numbers(names: Sequence[str], counts: Counts, boundaries: bool = True) -> dict[str, float]:
+    """Returns the metrics of counts; the IoU of a class that is nowhere is NaN.
+
+    `boundaries`: whether they were counted, and boundary_f1 is a metric.
+    """
     confusion, boundary = counts.confusion.sum(0), counts.boundary.sum(0)
     iou = class_iou(confusion)
     values = {
@@ -79,7 +84,7 @@ def numbers(names: Sequence[str], counts: Counts) -> dict[str, float]:
         "pixel_accuracy": _ratio(np.trace(confusion), confusion.sum()),
         **{f"iou/{name}": float(x) for name, x in zip(names, iou, strict=True)},
     }
-    if boundary.any():
+    if boundaries:
         values["boundary_f1"] = _mean(np.array([_f1(*one) for one in boundary]))
     return values
 
@@ -95,27 +100,27 @@ def class_iou(confusion: np.ndarray) -> np.ndarray:
     return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
 
 
-def interval(counts: Counts, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
-    """Returns the interval of the mean IoU over images, by the percentiles of a bootstrap.
+def interval(counts: Counts) -> tuple[float, float]:
+    """Returns the 95 % interval of the mean IoU over images, by the percentiles of a bootstrap.
 
     It says how much the mean IoU would vary with other images of the same kind, for this network.
     """
     rng = np.random.default_rng(0)
     k = len(counts.confusion)
-    weights = rng.multinomial(k, np.full(k, 1 / k), resamples)  # how often an image is drawn
+    weights = rng.multinomial(k, np.full(k, 1 / k), RESAMPLES)  # how often an image is drawn
     flat = counts.confusion.reshape(k, -1).astype(np.float64)
-    drawn = (weights @ flat).reshape(resamples, *counts.confusion.shape[1:])
+    drawn = (weights @ flat).reshape(RESAMPLES, *counts.confusion.shape[1:])
     iou = class_iou(drawn)
     known = ~np.isnan(iou)
     values = np.where(known, iou, 0).sum(1) / np.maximum(known.sum(1), 1)
-    low, high = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
+    low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
 
 
 def frequent_classes(names: Sequence[str], train: Examples, examples: Examples) -> dict[str, float]:
     """Returns the metrics of predicting at every place the class most frequent there in train."""
     n = len(names)
-    masks = np.asarray(sample_of({"mask": train["mask"]})["mask"])
+    masks = some_masks(train["mask"])
     votes = np.stack([(masks == number).sum(0) for number in range(n)])
     overall = np.bincount(masks[masks != IGNORED], minlength=n)
     place = np.where(votes.max(0) > 0, votes.argmax(0), overall.argmax()).astype(np.uint8)
@@ -132,7 +137,7 @@ def fold_of(names: Sequence[str], boundaries: bool):
         return [*fold, (finite, counts)]
 
     def finish(fold: list) -> dict[str, float]:
-        found = numbers(names, joined([counts for _, counts in fold]))
+        found = numbers(names, joined([counts for _, counts in fold]), boundaries)
         finite = all(one for one, _ in fold)
         return found if finite else dict.fromkeys(found, float("nan"))
 

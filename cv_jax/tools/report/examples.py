@@ -9,7 +9,7 @@ from etils import epath
 
 from cv_jax.config.base import base_config
 from cv_jax.config.errors import UserError
-from cv_jax.data import Dataset, DataSpec, Examples, load_dataset
+from cv_jax.data import Dataset, Examples, load_dataset
 from cv_jax.data.fields import decoded, num_examples, take
 from cv_jax.tasks import Panel, draw_all
 from cv_jax.tools.report import network
@@ -23,7 +23,7 @@ from cv_jax.tools.report.markup import (
     soft,
     tiles,
 )
-from cv_jax.trained.load import Trained, load_trained
+from cv_jax.trained.load import Trained, check_same_fields, load_trained
 from cv_jax.trained.words import in_text
 from cv_jax.workdir.figures import draw_map
 
@@ -48,7 +48,7 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
     parts.append(soft(escape(f"Of {trained.name}, after step {int(trained.state.step):,}.")))
     try:
         data = load_dataset(trained.config.data)
-        _check_same_fields(data.spec, trained.spec)
+        check_same_fields(data.spec, trained.spec)
     except UserError as error:
         sentence = f"The data set cannot be loaded, so there are no examples: {error}"
         return "".join([*parts, paragraph(sentence), _filters(trained)])
@@ -72,14 +72,6 @@ def examples(workdir: epath.Path, num_images: int, show: Show) -> str:
             _map(seen, test, data.spec.class_names, show),
         ]
     )
-
-
-def _check_same_fields(here: DataSpec, there: DataSpec) -> None:
-    """Raises UserError if the data set's fields are not those of the network's training."""
-    for name, field in there.fields.items():
-        other = here.fields.get(name)
-        if other is None or (other.shape, other.names) != (field.shape, field.names):
-            raise UserError(f"its field {name!r} is not that of the network's training data.")
 
 
 def _panel(panel: Panel) -> str:
