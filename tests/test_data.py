@@ -1057,5 +1057,5 @@ def test_a_fifth_of_a_data_set_with_train_alone_becomes_test(tmp_path, own_cache
     np.testing.assert_array_equal(data.test["image"], again.test["image"])
     assert "data    test is chosen by class, a fifth of the images" in data.notes
     config.data.size = 0
-    with pytest.raises(UserError, match=r"config\.data\.size makes a fifth test"):
+    with pytest.raises(UserError, match=r"config\.data\.size makes a fifth of train test"):
         load_dataset(config.data)
