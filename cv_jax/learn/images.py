@@ -28,6 +28,22 @@ def make_read(spec: DataSpec) -> Callable[[bytes], list[tuple[dict[str, np.ndarr
     return read
 
 
+LEGIBLE = 256  # pixels of the longer side of a picture, or more
+
+
+def magnification(image: np.ndarray) -> int:
+    """Returns by how much to magnify an image (h, w, c), so that it is legible."""
+    return max(1, round(LEGIBLE / max(image.shape[:2])))
+
+
+def without_border(image: np.ndarray, back: Back | None) -> np.ndarray:
+    """Cuts away what letter-boxing has added to an image or mask (h, w, ...)."""
+    if back is None:
+        return image
+    w, h = (np.linalg.inv(back.matrix) @ [*back.size[::-1], 1])[:2].round().astype(int)
+    return image[:h, :w]
+
+
 def draw_image(example: dict[str, Any], prediction: Any = None, back: Any = None) -> np.ndarray:
     """Returns the image of an example as a picture (h, w, 3) uint8.
 

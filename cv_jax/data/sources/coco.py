@@ -22,12 +22,10 @@ import numpy as np
 
 from cv_jax.config.errors import UserError
 from cv_jax.data.sources.folder import SPLIT_FOLDERS
-from cv_jax.data.sources.listing import Listing
+from cv_jax.data.sources.listing import Listing, known_splits, left_out
 from cv_jax.data.sources.objects import (
     Annotation,
     known_size,
-    known_splits,
-    left_out,
     list_annotated,
 )
 

@@ -154,6 +154,22 @@ def _images_below(folder: Path, directory: Path) -> tuple[list[str], list[str], 
     return images, others, closed
 
 
+def images_by_name(folder: Path) -> dict[str, str]:
+    """Returns {name without ending: file name} of the images in a folder, in order.
+
+    Raises:
+        UserError: two images have one name.
+    """
+    found: dict[str, str] = {}
+    for file in sorted(os.listdir(folder)):
+        name, ending = os.path.splitext(file)
+        if file.startswith(".") or ending.lower() not in ENDINGS:
+            continue
+        if found.setdefault(name, file) != file:
+            raise UserError(f"{folder} has {found[name]} and {file}: keep one of them.")
+    return found
+
+
 def identity_of(root: Path, paths: list[str]) -> str:
     """Returns a digest of the names, sizes, times and modes of files; a missing file has none."""
     digest = hashlib.sha256()

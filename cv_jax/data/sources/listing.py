@@ -1,13 +1,15 @@
 """Describes encoded images before they are read: where they are, and what is known of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from cv_jax.data.encoded import Source
 from cv_jax.data.fields import Examples, Field
 
+T = TypeVar("T", bound=NamedTuple)
 VAL_IS_TEST = "data    the val images are test: the data set has no test images of its own"
 
 
@@ -66,3 +68,31 @@ def some(names: list[str], most: int = 3) -> str:
     """Returns the first few names in words; bytes that are no UTF-8 are shown as \\udcXX."""
     shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
     return shown.encode(errors="backslashreplace").decode()
+
+
+def known_splits(annotations: Sequence[T], notes: list[str], join_val: bool = False) -> list[T]:
+    """Returns the annotations, which have a `split`, with the splits that they are used for.
+
+    Without test, val becomes test, and a line is added to `notes`; with train alone, test has to be
+    chosen, and every split becomes "". With test, val becomes train if `join_val`.
+    """
+    found, new = {one.split for one in annotations}, {}
+    if "test" in found:
+        new = {"val": "train"} if join_val else {}
+    elif "val" in found:
+        new = {"val": "test"}
+        notes.append(VAL_IS_TEST)
+    elif found == {"train"}:
+        new = {"train": ""}
+    return [one._replace(split=new.get(one.split, one.split)) for one in annotations]
+
+
+def left_out(what: str, why: str, names: Sequence[str]) -> str:
+    """Returns a line for the log that counts and names what a source leaves out."""
+    count = f"{len(names):,} {what}{'s' if len(names) > 1 else ''}"
+    return f"data    {count} {why}, left out: {some(unique(names))}"
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Returns the names in order, each once."""
+    return list(dict.fromkeys(names))

@@ -20,8 +20,8 @@ from cv_jax.config.errors import UserError
 from cv_jax.data.encoded import Files
 from cv_jax.data.fields import mask_field
 from cv_jax.data.read_mask import mask_numbers
-from cv_jax.data.sources.folder import ENDINGS, SPLIT_FILE, SPLIT_FOLDERS, identity_of
-from cv_jax.data.sources.listing import VAL_IS_TEST, Listing, Masks, some
+from cv_jax.data.sources.folder import SPLIT_FILE, SPLIT_FOLDERS, identity_of, images_by_name
+from cv_jax.data.sources.listing import Listing, Masks, known_splits, left_out
 
 VOID = "void"  # the name of a class that is ignored
 CAMVID = (
@@ -100,7 +100,7 @@ def list_masks(directory: Path, join_val: bool, names: Sequence[str] = ()) -> Li
                 f"config.data.dir: {part} must have the folders images and labels, or images and "
                 "masks: see docs/segmentation.md for the layout."
             )
-        names_there = _by_stem(part / "images")
+        names_there = images_by_name(part / "images")
         pairs += _pairs(directory, part / "images", part / masks[0], names_there, split, notes)
     return _listing("masks", directory, pairs, names, files, notes, join_val)
 
@@ -123,7 +123,7 @@ def list_voc_masks(directory: Path, join_val: bool) -> Listing:
                 f"config.data.dir={str(directory)!r} has no folder "
                 f"{folder.relative_to(directory)}: name a folder such as VOCdevkit/VOC2012."
             )
-    files, pairs, notes, known = [], [], [], _by_stem(images)
+    files, pairs, notes, known = [], [], [], images_by_name(images)
     for split in ("train", "val", "test"):
         file = sets / f"{split}.txt"
         if file.exists():
@@ -131,7 +131,7 @@ def list_voc_masks(directory: Path, join_val: bool) -> Listing:
             lines = file.read_text().split()
             there = {line: known[line] for line in lines if line in known}
             if missing := [line for line in lines if line not in known]:
-                notes.append(_left_out(len(missing), "without an image", missing))
+                notes.append(left_out("image", "without an image", missing))
             pairs += _pairs(directory, images, masks, there, split, notes)
     return _listing("voc_masks", directory, pairs, VOC, files, notes, join_val)
 
@@ -158,25 +158,13 @@ def _read_names(directory: Path) -> list[str]:
     return names
 
 
-def _by_stem(folder: Path) -> dict[str, str]:
-    """Returns {name: file name} of the images or masks in a folder."""
-    found: dict[str, str] = {}
-    for file in sorted(os.listdir(folder)):
-        name, ending = os.path.splitext(file)
-        if file.startswith(".") or ending.lower() not in ENDINGS:
-            continue
-        if found.setdefault(name, file) != file:
-            raise UserError(f"{folder} has {found[name]} and {file}: keep one of them.")
-    return found
-
-
 def _pairs(
     root: Path, images: Path, masks: Path, names: dict[str, str], split: str, notes: list[str]
 ) -> list[Pair]:
     """Returns the images of {name: file name} that have a mask; notes name those without."""
-    of_mask = _by_stem(masks)
+    of_mask = images_by_name(masks)
     if alone := [str((images / names[x]).relative_to(root)) for x in names if x not in of_mask]:
-        notes.append(_left_out(len(alone), "without a mask", alone))
+        notes.append(left_out("image", "without a mask", alone))
     return [
         Pair(
             str((images / file).relative_to(root)),
@@ -186,10 +174,6 @@ def _pairs(
         for name, file in names.items()
         if name in of_mask
     ]
-
-
-def _left_out(count: int, why: str, names: list[str]) -> str:
-    return f"data    {count:,} image{'s' if count > 1 else ''} {why}, left out: {some(names)}"
 
 
 def _listing(
@@ -205,15 +189,9 @@ def _listing(
         raise UserError(
             f"config.data.dir={str(root)!r} has no images with masks.{' '.join(['', *notes])}"
         )
-    splits = {pair.split for pair in pairs}
-    new = dict.fromkeys(splits, "") if splits == {"train"} else {}
-    if "test" in splits:
-        new = {"val": "train"} if join_val else {}
-    elif "val" in splits:
-        new = {"val": "test"}
-        notes.append(VAL_IS_TEST)
+    pairs = known_splits(pairs, notes, join_val)
     images, masks = [pair.image for pair in pairs], [pair.mask for pair in pairs]
-    split = np.array([new.get(pair.split, pair.split) for pair in pairs])
+    split = np.array([pair.split for pair in pairs])
     ignored = tuple(i for i, x in enumerate(names) if x == VOID)
     classes = [x for x in names if x != VOID]
     if ignored and ignored != (len(classes),):

@@ -18,7 +18,7 @@ from cv_jax.data.encoded import Files
 from cv_jax.data.fields import Examples, Field, boxes_fields
 from cv_jax.data.read_image import MAX_PIXELS, read_bytes, read_facts
 from cv_jax.data.sources.folder import SPLIT_FILE, identity_of
-from cv_jax.data.sources.listing import VAL_IS_TEST, Listing, some
+from cv_jax.data.sources.listing import Listing, some, unique
 
 
 class Annotation(NamedTuple):
@@ -160,35 +160,10 @@ def box_columns(
     return boxes_fields(classes, count), columns, [*notes, _counted(classes, kept)]
 
 
-def known_splits(
-    annotations: Sequence[Annotation], notes: list[str], join_val: bool = False
-) -> list[Annotation]:
-    """Returns the annotations with the splits that they are used for.
-
-    Without test, val becomes test, and a line is added to `notes`; with train alone, test has to be
-    chosen, and every split becomes "". With test, val becomes train if `join_val`.
-    """
-    found, new = {one.split for one in annotations}, {}
-    if "test" in found:
-        new = {"val": "train"} if join_val else {}
-    elif "val" in found:
-        new = {"val": "test"}
-        notes.append(VAL_IS_TEST)
-    elif found == {"train"}:
-        new = {"train": ""}
-    return [one._replace(split=new.get(one.split, one.split)) for one in annotations]
-
-
 def known_size(height: float, width: float) -> tuple[int, int] | None:
     """Returns the size that an annotation says; None where no image can have it."""
     known = 1 <= height <= MAX_PIXELS and 1 <= width <= MAX_PIXELS
     return (int(height), int(width)) if known else None
-
-
-def left_out(what: str, why: str, names: Sequence[str]) -> str:
-    """Returns a line for the log that counts and names what a source leaves out."""
-    count = f"{len(names):,} {what}{'s' if len(names) > 1 else ''}"
-    return f"data    {count} {why}, left out: {some(unique(names))}"
 
 
 def _with_size(root: Path, one: Annotation) -> Annotation:
@@ -236,11 +211,6 @@ def _notes(found: Mapping[str, list[str]]) -> list[str]:
         f"{len(where):,} box{'es' if len(where) > 1 else ''} {fault}: {some(unique(where))}"
         for fault, where in found.items()
     ]
-
-
-def unique(names: Sequence[str]) -> list[str]:
-    """Returns the names in order, each once."""
-    return list(dict.fromkeys(names))
 
 
 def _padded(rows: Sequence, shape: tuple[int, ...], fill: float, dtype: Any = np.int32):

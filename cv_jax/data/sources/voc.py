@@ -8,20 +8,17 @@
 DIR may also hold several such folders, as VOCdevkit with VOC2007 and VOC2012.
 """
 
-import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 
 from cv_jax.config.errors import UserError
-from cv_jax.data.sources.folder import ENDINGS
-from cv_jax.data.sources.listing import Listing
+from cv_jax.data.sources.folder import images_by_name
+from cv_jax.data.sources.listing import Listing, known_splits, left_out
 from cv_jax.data.sources.objects import (
     Annotation,
     known_size,
-    known_splits,
-    left_out,
     list_annotated,
 )
 
@@ -90,14 +87,7 @@ def _images(part: Path) -> dict[str, str]:
     folder = part / "JPEGImages"
     if not folder.is_dir():
         raise UserError(f"{part} has no folder JPEGImages: put the images there.")
-    found: dict[str, str] = {}
-    for file in sorted(path.name for path in folder.iterdir()):
-        name, ending = os.path.splitext(file)
-        if ending.lower() not in ENDINGS or file.startswith("."):
-            continue
-        if found.setdefault(name, file) != file:
-            raise UserError(f"{folder} has {found[name]} and {file}: keep one of them.")
-    return found
+    return images_by_name(folder)
 
 
 def _names(part: Path) -> set[str]:

@@ -9,9 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cv_jax.data.fields import Examples
 from cv_jax.data.read_image import Back
-from cv_jax.learn.images import draw_image
+from cv_jax.learn.images import draw_image, magnification, without_border
 
-LEGIBLE = 256  # pixels of the longer side of a picture, or more
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
@@ -62,10 +61,8 @@ def draw(
     letter-boxing added is cut away. Small images are magnified by a whole number.
     """
     image = draw_image(example)
-    times = max(1, round(LEGIBLE / max(image.shape[:2])))
-    if back:
-        w, h = (np.linalg.inv(back.matrix) @ [*back.size[::-1], 1])[:2].round().astype(int)
-        image = image[:h, :w]
+    times = magnification(image)
+    image = without_border(image, back)
     picture = Image.fromarray(image.repeat(times, 0).repeat(times, 1))
     pen = ImageDraw.Draw(picture)
     if prediction is None:

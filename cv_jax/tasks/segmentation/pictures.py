@@ -8,10 +8,9 @@ from PIL import Image
 
 from cv_jax.data.fields import IGNORED, Examples
 from cv_jax.data.read_image import Back
-from cv_jax.learn.images import draw_image
+from cv_jax.learn.images import draw_image, magnification, without_border
 
 OPACITY = 0.5  # of the colours over the image
-LEGIBLE = 256  # pixels of the longer side of a picture, or more
 
 
 def palette(count: int = 256) -> np.ndarray:
@@ -83,13 +82,10 @@ def draw(
     """
     image = draw_image(example).astype(np.float32)
     mask = np.asarray((example if prediction is None else prediction)["mask"])
-    if back:
-        corner = np.linalg.inv(back.matrix) @ [*back.size[::-1], 1]
-        w, h = corner[:2].round().astype(int)
-        image, mask = image[:h, :w], mask[:h, :w]
+    image, mask = (without_border(x, back) for x in (image, mask))
     colours = palette(len(names) + 1)[1:]
     plain = (IGNORED, *(i for i, name in enumerate(names) if name == "background"))
     known = ~np.isin(mask, plain)
     image[known] += OPACITY * (colours[mask[known]] - image[known])
-    times = max(1, round(LEGIBLE / max(image.shape[:2])))
+    times = magnification(image)
     return image.round().astype(np.uint8).repeat(times, 0).repeat(times, 1)
